@@ -1,0 +1,131 @@
+"""Files that are whole or absent, and the one kind of error that is the user's to mend.
+
+What it holds: `InputError` (bad input, said in one line; the commands turn it into exit status 2), and
+the two ways in which anything is published: a file, and a directory. Both are written under a temporary
+name beside their place and renamed into it, so that a reader, or a run that was killed, never meets
+half of one. Temporary names begin with a dot and hold ".tmp-"; nothing ever reads them.
+
+What it leaves out: locking. A path has one writer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class InputError(ValueError):
+    """Bad input: names the file, row or field, and says what to do. One line."""
+
+
+def _sync(path: Path) -> None:
+    """Forces a file's, or a directory's, content to disk: a rename must not overtake its data."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".{target.name}.tmp-{os.getpid()}")
+
+
+@contextlib.contextmanager
+def publish_file(target: str | Path) -> Iterator[Path]:
+    """Yields a temporary path to write; on a clean exit it replaces `target`, otherwise it is gone."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(target)
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, target)
+        _sync(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def publish_directory(target: str | Path) -> Iterator[Path]:
+    """Yields a temporary directory to fill; on a clean exit it takes the place of `target`.
+
+    The first publication is a rename. A later one is renamed to the versioned name `TARGET.vN`, and
+    `target` becomes, or already is, a symbolic link that is swapped to it in one step; the version it
+    replaces is removed afterwards.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(target)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in sorted(temporary.rglob("*")):
+            _sync(path)
+        _sync(temporary)
+        if target.exists() or target.is_symlink():
+            _replace_directory(temporary, target)
+        else:
+            os.rename(temporary, target)
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace_directory(fresh: Path, target: Path) -> None:
+    versions = [int(p.name.rpartition(".v")[2]) for p in target.parent.glob(f"{target.name}.v*")
+                if p.name.rpartition(".v")[2].isdigit()]
+    versioned = target.with_name(f"{target.name}.v{max(versions, default=1) + 1}")
+    previous = target.resolve()
+    os.rename(fresh, versioned)
+    link = _temporary(target).with_suffix(".link")
+    link.unlink(missing_ok=True)
+    link.symlink_to(versioned.name)
+    if not target.is_symlink():
+        # A plain directory cannot be replaced by a link in one step on every file system. It happens
+        # once in a path's life, and between these two renames both versions are whole on disk.
+        previous = target.with_name(f"{target.name}.v1")
+        os.rename(target, previous)
+    os.replace(link, target)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Publishes `value` as readable JSON."""
+    with publish_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+                             encoding="utf-8")
+
+
+def read_json(path: str | Path) -> Any:
+    """Reads a JSON file, or says in one line why it cannot."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a directory; expected a JSON file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: not JSON ({error.msg}, line {error.lineno})") from None
+
+
+def exit_status(main, *args) -> int:
+    """Runs a command's main and maps what happened to the exit status that every command shares."""
+    try:
+        return main(*args) or 0
+    except InputError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
