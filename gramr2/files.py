@@ -80,8 +80,11 @@ def publish_directory(target: str | Path) -> Iterator[Path]:
 
 
 def _replace_directory(fresh: Path, target: Path) -> None:
-    versions = [int(p.name.rpartition(".v")[2]) for p in target.parent.glob(f"{target.name}.v*")
-                if p.name.rpartition(".v")[2].isdigit()]
+    versions = [
+        int(p.name.rpartition(".v")[2])
+        for p in target.parent.glob(f"{target.name}.v*")
+        if p.name.rpartition(".v")[2].isdigit()
+    ]
     versioned = target.with_name(f"{target.name}.v{max(versions, default=1) + 1}")
     previous = target.resolve()
     os.rename(fresh, versioned)
@@ -100,8 +103,10 @@ def _replace_directory(fresh: Path, target: Path) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Publishes `value` as readable JSON."""
     with publish_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
-                             encoding="utf-8")
+        temporary.write_text(
+            json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+            encoding="utf-8",
+        )
 
 
 def read_json(path: str | Path) -> Any:

@@ -1,0 +1,233 @@
+"""The decoder: LLaMA (2, 3.x), Qwen2/2.5 and Qwen3 dense as one class, for training, scoring and sampling.
+
+It reads flat ragged token ids: the sequences of a batch stand one behind the other without padding, each
+token with its position, and hidden states come out in the same order. What a token may look at is not
+known here: attention is an argument, a function of one layer's queries, keys and values. `packed_causal`
+below is the one that training and scoring pass; the sampler passes another that reads a paged cache.
+
+The published families differ in four fields, and each is read from the configuration, never inferred:
+biases (Qwen2 has them on q, k and v), a norm on queries and keys (Qwen3), the head size, and whether the
+vocabulary's two matrices are one. The model stops at hidden states: `head_weight` is for whoever needs
+log-probs or a next token, `score` is the scalar head of a discriminative reward model.
+
+It leaves out: reading checkpoints (weights.py), the vocabulary projection (kernels/), the cache
+(sampler.py), dropout, sliding windows, mixtures of experts and every RoPE but the plain one and llama3's.
+
+Shapes: T tokens of all sequences, D model width, F width of the MLP, V vocabulary, H query heads,
+G key/value heads, K head size, B sequences of one length L.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q_THK, k_TGK, v_TGK) -> o_THK
+
+
+@dataclass(frozen=True)
+class Llama3Rope:
+    """LLaMA-3.1's stretched RoPE: slow frequencies are divided by `factor`, fast ones kept."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What the decoder's function depends on, and nothing else. weights.py reads it from config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    max_positions: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_llama3: Llama3Rope | None = None
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+    num_labels: int = 0  # 0: a language model; n: a scalar head of n outputs instead of the vocabulary's
+
+
+@lru_cache(maxsize=64)
+def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """The angle per position of each pair of channels, fp32 [K/2], kept per device."""
+    exponents = torch.arange(0, config.head_size, 2, dtype=torch.int64).float() / config.head_size
+    frequencies = 1.0 / config.rope_theta**exponents
+    if config.rope_llama3 is not None:
+        rope = config.rope_llama3
+        wavelengths = 2 * math.pi / frequencies
+        # 0 where a wave does not fit the original context (stretched), 1 where it fits often (kept).
+        keep = (rope.original_max_positions / wavelengths - rope.low_freq_factor) / (
+            rope.high_freq_factor - rope.low_freq_factor
+        )
+        keep = keep.clamp(0, 1)
+        frequencies = (1 - keep) * frequencies / rope.factor + keep * frequencies
+    return frequencies.to(device)
+
+
+def rope_tables(config: ModelConfig, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [T, 1, K] for each token, in fp32 until the last step."""
+    angles = positions_T.float()[:, None] * rope_frequencies(config, positions_T.device)
+    angles_T1K = torch.cat((angles, angles), dim=-1)[:, None]
+    return angles_T1K.cos().to(dtype), angles_T1K.sin().to(dtype)
+
+
+def rotate(x_THK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> Tensor:
+    """Rotates channel i together with channel i + K/2, the published checkpoints' pairing."""
+    first, second = x_THK.chunk(2, dim=-1)
+    return x_THK * cos_T1K + torch.cat((-second, first), dim=-1) * sin_T1K
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The statistics are fp32 and the product is not: the rounding that checkpoints were trained with.
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        width, size = config.hidden_size, config.head_size
+        self.head_size = size
+        self.q = nn.Linear(width, config.num_heads * size, bias=config.qkv_bias)
+        self.k = nn.Linear(width, config.num_kv_heads * size, bias=config.qkv_bias)
+        self.v = nn.Linear(width, config.num_kv_heads * size, bias=config.qkv_bias)
+        self.o = nn.Linear(config.num_heads * size, width, bias=config.output_bias)
+        self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
+        q_THK, k_TGK, v_TGK = (
+            project(x_TD).unflatten(-1, (-1, self.head_size)) for project in (self.q, self.k, self.v)
+        )
+        q_THK = rotate(self.q_norm(q_THK), *rope)
+        k_TGK = rotate(self.k_norm(k_TGK), *rope)
+        return self.o(attend(layer, q_THK, k_TGK, v_TGK).flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x_TD)) * self.up(x_TD))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), rope, layer, attend)
+        return x_TD + self.mlp(self.mlp_norm(x_TD))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = self.score = None
+        if config.num_labels:
+            self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        elif not config.tie_embeddings:
+            self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The vocabulary projection [V, D]; the embedding itself where the two are tied."""
+        return self.embed.weight if self.head is None else self.head.weight
+
+    def forward(self, ids_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+        x_TD = self.embed(ids_T)
+        rope = rope_tables(self.config, positions_T, x_TD.dtype)
+        for layer, block in enumerate(self.blocks):
+            x_TD = block(x_TD, rope, layer, attend)
+        return self.norm(x_TD)
+
+
+def packed_positions(lengths: Sequence[int], device: torch.device | str) -> Tensor:
+    """Positions of sequences that stand one behind the other: 0 … length-1, again and again."""
+    counts = torch.as_tensor(lengths, dtype=torch.int64, device=device)
+    starts = counts.cumsum(0) - counts
+    total = int(sum(lengths))
+    return torch.arange(total, device=device) - starts.repeat_interleave(counts, output_size=total)
+
+
+def packed_causal(lengths: Sequence[int], device: torch.device | str) -> Attend:
+    """Causal attention within each sequence of a pack, and never across: no padding, no T x T mask.
+
+    On CUDA in half precision one variable-length flash kernel takes the whole pack. Elsewhere
+    sequences of equal length go through one call of torch's fused attention.
+    """
+    device, lengths = torch.device(device), [n for n in lengths if n > 0]
+    offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+    longest = max(lengths, default=0)
+    groups: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        groups.setdefault(length, []).append(index)
+
+    def flash(layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
+        # The operator below torch.nn.attention.varlen: same kernel, and one signature in every
+        # supported torch, where the public function's has changed from release to release.
+        return torch.ops.aten._flash_attention_forward(
+            q_THK, k_TGK, v_TGK, offsets, offsets, longest, longest, 0.0, True, False
+        )[0]
+
+    def by_length(layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
+        if len(groups) == 1:
+            return _attend_equal(q_THK, k_TGK, v_TGK, len(lengths)).flatten(0, 1)
+        parts = [x.split(lengths) for x in (q_THK, k_TGK, v_TGK)]
+        outputs: list[Tensor | None] = [None] * len(lengths)
+        for members in groups.values():
+            stacked = (torch.cat([part[i] for i in members]) for part in parts)
+            for i, o_LHK in zip(members, _attend_equal(*stacked, len(members)), strict=True):
+                outputs[i] = o_LHK
+        return torch.cat(outputs)
+
+    def attend(layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
+        if not lengths:
+            return q_THK
+        half = q_THK.dtype in (torch.bfloat16, torch.float16)
+        size = q_THK.shape[-1]
+        fits = q_THK.is_cuda and half and size <= 256 and size % 8 == 0
+        return (flash if fits else by_length)(layer, q_THK, k_TGK, v_TGK)
+
+    return attend
+
+
+def _attend_equal(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, count: int) -> Tensor:
+    """Causal attention of `count` sequences of one length: [B, L, H, K]."""
+    q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q_THK, k_TGK, v_TGK))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
