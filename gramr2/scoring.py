@@ -1,0 +1,71 @@
+"""log p(token given the tokens before it), for whole sequences: the packed pass behind equation 5.
+
+Sequences are packed to a token budget, run through the decoder without padding, and their log-probs come
+from the fused projection (kernels/), which never stores the logits of a batch.
+
+It leaves out: gradients (loss.py) and sampling (sampler.py, which returns the same log-probs as it goes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+import kernels
+from gramr2.files import InputError
+from gramr2.model import Decoder, packed_causal, packed_positions
+
+TOKEN_BUDGET = 8192  # tokens of one forward pass; a longer sequence is a pass of its own
+
+
+def check_ids(model: Decoder, sequences: Sequence[Sequence[int]], what: str = "sequence") -> None:
+    """Ids of the vocabulary only, one token at least, and not more than the model has positions."""
+    size, positions = model.config.vocab_size, model.config.max_positions
+    for index, ids in enumerate(sequences):
+        if not len(ids):
+            raise InputError(f"{what} {index} is empty; expected at least one token")
+        if len(ids) > positions:
+            raise InputError(f"{what} {index} has {len(ids)} tokens; the model has {positions} positions")
+        if min(ids) < 0 or max(ids) >= size:
+            bad = min(ids) if min(ids) < 0 else max(ids)
+            raise InputError(f"{what} {index} holds the id {bad}, outside the vocabulary of {size}")
+
+
+def _packs(sequences: Sequence[Sequence[int]], budget: int) -> Iterator[list[int]]:
+    """Indices by length, filled up to the budget: equal lengths meet, which attention likes."""
+    pack: list[int] = []
+    tokens = 0
+    for index in sorted(range(len(sequences)), key=lambda i: len(sequences[i])):
+        if pack and tokens + len(sequences[index]) > budget:
+            yield pack
+            pack, tokens = [], 0
+        pack.append(index)
+        tokens += len(sequences[index])
+    if pack:
+        yield pack
+
+
+@torch.no_grad()
+def logprobs(
+    model: Decoder, sequences: Sequence[Sequence[int]], token_budget: int = TOKEN_BUDGET
+) -> list[Tensor]:
+    """For each sequence of n ids the n-1 values log p(id_t | ids before t), t >= 1, in fp32."""
+    if model.config.num_labels:
+        raise InputError("log-probs need a language model; this one has a scalar head")
+    check_ids(model, sequences)
+    device = model.embed.weight.device
+    results: list[Tensor] = [torch.empty(0)] * len(sequences)
+    for pack in _packs(sequences, token_budget):
+        lengths = [len(sequences[i]) for i in pack]
+        ids_T = torch.tensor([token for i in pack for token in sequences[i]], device=device)
+        hidden_TD = model(ids_T, packed_positions(lengths, device), packed_causal(lengths, device))
+        # The last token of a sequence predicts nothing: it drops out before the projection.
+        keep = torch.ones_like(ids_T, dtype=torch.bool)
+        keep[torch.tensor(lengths, device=device).cumsum(0) - 1] = False
+        targets_T = ids_T.roll(-1)[keep]
+        values = kernels.sequence_logprob(hidden_TD[keep], model.head_weight, targets_T)
+        for index, part in zip(pack, values.split([n - 1 for n in lengths]), strict=True):
+            results[index] = part
+    return results

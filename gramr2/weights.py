@@ -1,0 +1,379 @@
+"""Hugging Face model directories ↔ the decoder: one table of names, read in both directions.
+
+Loading checks every name and every shape before a byte is read: a missing, an unused or a misshapen
+tensor is an error that names it. The model is built on the meta device and each tensor is copied from
+the file's memory map straight to its place, so that the host never holds a second copy. Saving writes
+what transformers loads unchanged, and publishes the directory whole (files.py).
+
+`config.json` is understood as transformers 4 writes it (`rope_theta`, `rope_scaling`, `torch_dtype`) and
+as transformers 5 does (`rope_parameters`, `dtype`); what a model came with is what it is saved with.
+
+It leaves out: pickled checkpoints (never opened), quantised ones, downloads, and sharding over ranks
+(parallel.py distributes what `checkpoint_tensors` yields).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gramr2.files import InputError, publish_directory, read_json
+from gramr2.model import Decoder, Llama3Rope, ModelConfig
+from gramr2.tokenizer import Tokenizer
+
+SHARD_BYTES = 5 * 10**9  # the largest shard that the hub's own tools write
+FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "max_position_embeddings")  # fmt: skip
+HEADS = ("ForCausalLM", "ForSequenceClassification")
+
+# Our name ↔ theirs; {} is the layer's number, and .weight or .bias follows.
+NAMES = {
+    "embed": "model.embed_tokens",
+    "norm": "model.norm",
+    "head": "lm_head",
+    "score": "score",
+    "blocks.{}.attention_norm": "model.layers.{}.input_layernorm",
+    "blocks.{}.attention.q": "model.layers.{}.self_attn.q_proj",
+    "blocks.{}.attention.k": "model.layers.{}.self_attn.k_proj",
+    "blocks.{}.attention.v": "model.layers.{}.self_attn.v_proj",
+    "blocks.{}.attention.o": "model.layers.{}.self_attn.o_proj",
+    "blocks.{}.attention.q_norm": "model.layers.{}.self_attn.q_norm",
+    "blocks.{}.attention.k_norm": "model.layers.{}.self_attn.k_norm",
+    "blocks.{}.mlp_norm": "model.layers.{}.post_attention_layernorm",
+    "blocks.{}.mlp.gate": "model.layers.{}.mlp.gate_proj",
+    "blocks.{}.mlp.up": "model.layers.{}.mlp.up_proj",
+    "blocks.{}.mlp.down": "model.layers.{}.mlp.down_proj",
+}
+# Old LLaMA-2 files carry this table; it is a function of the configuration and is computed anew.
+COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+def published_name(ours: str) -> str:
+    """`blocks.3.mlp.up.weight` → `model.layers.3.mlp.up_proj.weight`."""
+    stem, _, kind = ours.rpartition(".")
+    number = re.search(r"\.(\d+)\.", stem)
+    if number is None:
+        return f"{NAMES[stem]}.{kind}"
+    pattern = stem.replace(number[0], ".{}.", 1)
+    return f"{NAMES[pattern].format(number[1])}.{kind}"
+
+
+# ---------------------------------------------------------------------------------- configuration
+
+
+def read_config(directory: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The decoder's configuration, and the file as it stands (saved again with the model)."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such model directory")
+    if ".tmp-" in directory.name:
+        raise InputError(f"{directory}: a half-written directory; use the one it was meant to become")
+    if not (directory / "config.json").is_file():
+        raise InputError(f"{directory}: holds no config.json; expected a Hugging Face model directory")
+    raw = read_json(directory / "config.json")
+    try:
+        return parse_config(raw, str(directory / "config.json")), raw
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{directory}/config.json: missing or malformed field {error}") from None
+
+
+def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
+    family = raw.get("model_type")
+    architecture = (raw.get("architectures") or [f"{FAMILIES.get(family)}ForCausalLM"])[0]
+    supported = [name + head for name in FAMILIES.values() for head in HEADS]
+    if family not in FAMILIES or architecture not in [FAMILIES[family] + head for head in HEADS]:
+        raise InputError(
+            f"{where}: architecture {architecture} (model type {family}) is not supported; "
+            f"supported are {', '.join(supported)}"
+        )
+    refused = {
+        "hidden_act": raw.get("hidden_act", "silu") != "silu",
+        "mlp_bias": raw.get("mlp_bias", False),
+        "use_sliding_window": raw.get("use_sliding_window", False),
+        "quantization_config": "quantization_config" in raw,
+    }
+    for field in (name for name, present in refused.items() if present):
+        raise InputError(f"{where}: {field} = {raw[field]!r} is not supported")
+    for field in SIZES:
+        if not isinstance(raw.get(field), int) or raw[field] < 1:
+            raise InputError(f"{where}: {field} is {raw.get(field)!r}, expected a positive number")
+    theta, llama3 = _parse_rope(raw, where)
+    classifies = architecture.endswith("ForSequenceClassification")
+    heads = raw["num_attention_heads"]
+    attention_bias = bool(raw.get("attention_bias", False))
+    return ModelConfig(
+        vocab_size=raw["vocab_size"],
+        hidden_size=raw["hidden_size"],
+        intermediate_size=raw["intermediate_size"],
+        num_layers=raw["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=raw.get("num_key_value_heads") or heads,
+        head_size=raw.get("head_dim") or raw["hidden_size"] // heads,
+        max_positions=raw["max_position_embeddings"],
+        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+        rope_theta=float(theta),
+        rope_llama3=llama3,
+        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        qkv_bias=family == "qwen2" or attention_bias,
+        output_bias=family != "qwen2" and attention_bias,
+        qk_norm=family == "qwen3",
+        # transformers leaves the field out where it has its default, two labels.
+        num_labels=len(raw.get("id2label") or "01") if classifies else 0,
+    )
+
+
+def _parse_rope(raw: dict[str, Any], where: str) -> tuple[float, Llama3Rope | None]:
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise InputError(f"{where}: RoPE type {kind!r} is not supported; supported are default, llama3")
+    return theta, Llama3Rope(
+        factor=rope["factor"],
+        low_freq_factor=rope["low_freq_factor"],
+        high_freq_factor=rope["high_freq_factor"],
+        original_max_positions=rope["original_max_position_embeddings"],
+    )
+
+
+def published_config(config: ModelConfig, dtype: torch.dtype, raw: Mapping[str, Any] | None) -> dict:
+    """config.json for a model: what it came with where there was such, corrected in what training changes.
+
+    A fresh one is written in transformers 4's spelling, which every later version reads as well.
+    """
+    if raw:
+        written = dict(raw)
+        family = raw["model_type"]
+    else:
+        family = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias > config.output_bias else "llama"
+        rope = config.rope_llama3
+        written = {
+            "model_type": family,
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_heads,
+            "num_key_value_heads": config.num_kv_heads,
+            "head_dim": config.head_size,
+            "max_position_embeddings": config.max_positions,
+            "rms_norm_eps": config.rms_norm_eps,
+            "rope_theta": config.rope_theta,
+            "rope_scaling": rope and {
+                "rope_type": "llama3",
+                "factor": rope.factor,
+                "low_freq_factor": rope.low_freq_factor,
+                "high_freq_factor": rope.high_freq_factor,
+                "original_max_position_embeddings": rope.original_max_positions,
+            },
+            "tie_word_embeddings": config.tie_embeddings,
+            "attention_bias": config.output_bias,
+            "hidden_act": "silu",
+        }  # fmt: skip
+    written["architectures"] = [FAMILIES[family] + HEADS[config.num_labels > 0]]
+    if config.num_labels:
+        written["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.num_labels)}
+        written["label2id"] = {f"LABEL_{i}": i for i in range(config.num_labels)}
+    written["dtype" if "dtype" in written else "torch_dtype"] = str(dtype).removeprefix("torch.")
+    return written
+
+
+# ---------------------------------------------------------------------------------- loading
+
+
+def load(directory: str | Path, device="cpu", dtype="float32", num_labels: int | None = None):
+    """(model, tokenizer) of a Hugging Face directory. dtype "auto" keeps what is stored."""
+    tokenizer = Tokenizer.load(directory)
+    model = load_model(directory, device, dtype, num_labels)
+    if model.config.vocab_size < tokenizer.size:
+        raise InputError(
+            f"{directory}: the tokenizer has {tokenizer.size} ids, the model only {model.config.vocab_size}"
+        )
+    model.stop_ids = tokenizer.stop_ids
+    return model, tokenizer
+
+
+def load_model(
+    directory: str | Path, device="cpu", dtype="float32", num_labels: int | None = None
+) -> Decoder:
+    """The decoder alone. `num_labels` turns a language model into a backbone with a fresh scalar head."""
+    config, raw = read_config(directory)
+    fresh_score = num_labels is not None and not config.num_labels
+    if fresh_score:
+        config = ModelConfig(**{**vars(config), "num_labels": num_labels})
+    with torch.device("meta"):
+        model = Decoder(config)
+    wanted = None if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    state = {
+        name: torch.empty(tensor.shape, dtype=wanted or tensor.dtype, device=device).copy_(tensor)
+        for name, tensor in checkpoint_tensors(directory, model, fresh_score)
+    }
+    if fresh_score:
+        score = torch.empty(num_labels, config.hidden_size, dtype=torch.float32)
+        state["score.weight"] = nn.init.normal_(
+            score, std=config.hidden_size**-0.5, generator=torch.Generator().manual_seed(0)
+        ).to(device, state["embed.weight"].dtype)
+    model.load_state_dict(state, assign=True)
+    model.raw_config = raw
+    model.stop_ids = ()
+    return model.eval()
+
+
+def checkpoint_tensors(
+    directory: str | Path, model: Decoder, fresh_score: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """(our name, tensor still in the file's map) for every weight of `model`, all checked beforehand."""
+    directory = Path(directory)
+    files = _tensor_files(directory)
+    expected = {
+        published_name(name): (name, tuple(parameter.shape)) for name, parameter in model.named_parameters()
+    }
+    if fresh_score:
+        del expected["score.weight"]
+    missing = [name for name in expected if name not in files]
+    if missing:
+        raise InputError(f"{directory}: {_some(missing)} missing from the checkpoint")
+    tied = model.config.tie_embeddings or fresh_score
+    unused = [
+        name
+        for name in files
+        if name not in expected and not COMPUTED.fullmatch(name) and not (tied and name == "lm_head.weight")
+    ]
+    if unused:
+        raise InputError(f"{directory}: {_some(unused)} in the checkpoint, but not in the model")
+    by_file: dict[Path, list[str]] = {}
+    for name in expected:
+        by_file.setdefault(files[name], []).append(name)
+    for path, names in by_file.items():
+        with _open(path) as shard:
+            for name in names:
+                shape = tuple(shard.get_slice(name).get_shape())
+                if shape != expected[name][1]:
+                    raise InputError(
+                        f"{path}: {name} has shape {list(shape)}, expected {list(expected[name][1])}"
+                    )
+    if model.config.tie_embeddings and "lm_head.weight" in files:
+        _check_tie(files)
+    for path, names in by_file.items():
+        with _open(path) as shard:
+            for name in names:
+                yield expected[name][0], shard.get_tensor(name)
+
+
+def _tensor_files(directory: Path) -> dict[str, Path]:
+    """Where each tensor stands: from the index where there is one, else from the single file."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if not index.is_file():
+        if not single.is_file():
+            raise InputError(f"{directory}: holds neither model.safetensors nor an index of shards")
+        with _open(single) as shard:
+            return dict.fromkeys(shard.keys(), single)
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: has no weight_map")
+    files = {name: directory / file for name, file in weight_map.items()}
+    for path in sorted(set(files.values())):
+        if not path.is_file():
+            raise InputError(f"{path}: missing, though {index.name} names it")
+        with _open(path) as shard:
+            absent = {name for name, file in files.items() if file == path} - set(shard.keys())
+        if absent:
+            raise InputError(f"{path}: {_some(sorted(absent))} missing, though {index.name} places it there")
+    return files
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: truncated or not safetensors ({error}); copy the file again") from None
+
+
+def _check_tie(files: Mapping[str, Path]) -> None:
+    """Some tied checkpoints store the head as well; it must then say the same as the embedding."""
+    pair = []
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        with _open(files[name]) as shard:
+            pair.append(shard.get_tensor(name))
+    if not torch.equal(*pair):
+        raise InputError(
+            f"{files['lm_head.weight']}: tie_word_embeddings is true, but lm_head.weight differs"
+        )
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+# ---------------------------------------------------------------------------------- saving
+
+
+def save(
+    model: Decoder, tokenizer: Tokenizer | None, directory: str | Path, extra: Mapping[str, str] | None = None
+) -> None:
+    """Publishes a directory that transformers loads unchanged. `extra`: further text files, name → text."""
+    raw = getattr(model, "raw_config", None)
+    save_tensors(model.named_parameters(), model.config, raw, tokenizer, directory, extra)
+
+
+def save_tensors(
+    named: Iterable[tuple[str, Tensor]],
+    config: ModelConfig,
+    raw: Mapping[str, Any] | None,
+    tokenizer: Tokenizer | None,
+    directory: str | Path,
+    extra: Mapping[str, str] | None = None,
+) -> None:
+    """As `save`, from (our name, tensor) pairs, which may come one by one; a shard's worth is held."""
+    with publish_directory(directory) as place:
+        placed: dict[str, int] = {}
+        sizes, shard, dtype = [0], {}, None
+        for name, parameter in named:
+            tensor = parameter.detach().to("cpu").contiguous()
+            dtype = dtype or tensor.dtype
+            if shard and sizes[-1] + tensor.nbytes > SHARD_BYTES:
+                _write_shard(shard, place, len(sizes))
+                sizes.append(0)
+                shard = {}
+            shard[published_name(name)] = tensor
+            placed[published_name(name)] = len(sizes)
+            sizes[-1] += tensor.nbytes
+        _write_shard(shard, place, len(sizes))
+        _name_shards(place, placed, sum(sizes))
+        text = dict(tokenizer.files) if tokenizer else {}
+        text |= {name: content.encode() for name, content in (extra or {}).items()}
+        text["config.json"] = json.dumps(published_config(config, dtype, raw), indent=2).encode() + b"\n"
+        for name, content in text.items():
+            (place / name).write_bytes(content)
+
+
+def _write_shard(shard: dict[str, Tensor], place: Path, number: int) -> None:
+    save_file(shard, place / f"shard-{number}", metadata={"format": "pt"})
+
+
+def _name_shards(place: Path, placed: Mapping[str, int], total_bytes: int) -> None:
+    """Shards get their final names once their count is known; the index only where there are several."""
+    count = max(placed.values())
+    if count == 1:
+        (place / "shard-1").rename(place / "model.safetensors")
+        return
+    names = {n: f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)}
+    for number, name in names.items():
+        (place / f"shard-{number}").rename(place / name)
+    index = {
+        "metadata": {"total_size": total_bytes},
+        "weight_map": {tensor: names[number] for tensor, number in placed.items()},
+    }
+    (place / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
