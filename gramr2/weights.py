@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from gramr2.files import InputError, publish_directory, read_json
 from gramr2.model import Decoder, Llama3Rope, ModelConfig
@@ -192,10 +192,10 @@ def published_config(config: ModelConfig, dtype: torch.dtype, raw: Mapping[str, 
 # ---------------------------------------------------------------------------------- loading
 
 
-def load(directory: str | Path, device="cpu", dtype="float32", num_labels: int | None = None):
+def load(directory: str | Path, device="cpu", dtype="float32") -> tuple[Decoder, Tokenizer]:
     """(model, tokenizer) of a Hugging Face directory. dtype "auto" keeps what is stored."""
     tokenizer = Tokenizer.load(directory)
-    model = load_model(directory, device, dtype, num_labels)
+    model = load_model(directory, device, dtype)
     if model.config.vocab_size < tokenizer.size:
         raise InputError(
             f"{directory}: the tokenizer has {tokenizer.size} ids, the model only {model.config.vocab_size}"
@@ -204,26 +204,16 @@ def load(directory: str | Path, device="cpu", dtype="float32", num_labels: int |
     return model, tokenizer
 
 
-def load_model(
-    directory: str | Path, device="cpu", dtype="float32", num_labels: int | None = None
-) -> Decoder:
-    """The decoder alone. `num_labels` turns a language model into a backbone with a fresh scalar head."""
+def load_model(directory: str | Path, device="cpu", dtype="float32") -> Decoder:
+    """The decoder alone."""
     config, raw = read_config(directory)
-    fresh_score = num_labels is not None and not config.num_labels
-    if fresh_score:
-        config = ModelConfig(**{**vars(config), "num_labels": num_labels})
     with torch.device("meta"):
         model = Decoder(config)
     wanted = None if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
     state = {
         name: torch.empty(tensor.shape, dtype=wanted or tensor.dtype, device=device).copy_(tensor)
-        for name, tensor in checkpoint_tensors(directory, model, fresh_score)
+        for name, tensor in checkpoint_tensors(directory, model)
     }
-    if fresh_score:
-        score = torch.empty(num_labels, config.hidden_size, dtype=torch.float32)
-        state["score.weight"] = nn.init.normal_(
-            score, std=config.hidden_size**-0.5, generator=torch.Generator().manual_seed(0)
-        ).to(device, state["embed.weight"].dtype)
     model.load_state_dict(state, assign=True)
     model.raw_config = raw
     model.stop_ids = ()
@@ -233,7 +223,11 @@ def load_model(
 def checkpoint_tensors(
     directory: str | Path, model: Decoder, fresh_score: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """(our name, tensor still in the file's map) for every weight of `model`, all checked beforehand."""
+    """(our name, tensor still in the file's map) for every weight of `model`, all checked beforehand.
+
+    With `fresh_score` a language model's checkpoint fills the backbone of a model with a scalar head: the
+    vocabulary's head is left behind, and the score is not expected.
+    """
     directory = Path(directory)
     files = _tensor_files(directory)
     expected = {

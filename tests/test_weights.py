@@ -149,14 +149,6 @@ def test_shards_are_cut_at_the_limit_and_indexed(tmp_path, monkeypatch):
     assert torch.equal(model.head.weight, random_model("llama2").head.weight)
 
 
-def test_a_language_model_becomes_the_backbone_of_a_scalar_head(tmp_path):
-    directory = make_checkpoint(tmp_path / "model", "llama2")
-    model = weights.load_model(directory, num_labels=1)
-    assert model.head is None and model.score.weight.shape == (1, 48) and model.score.weight.any()
-    weights.save(model, None, tmp_path / "scorer")
-    assert weights.read_config(tmp_path / "scorer")[0].num_labels == 1
-
-
 MEMORY = """
 import gc, sys
 from gramr2 import weights

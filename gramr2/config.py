@@ -1,0 +1,251 @@
+"""Settings: frozen dataclasses, filled from their defaults, a TOML recipe, and the command line.
+
+`resolve` merges the three in that order and refuses what it does not know, by name; `add_flags` gives
+every field of a dataclass its `--field-name`, with the help text that stands beside the field. Defaults
+are for the toy that a laptop trains; the recipes hold the published sizes. The paper publishes hardly any
+setting of training: every value here is a choice of ours.
+
+A recipe's tables: [train] and, over it, [train.STAGE]; [selftrain]; [world], the toy world's sizes;
+[models], where the backbone and the prover's base stand; [data], the files of each kind.
+
+It leaves out: environment variables, and settings that change while a run is going.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gramr2.files import InputError
+
+Settings = TypeVar("Settings")
+STAGES = ("prover", "reward", "generative", "discriminative", "pretrain")
+TABLES = ("train", *(f"train.{stage}" for stage in (*STAGES, "finetune", "policy")))
+TABLES += ("selftrain", "world", "models", "data")
+
+
+def setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training stage. What the objective is, is the stage's; what is here holds for all of them."""
+
+    batch_size: int = setting(16, "examples per optimizer step, over all ranks together")
+    epochs: float = setting(1.0, "how often each example is seen; a fraction is allowed")
+    steps: int = setting(0, "optimizer steps, instead of epochs; 0: as many as the epochs take")
+    max_length: int = setting(512, "tokens of the longest example; longer ones are dropped and counted")
+    token_budget: int = setting(4096, "tokens of one forward pass on one rank: examples packed together")
+    limit: int = setting(0, "only the first N rows of the data; 0: all of them")
+    seed: int = setting(0, "decides the order, the placement of A and B, and what the prover is not shown")
+
+    lr: float = setting(1e-3, "peak learning rate of AdamW")
+    warmup: float = setting(0.05, "share of the steps over which the learning rate rises")
+    final_lr: float = setting(0.1, "share of the peak that the cosine ends at")
+    weight_decay: float = setting(0.0, "decoupled weight decay of matrices (norms and biases have none)")
+    beta1: float = setting(0.9, "AdamW: memory of the gradient")
+    beta2: float = setting(0.95, "AdamW: memory of its square")
+    clip: float = setting(1.0, "largest norm of the gradient; 0 leaves it as it is")
+
+    label_smoothing: float = setting(0.0, "generative: GRAM's two-way loss, this much for the wrong letter")
+    use_margin: bool = setting(False, "discriminative: subtract the pair's margin, where the data has one")
+    drop_condition: float = setting(0.1, "prover: share of examples without their condition (equation 5)")
+    hide_label: float = setting(0.0, "prover: share of examples that are not told the label")
+
+    device: str = setting("auto", "auto (CUDA where there is one), cpu or cuda")
+    dtype: str = setting(
+        "auto", "compute in bfloat16 or float32; auto: bfloat16 on CUDA. Weights are float32"
+    )
+    save_dtype: str = setting("auto", "the saved model: float32, bfloat16, or auto, as the one it began from")
+    threads: int = setting(1, "CPU threads per rank; the same number gives the same bits")
+    shard: int = setting(0, "ranks that one copy of the model is split over; 0: all (fewer: hybrid sharding)")
+    checkpointing: bool = setting(False, "compute activations again in the backward pass; saves memory")
+    compile: bool = setting(False, "compile each block")
+
+    save_steps: int = setting(0, "steps between resume points; 0: by time only")
+    save_minutes: float = setting(15.0, "minutes between resume points; 0: by steps only")
+    date: str = setting("2025-01-01", "what a chat template that prints today's date prints")
+
+    def __post_init__(self):
+        positive = ("batch_size", "max_length", "token_budget", "threads", "lr")
+        not_negative = ("epochs", "steps", "limit", "shard", "save_steps", "save_minutes", "clip")
+        shares = ("warmup", "final_lr", "drop_condition", "hide_label", "label_smoothing", "beta1", "beta2")
+        _require(self, positive, lambda value: value > 0, "must be above 0")
+        _require(self, (*not_negative, "weight_decay"), lambda value: value >= 0, "must not be negative")
+        _require(self, shares, lambda value: 0 <= value <= 1, "must be from 0 to 1")
+        _require(self, ("device",), ("auto", "cpu", "cuda").__contains__, "must be auto, cpu or cuda")
+        for name in ("dtype", "save_dtype"):
+            kinds = ("auto", "float32", "bfloat16")
+            _require(self, (name,), kinds.__contains__, f"must be one of {', '.join(kinds)}")
+        if self.token_budget < self.max_length:
+            raise InputError(
+                f"token_budget: {self.token_budget} is less than max_length {self.max_length}, so that the "
+                "longest examples would fit nowhere; raise --token-budget or lower --max-length"
+            )
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where a recipe's models and data stand; an empty one has to be named on the command line."""
+
+    backbone: str = setting("", "model that every judge begins from")
+    prover: str = setting("", "model that the prover begins from; empty: the backbone")
+    human: tuple[str, ...] = setting((), "pairs with a label and a human rationale")
+    labelled: tuple[str, ...] = setting((), "pairs with a label only")
+    unlabelled: tuple[str, ...] = setting((), "pairs without a label")
+    test: tuple[str, ...] = setting((), "held-out pairs with a label")
+    pretrain: tuple[str, ...] = setting((), "raw text, or responses given prompts")
+
+
+@dataclass(frozen=True)
+class SelfTrainConfig:
+    """The loop around training. The paper publishes the three rounds, and none of the numbers below."""
+
+    iters: int = setting(3, "rounds of self-training")
+    seed: int = setting(0, "decides the world, the order, and every sample")
+    k: int = setting(4, "proofs per pair, of which equation 5 picks one")
+    proof_temperature: float = setting(0.7, "temperature at which proofs are sampled")
+    proof_tokens: int = setting(1024, "most tokens of a proof")
+    votes: int = setting(8, "votes per unlabelled pair, half of them in each order")
+    judge_tokens: int = setting(1024, "most tokens of a judge's answer")
+    confidence: float = setting(0.75, "share of all votes that a pseudo-label needs")
+    softmax: float = setting(0.0, "mean softmax that it needs (the paper's filter); 0: not used")
+    max_words: int = setting(1500, "longest rationale that is kept, in words")
+    without: tuple[str, ...] = setting((), "names of filters that are switched off")
+    keep_candidates: bool = setting(False, "write down all k proofs of a pair with their scores")
+    mix_human: bool = setting(False, "every judge also trains on the human rationales, in every arm alike")
+    pool: int = setting(0, "unlabelled pairs per round; 0: an equal share of all of them")
+    test_votes: int = setting(16, "votes of the row voting@16")
+    test_limit: int = setting(0, "only the first N test pairs; 0: all")
+    baselines: bool = setting(True, "also train discriminative, generative and labelled only, 2x steps")
+
+    def __post_init__(self):
+        _require(
+            self,
+            ("iters", "k", "votes", "proof_tokens", "judge_tokens", "max_words"),
+            _above_zero,
+            "must be above 0",
+        )
+        _require(self, ("proof_temperature", "test_votes"), _above_zero, "must be above 0")
+        _require(self, ("confidence", "softmax"), lambda value: 0 <= value <= 1, "must be from 0 to 1")
+        _require(self, ("votes", "test_votes"), lambda value: value % 2 == 0, "must be even")
+
+
+def _above_zero(value: float) -> bool:
+    return value > 0
+
+
+def _require(config: Any, names: Sequence[str], holds: Any, rule: str) -> None:
+    for name in names:
+        if not holds(value := getattr(config, name)):
+            raise InputError(f"{name}: {value!r} {rule}")
+
+
+# ---------------------------------------------------------------------------------- recipes
+
+
+def read_recipe(path: str | Path) -> dict[str, dict[str, Any]]:
+    """A recipe's tables by their dotted names; a table that no recipe has is refused."""
+    path = Path(path)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such recipe") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{path}: not a TOML recipe ({error})") from None
+    tables: dict[str, dict[str, Any]] = {}
+    for name, table in raw.items():
+        if not isinstance(table, dict):
+            raise InputError(f"{path}: {name} stands outside a table; tables are {', '.join(TABLES)}")
+        tables[name] = {key: value for key, value in table.items() if not isinstance(value, dict)}
+        tables |= {f"{name}.{key}": value for key, value in table.items() if isinstance(value, dict)}
+    for name in (name for name in tables if name not in TABLES):
+        raise InputError(f"{path}: unknown table [{name}]; tables are {', '.join(TABLES)}")
+    return tables
+
+
+def resolve(
+    cls: type[Settings], recipe: str | Path | None, tables: Sequence[str], overrides: dict[str, Any]
+) -> Settings:
+    """Defaults, then the recipe's tables in this order, then what the command line says."""
+    found = read_recipe(recipe) if recipe is not None else {}
+    layers = [(f"{recipe} [{name}]", found.get(name, {})) for name in tables]
+    kinds = typing.get_type_hints(cls)
+    merged: dict[str, Any] = {}
+    for where, values in (*layers, ("command line", overrides)):
+        for name, value in values.items():
+            if name not in kinds:
+                raise InputError(f"{where}: unknown setting {name}; there are {', '.join(kinds)}")
+            merged[name] = _coerce(value, kinds[name], f"{where} {name}")
+    return cls(**merged)
+
+
+def _coerce(value: Any, kind: Any, where: str) -> Any:
+    """A TOML value as its field's type: a whole number will do as a float, and nothing else is bent."""
+    if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
+        return tuple(_coerce(each, typing.get_args(kind)[0], where) for each in value)
+    if isinstance(kind, types.UnionType):
+        return value if value is None else _coerce(value, typing.get_args(kind)[0], where)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise InputError(f"{where}: expected {_kind_name(kind)}, got {value!r}")
+    return value
+
+
+def _kind_name(kind: Any) -> str:
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}.get(
+        kind, "a list"
+    )
+
+
+# ---------------------------------------------------------------------------------- command line
+
+
+def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
+    """A flag for each field; a flag that is not given leaves no trace, so that the recipe holds."""
+    group = parser.add_argument_group("settings (each may stand in the recipe)")
+    kinds = typing.get_type_hints(cls)
+    for each in dataclasses.fields(cls):
+        flag, kind = "--" + each.name.replace("_", "-"), kinds[each.name]
+        options: dict[str, Any] = {"dest": each.name, "default": argparse.SUPPRESS}
+        text = each.metadata.get("help", "").replace("%", "%%")
+        options["help"] = f"{text} [{_shown(each.default)}]"
+        if typing.get_origin(kind) is tuple:
+            options |= {"nargs": "*", "type": typing.get_args(kind)[0]}
+        elif kind is bool:
+            group.add_argument(f"--no-{flag[2:]}", dest=each.name, action="store_false", **_silent())
+            options |= {"nargs": "?", "const": True, "type": _boolean}
+        else:
+            options["type"] = typing.get_args(kind)[0] if isinstance(kind, types.UnionType) else kind
+        group.add_argument(flag, metavar=each.name.upper().rpartition("_")[2], **options)
+
+
+def given(cls: type, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the command line said about the fields of `cls`."""
+    names = {each.name for each in dataclasses.fields(cls)}
+    return {name: value for name, value in vars(arguments).items() if name in names}
+
+
+def _silent() -> dict[str, Any]:
+    return {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() == "true"
+
+
+def _shown(default: Any) -> str:
+    if default in ("", (), None):
+        return "none"
+    return str(default).lower() if isinstance(default, bool) else str(default)

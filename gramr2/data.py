@@ -1,0 +1,190 @@
+"""Records on disk, and the order in which training meets them.
+
+`Store` reads a JSONL file at random through an index of 8-byte offsets, so that a file of any size costs no
+memory; `Shard` appends rows so that a kill loses at most the row it cut; `fitting`, `pack` and `order` turn
+example lengths into the packed batches of an epoch. Examples that are too long are dropped and counted, never
+cut: the label is an example's tail.
+
+What it leaves out: what a row means (records.py), and how a pack becomes tensors (the trainer's business).
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import os
+import sys
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gramr2.files import InputError, publish_file
+
+_HEADER = 4  # words before the offsets: a mark, the data file's size, its time of change, bytes of whole rows
+_MARK = int.from_bytes(b"gramidx1", "little")
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _say_torn(path: Path, size: int) -> None:
+    print(f"warning: {path}: dropped a torn last line of {size} bytes", file=sys.stderr)
+
+
+class Store:
+    """A JSONL file as a sequence: `len`, `[i]`, iteration; a row is a dict, or what `make` makes of it.
+
+    The index lies beside the file, as NAME.idx, and is built anew when the file has changed. A torn last
+    line (a writer was killed) is not a row; `torn` is its size in bytes.
+    """
+
+    def __init__(self, path: str | Path, make: Callable[[dict], Any] | None = None):
+        self.path, self.make = Path(path), make
+        try:
+            self._file = self.path.open("rb")
+        except OSError as error:
+            raise InputError(f"{self.path}: {error.strerror}") from None
+        stat = os.fstat(self._file.fileno())
+        index = self.path.with_name(self.path.name + ".idx")
+        words = self._read_index(index, stat)
+        if words is None:
+            words = self._build_index(stat)
+            try:
+                with publish_file(index) as temporary:
+                    words.tofile(temporary)
+            except OSError:
+                pass  # a directory that cannot be written: the index is kept in memory
+        self._offsets = words[_HEADER:]
+        self._end = int(words[3])
+        self.torn = stat.st_size - self._end
+        if self.torn:
+            _say_torn(self.path, self.torn)
+
+    @staticmethod
+    def _read_index(index: Path, stat: os.stat_result) -> np.ndarray | None:
+        try:
+            words = np.memmap(index, dtype="<u8", mode="r")
+        except (OSError, ValueError):
+            return None
+        fresh = len(words) >= _HEADER and words[:3].tolist() == [_MARK, stat.st_size, stat.st_mtime_ns]
+        return words if fresh else None
+
+    def _build_index(self, stat: os.stat_result) -> np.ndarray:
+        words, position = array("Q", [_MARK, stat.st_size, stat.st_mtime_ns, 0]), 0
+        for line in self._file:
+            if not line.endswith(b"\n") and not _is_json(line):
+                break
+            if not line.isspace():
+                words.append(position)
+            position += len(line)
+        words[3] = position
+        return np.array(words, dtype="<u8")
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, i: int) -> Any:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"{self.path}: row {i} of {len(self)}")
+        i %= len(self)
+        start = int(self._offsets[i])
+        end = int(self._offsets[i + 1]) if i + 1 < len(self) else self._end
+        # pread keeps no position, so threads and forked loaders may share the file.
+        line = os.pread(self._file.fileno(), end - start, start)
+        try:
+            row = json.loads(line)
+            return row if self.make is None else self.make(row)
+        except UnicodeDecodeError:
+            raise InputError(f"{self.path}: row {i + 1} is not UTF-8 text") from None
+        except json.JSONDecodeError as error:
+            raise InputError(f"{self.path}: row {i + 1} is not JSON ({error.msg})") from None
+        except InputError as error:
+            raise InputError(f"{self.path}: row {i + 1}: {error}") from None
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Shard:
+    """Appends rows to a JSONL file. A row that a kill cut is dropped, and said, when it is opened again."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a+b")
+        self._mend()
+
+    def _mend(self) -> None:
+        """Brings the file to the end of its last whole row."""
+        size = end = self._file.seek(0, os.SEEK_END)
+        tail = b""
+        while end and b"\n" not in tail:
+            end = max(0, end - (1 << 16))
+            self._file.seek(end)
+            tail = self._file.read(size - end)
+        rest = tail[tail.rfind(b"\n") + 1 :]
+        if rest and _is_json(rest):
+            self._file.write(b"\n")
+        elif rest:
+            _say_torn(self.path, len(rest))
+            self._file.truncate(size - len(rest))
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()  # to the system: survives the process, and after `sync` the machine
+
+    def sync(self) -> None:
+        """Forces what was written to disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.sync()
+        self._file.close()
+
+    def __enter__(self) -> Shard:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def fitting(lengths: Sequence[int], limit: int) -> tuple[list[int], int]:
+    """→ (indices of the examples of at most `limit` tokens, how many are over-long and dropped)."""
+    kept = [i for i, length in enumerate(lengths) if length <= limit]
+    return kept, len(lengths) - len(kept)
+
+
+def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Puts examples into packs of at most `budget` tokens each, whole; → the indices in each pack.
+
+    Longest first, each into the fullest pack that has room (best-fit decreasing). A function of the lengths
+    alone.
+    """
+    packs: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, pack), sorted
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if lengths[i] > budget:
+            raise InputError(f"example {i} has {lengths[i]} tokens, over the budget of {budget}")
+        at = bisect.bisect_left(room, (lengths[i], 0))
+        left, chosen = room.pop(at) if at < len(room) else (budget, len(packs))
+        if chosen == len(packs):
+            packs.append([])
+        packs[chosen].append(i)
+        bisect.insort(room, (left - lengths[i], chosen))
+    return packs
+
+
+def order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of range(n), a function of (n, seed, epoch)."""
+    return np.random.default_rng([seed, epoch]).permutation(n)

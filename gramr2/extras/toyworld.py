@@ -1,0 +1,247 @@
+"""The toy world: a shop whose prices nobody tells, on which the whole algorithm runs in minutes.
+
+There are some goods, each with one price from 1 to 9, drawn anew for every seed and told by no question.
+A question names a few goods; two clerks answer with price lists. One list is right throughout, the other
+wrong in one place or more. Who knows the price of one disputed good can decide, and the better list then
+teaches the other prices: that is how unlabelled pairs carry knowledge from round to round.
+
+A rationale goes through the goods: what each costs, what each list says, whether that is right; then it
+counts, then it concludes. The backbone is pre-trained on fragments of these forms with made-up prices: it
+learns to copy names, to compare and to count, and knows no price. No fragment judges a question.
+
+The world is a directory: human.jsonl (label and rationale), labelled.jsonl (label), unlabelled.jsonl (no
+label; `truth.jsonl` beside it is for reporting only and is opened by nothing that trains or filters),
+dev.jsonl, test.jsonl, pretrain.jsonl, and backbone_init/, a random model with this world's tokenizer and
+prompts. The splits share no set of goods; they share the prices, which is the point.
+
+It leaves out: language. The tokenizer has a token for each word and for each fixed phrase of the prompts
+and answers, so that the form which the real data have costs the toy only a few tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from gramr2.config import resolve, setting
+from gramr2.files import InputError, publish_file
+from gramr2.records import Pair, mark, show
+
+SPLITS = ("human", "labelled", "unlabelled", "dev", "test")
+JUDGE_TEMPLATE = "{question}\nResponse A: {response_a}\nResponse B: {response_b}"
+PROVER_TEMPLATE = "Prove {label}: {question}\nResponse A: {response_a}\nResponse B: {response_b}"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message.role + '|>' + message.content + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+# Fixed phrases of prompts, rationales, proofs and verdicts: a token each.
+PHRASES = (
+    *(" Response A", " Response B", "Response A", "Response B", "\nResponse A:", "\nResponse B:"),
+    *("<think>\n", "</think>\n<answer>\n", "<answer>\n", "\n</answer>", "\n\n", "\n"),
+    *("Feedback:\n", "Comparison:\n", "Conclusion:\n"),
+    *(f"This argument justifies the choice of Response {letter}." for letter in "AB"),
+    *("The responses in turn:", "Comparing the two:", "Therefore:"),
+)
+WORDS = (
+    "A",
+    "B",
+    "unknown",
+    "Prove",
+    " A",
+    " B",
+    " yes",
+    " no",
+    " costs",
+    " right",
+    " is",
+    " better",
+    " price",
+)
+WORDS += ("price", " of", ":", ",", ".", "?", *(f" {digit}" for digit in range(10)))
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """Sizes of the world and of its backbone."""
+
+    goods: int = setting(160, "goods in the shop")
+    asked: int = setting(3, "goods that a question names")
+    human: int = setting(60, "pairs with a human rationale")
+    labelled: int = setting(160, "pairs with a label only")
+    unlabelled: int = setting(2400, "pairs without a label, over all rounds")
+    dev: int = setting(300, "held-out pairs for choosing settings")
+    test: int = setting(1500, "held-out pairs for reporting")
+    pretrain: int = setting(20000, "fragments for the backbone")
+    hidden_size: int = setting(96, "width of the backbone")
+    layers: int = setting(3, "blocks of the backbone")
+    heads: int = setting(4, "attention heads of the backbone")
+
+
+def good_names(count: int) -> list[str]:
+    """Pronounceable names of two syllables, the same in every world."""
+    syllables = [a + b for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u")]
+    names = [one + two for one, two in itertools.product(syllables, repeat=2)]
+    return random.Random(7).sample(names, count)
+
+
+def _list(goods: tuple[str, ...], prices: dict[str, int]) -> str:
+    return ", ".join(f"{good} {prices[good]}" for good in goods) + "."
+
+
+def _wrong_prices(goods: tuple[str, ...], prices: dict[str, int], rng: random.Random) -> dict[str, int]:
+    """The other clerk's list: wrong in one place or more, in few the likelier."""
+    places = min(len(goods), rng.choices((1, 2, 3), (0.4, 0.35, 0.25))[0])
+    wrong = dict(prices)
+    for good in rng.sample(goods, places):
+        wrong[good] = rng.choice([price for price in range(1, 10) if price != prices[good]])
+    return wrong
+
+
+def rationale(goods: tuple[str, ...], prices: dict[str, int], lists: dict[str, dict[str, int]]) -> str:
+    """What someone who knows the prices writes about two lists: good by good, the count, the conclusion."""
+    counts, lines = {"A": 0, "B": 0}, []
+    for good in goods:
+        said = []
+        for letter, listed in lists.items():
+            right = listed[good] == prices[good]
+            counts[letter] += right
+            said.append(f"Response {letter} {listed[good]} {'yes' if right else 'no'}")
+        lines.append(f"{good} costs {prices[good]}: {', '.join(said)}.")
+    better = "A" if counts["A"] > counts["B"] else "B"
+    return (
+        f"Feedback:\n{' '.join(lines)}\n\nComparison:\n"
+        f"Response A {counts['A']} right, Response B {counts['B']} right.\n\n"
+        f"Conclusion:\nResponse {better} is better."
+    )
+
+
+def _make_pair(goods: tuple[str, ...], prices: dict[str, int], rng: random.Random, split: str) -> Pair:
+    """A question with its two lists; the better one stands on either side with equal chance."""
+    label, wrong = rng.choice("AB"), _wrong_prices(goods, prices, rng)
+    right = {good: prices[good] for good in goods}
+    lists = {"A": right, "B": wrong} if label == "A" else {"A": wrong, "B": right}
+    return Pair(
+        messages=(("user", f"price of {' '.join(goods)}?"),),
+        response_a=_list(goods, lists["A"]),
+        response_b=_list(goods, lists["B"]),
+        label=label,
+        rationale=mark(rationale(goods, prices, lists)) if split == "human" else None,
+        source="shop",
+        domain=f"{sum(lists['A'][g] != lists['B'][g] for g in goods)} disputed",
+    )
+
+
+def _fragments(names: list[str], asked: int, count: int, rng: random.Random) -> Iterator[dict[str, str]]:
+    """Skills without knowledge: prices are made up anew in each fragment, and none is a judgment."""
+    from gramr2.prompts import judge_prompt
+
+    for _ in range(count):
+        goods = tuple(rng.sample(names, asked))
+        prices = {good: rng.randint(1, 9) for good in goods}
+        pair = _make_pair(goods, prices, rng, "human")
+        written = show(pair.rationale)
+        feedback, _, rest = written.partition("\n\nComparison:\n")
+        if rng.random() < 0.7:  # copy and compare
+            yield {"prompt": judge_prompt(pair, JUDGE_TEMPLATE), "response": f"<think>\n{feedback}"}
+        else:  # count and conclude
+            tail = f"Comparison:\n{rest}\n</think>\n<answer>\n{pair.label}\n</answer>"
+            lines = feedback.removeprefix("Feedback:\n")
+            yield {"prompt": lines, "response": tail}
+
+
+def tokenizer_files(names: list[str]) -> dict[str, bytes]:
+    """A tokenizer of whole words that gives every text of this world back as it was."""
+    import tokenizers
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+
+    specials = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|unknown|>"]
+    words = [*specials, *PHRASES, *WORDS, *names, *(f" {name}" for name in names)]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    fast = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
+    fast.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+|\n| ?[^\w\s]|\s"), "isolated")
+    fast.decoder = decoders.Fuse()
+    fast.add_special_tokens(specials)
+    fast.add_tokens([tokenizers.AddedToken(phrase, normalized=False) for phrase in PHRASES])
+    config = {"eos_token": "<|end|>", "unk_token": "<|unknown|>", "chat_template": CHAT_TEMPLATE}
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return {
+        "tokenizer.json": fast.to_str().encode(),
+        "tokenizer_config.json": json.dumps(config).encode(),
+        "generation_config.json": json.dumps({"eos_token_id": 0}).encode(),
+    }
+
+
+def _write_backbone(directory: Path, names: list[str], config: WorldConfig, seed: int) -> None:
+    import torch
+
+    from gramr2 import weights
+    from gramr2.model import Decoder, ModelConfig
+    from gramr2.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(tokenizer_files(names), str(directory))
+    shape = ModelConfig(
+        vocab_size=-(-tokenizer.size // 16) * 16,
+        hidden_size=config.hidden_size,
+        intermediate_size=2 * config.hidden_size,
+        num_layers=config.layers,
+        num_heads=config.heads,
+        num_kv_heads=config.heads,
+        head_size=config.hidden_size // config.heads,
+        max_positions=512,
+        tie_embeddings=True,
+        qk_norm=True,
+    )
+    model = Decoder(shape)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=shape.hidden_size**-0.5, generator=generator)
+    prompts = {"judge_prompt.txt": JUDGE_TEMPLATE, "prover_prompt.txt": PROVER_TEMPLATE}
+    weights.save(model, tokenizer, directory, extra=prompts)
+
+
+def make_world(directory: Path, seed: int = 0, **sizes: int) -> Path:
+    """Writes the world, or finds it written; the same seed and sizes give the same bytes."""
+    config = resolve(WorldConfig, None, [], sizes)
+    directory, said = Path(directory), {"seed": seed, **vars(config)}
+    about = directory / "world.json"
+    if about.is_file():
+        if json.loads(about.read_text()) != said:
+            raise InputError(f"{about}: a world of another seed or size; name another directory")
+        return directory
+    rng = random.Random(f"shop {seed}")
+    names = good_names(config.goods)
+    prices = {name: rng.randint(1, 9) for name in names}
+    sizes = [getattr(config, split) for split in SPLITS]
+    sets = _distinct_sets(names, config.asked, sum(sizes), rng)
+    for split, size in zip(SPLITS, sizes, strict=True):
+        pairs = [_make_pair(next(sets), prices, rng, split) for _ in range(size)]
+        if split == "unlabelled":
+            _write(directory / "truth.jsonl", ({"id": pair.id, "label": pair.label} for pair in pairs))
+            pairs = [Pair.from_json({**pair.to_json(), "label": None}) for pair in pairs]
+        _write(directory / f"{split}.jsonl", (pair.to_json() for pair in pairs))
+    _write(directory / "pretrain.jsonl", _fragments(names, config.asked, config.pretrain, rng))
+    _write_backbone(directory / "backbone_init", names, config, seed)
+    with publish_file(about) as temporary:  # last: a world without it is made anew
+        temporary.write_text(json.dumps(said))
+    return directory
+
+
+def _distinct_sets(names: list[str], size: int, count: int, rng: random.Random) -> Iterator[tuple[str, ...]]:
+    """Sets of goods, none twice whatever its order: no question of one split stands in another."""
+    drawn: dict[frozenset[str], tuple[str, ...]] = {}
+    for _ in range(100 * count):
+        goods = tuple(rng.sample(names, size))
+        drawn.setdefault(frozenset(goods), goods)
+        if len(drawn) == count:
+            return iter(drawn.values())
+    raise InputError(f"world: {len(names)} goods give too few questions of {size} for {count} pairs")
+
+
+def _write(path: Path, rows: Iterator[dict] | map) -> None:
+    with publish_file(path) as temporary, temporary.open("w", encoding="utf-8") as out:
+        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

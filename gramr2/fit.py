@@ -1,0 +1,742 @@
+"""The one training loop. Every stage of the paper is this file with another target (STAGES).
+
+`train` reads pairs, turns each into token ids (`Curriculum`), fixes every step's global set of examples
+before it is split, deals it into packs over the ranks, and leaves a Hugging Face directory. What the stages
+share is everything but the target, so that comparing two trained models compares their objectives.
+
+    prover          (4)  prompt with the label -> proof; the condition dropped in a tenth (equation 5)
+    reward          (2)  judge prompt -> rationale, then label
+    generative      (1)  judge prompt -> label; with label smoothing, GRAM's two-way loss
+    discriminative  BT   the two responses' scores
+    pretrain             text, or responses given prompts
+
+Nothing draws from a generator while training: order, placement and what is hidden are functions of (seed,
+epoch, row), so the number of the step is the whole of the cursor, and a resumed run repeats the bits of an
+uninterrupted one on the CPU. A run lives in its directory: resume/run.json says what it trains on,
+resume/step-N/ are its states, model/ appears last and at once, with the figures in model/training.json.
+
+It leaves out: evaluation, and the policy's own sampling; `Loop` takes any stream of global batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+from gramr2 import loss, parallel, prompts
+from gramr2.config import TrainConfig
+from gramr2.data import Store, order, pack
+from gramr2.files import InputError, publish_file, read_json, write_json
+from gramr2.loss import Row, Trainee, collate
+from gramr2.model import Decoder, ModelConfig
+from gramr2.records import Example, Pair, as_messages
+from gramr2.tokenizer import Tokenizer
+from gramr2.weights import read_config, save_tensors
+
+BAD_STEPS = 3  # steps in a row whose loss or gradient is not finite; then the run stops
+EQUATION = {
+    "prover": "equation 4: the proof, given the pair and its label",
+    "reward": "equation 2: the rationale, then the label",
+    "generative": "equation 1: the label alone",
+    "discriminative": "Bradley-Terry on a scalar head",
+    "pretrain": "language modelling",
+}
+# Settings that a run may be continued under with other values: they change how, not what, it computes.
+FREE = {"device", "dtype", "save_dtype", "threads", "shard", "checkpointing", "compile", "token_budget"}
+FREE |= {"save_steps", "save_minutes"}
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM or Ctrl-C: the state was saved; the same call continues."""
+
+
+# ---------------------------------------------------------------------------------- rows of a stage
+
+
+class Unusable(Exception):
+    """A row that this stage cannot train on; the reason is counted."""
+
+
+class Curriculum:
+    """A stage's data as examples: row `i`, in epoch `e`, at a letter, is always the same ids.
+
+    A pair whose rationale cannot be swapped keeps its own order, whatever letter is asked for.
+    """
+
+    def __init__(self, stage: str, config: TrainConfig, data: Sequence[Path], model_dir: Path):
+        self.stage, self.config = stage, config
+        make = None if stage == "pretrain" else Pair.from_json
+        self.stores = [Store(path, make) for path in data]
+        self.starts = np.cumsum([0, *map(len, self.stores)])
+        self.size = min(int(self.starts[-1]), config.limit or int(self.starts[-1]))
+        if not self.size:
+            raise InputError(f"{', '.join(map(str, data))}: no rows to train on")
+        self.tokenizer = Tokenizer.load(model_dir, date=config.date)
+        self.template, note = self._template(model_dir)
+        self.notes = [note] if note.startswith("warning") else []
+        if stage == "generative" and config.label_smoothing:
+            self.letters = prompts.verdict_ids(self.tokenizer.encode, thinking=False)
+
+    def _template(self, model_dir: Path) -> tuple[str, str]:
+        if self.stage in ("pretrain", "discriminative"):
+            return "", ""
+        template, note = prompts.template_for(model_dir, kind=self.template_kind)
+        if self.stage == "generative" and template == prompts.JUDGE_PROMPT:
+            return prompts.LABEL_PROMPT, note  # our own prompt without the rationale
+        return template, note
+
+    @property
+    def template_kind(self) -> str:
+        return "prover" if self.stage == "prover" else "judge"
+
+    def record(self, i: int) -> Any:
+        file = int(np.searchsorted(self.starts, i, side="right")) - 1
+        return self.stores[file][i - int(self.starts[file])]
+
+    def plain(self, i: int) -> Row:
+        """Row i in its own order, with nothing hidden: what decides whether it is used at all."""
+        row = self._build(self.record(i))
+        if row.length > self.config.max_length:
+            raise Unusable("longer than max_length")
+        return row
+
+    def __call__(self, i: int, epoch: int, letter: str) -> Row:
+        if self.stage in ("pretrain", "discriminative"):
+            return self._build(self.record(i))
+        pair = self.record(i)
+        turned = pair.swapped() if pair.label != letter and pair.swappable else pair
+        row = self._build(turned, np.random.default_rng([self.config.seed, epoch, i]).random(2))
+        # The other order may be a token longer. Nothing is cut: the row stands as it was measured.
+        return row if row.length <= self.config.max_length else self._build(pair)
+
+    def _build(self, record: Any, draws: Sequence[float] = (1.0, 1.0)) -> Row:
+        """One record's example; the draws decide what the prover is not shown."""
+        if self.stage == "pretrain":
+            return Row((self._text(record),))
+        if record.label is None:
+            raise Unusable('no "label"')
+        if self.stage == "discriminative":
+            return self._scored(record)
+        if self.stage == "generative":
+            return self._label(record)
+        if not record.rationale:
+            raise Unusable('no "rationale"')
+        reading = prompts.parse_rationale(record.rationale)
+        if reading.rationale is None:
+            raise Unusable(f"rationale: {reading.reason}")
+        if self.stage == "reward":
+            shown = prompts.show(str(reading.rationale))
+            asked = prompts.judge_prompt(record, self.template)
+            return Row((self._answer(asked, prompts.judge_target(shown, record.label)),))
+        proof = prompts.show(prompts.proof_from_rationale(reading.rationale, record.label))
+        hidden = draws[1] < self.config.hide_label
+        asked = prompts.prover_prompt(record, self.template, hidden)
+        return Row((self._answer("" if draws[0] < self.config.drop_condition else asked, proof),))
+
+    def _answer(self, asked: str, target: str) -> Example:
+        ids, start = self.tokenizer.example([{"role": "user", "content": asked}], target)
+        return Example(tuple(ids), start)
+
+    def _label(self, pair: Pair) -> Row:
+        answer = self._answer(prompts.judge_prompt(pair, self.template), prompts.label_target(pair.label))
+        if not self.config.label_smoothing:
+            return Row((answer,))
+        of_a, of_b, before = self.letters
+        other = of_b if pair.label == "A" else of_a
+        return Row((answer,), rival=(answer.start + len(before), other))
+
+    def _scored(self, pair: Pair) -> Row:
+        messages = [{"role": role, "content": content} for role, content in pair.messages]
+        better, worse = pair.response_a, pair.response_b
+        if pair.label == "B":
+            better, worse = worse, better
+        margin = (pair.margin or 0.0) if self.config.use_margin else 0.0
+        both = (scored_sequence(self.tokenizer, messages, text) for text in (better, worse))
+        return Row(tuple(Example(tuple(ids), len(ids)) for ids in both), margin=abs(margin))
+
+    def _text(self, row: dict[str, Any]) -> Example:
+        """{"text"}: every token is a target. A response given a prompt: the response's are."""
+        if isinstance(row.get("text"), str):
+            ids = [*self.tokenizer.encode_document(row["text"]), *self.tokenizer.stop_ids[:1]]
+            return Example(tuple(ids), 1)
+        if isinstance(row.get("messages"), list):
+            messages = [{"role": role, "content": text} for role, text in as_messages(row["messages"])]
+        else:
+            asked = row.get("prompt", row.get("question"))
+            messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else []
+        if not messages or not isinstance(row.get("response"), str):
+            raise Unusable('neither "text" nor "prompt" and "response"')
+        ids, start = self.tokenizer.example(messages, row["response"])
+        return Example(tuple(ids), start)
+
+
+def scored_sequence(tokenizer: Tokenizer, messages: Sequence[dict[str, str]], response: str) -> list[int]:
+    """What a discriminative model reads; its score stands at the last token, the one that ends the turn."""
+    return tokenizer.example(messages, response)[0]
+
+
+# ---------------------------------------------------------------------------------- what a run will do
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rows are used, and how many steps that makes. `lengths` and `units` are of the rows in `kept`."""
+
+    kept: np.ndarray
+    lengths: np.ndarray
+    units: np.ndarray
+    dropped: dict[str, int]
+    batch_size: int
+    examples: int  # over all epochs; the last step may be smaller
+    seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(self.examples / self.batch_size)
+
+    def step(self, number: int) -> list[tuple[int, int, str]]:
+        """(row, epoch, letter of the better response) of every example of a step, over all ranks.
+
+        Either letter goes to half of the rows of an epoch, by a seeded draw, and the next epoch turns all.
+        """
+        last = min((number + 1) * self.batch_size, self.examples)
+        places = [divmod(place, len(self.kept)) for place in range(number * self.batch_size, last)]
+        orders = {epoch: order(len(self.kept), self.seed, epoch) for epoch in {e for e, _ in places}}
+        turns = order(len(self.kept), self.seed + 1, 0)
+        chosen = [(int(orders[epoch][place]), epoch) for epoch, place in places]
+        return [(int(self.kept[k]), epoch, "AB"[(int(turns[k]) + epoch) % 2]) for k, epoch in chosen]
+
+
+def make_plan(curriculum: Curriculum, config: TrainConfig, here: parallel.World) -> Plan:
+    """Tokenizes every row once, each rank its share: too long, or without what the stage needs, is out."""
+    mine = range(here.rank, curriculum.size, here.size)
+    found: list[tuple[int, int, int]] = []
+    dropped: Counter[str] = Counter()
+    failure = None
+    try:
+        for i in tqdm(mine, "reading", disable=not here.first or curriculum.size < 10000, leave=False):
+            try:
+                row = curriculum.plain(i)
+                found.append((i, row.length, row.units))
+            except Unusable as reason:
+                dropped[str(reason)] += 1
+    except InputError as error:
+        failure = str(error)
+    parts = here.gather((found, dropped, failure))
+    for _, _, failure in parts:
+        if failure:
+            raise InputError(failure)
+    dropped = sum((part[1] for part in parts), Counter())
+    rows = np.array(sorted(row for part in parts for row in part[0]), dtype=np.int64).reshape(-1, 3)
+    if not len(rows):
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+        names = ", ".join(str(store.path) for store in curriculum.stores)
+        raise InputError(
+            f"{names}: none of {curriculum.size} rows can train the stage {curriculum.stage} ({reasons})"
+        )
+    examples = config.steps * config.batch_size or max(1, round(config.epochs * len(rows)))
+    return Plan(*rows.T, dict(dropped), config.batch_size, examples, config.seed)
+
+
+def deal(rows: Sequence[Row], ranks: int, budget: int) -> list[list[list[Row]]]:
+    """Packs for each rank, as many for one as for another, and as even in tokens as they come.
+
+    There are as few as best-fit packing needs. Rows go, longest first, to the pack with the fewest tokens;
+    where that overflows a pack, the tighter best-fit packs are taken. Packs may stay empty.
+    """
+    lengths = [row.length for row in rows]
+    tight = pack(lengths, budget)
+    count = math.ceil(len(tight) / ranks) * ranks
+    even: list[list[int]] = [[] for _ in range(count)]
+    tokens = [0] * count
+    for i in sorted(range(len(rows)), key=lambda i: (-lengths[i], i)):
+        lightest = min(range(count), key=tokens.__getitem__)
+        even[lightest].append(i)
+        tokens[lightest] += lengths[i]
+    packs = even if max(tokens) <= budget else tight + [[]] * (count - len(tight))
+    return [[[rows[i] for i in members] for members in packs[rank::ranks]] for rank in range(ranks)]
+
+
+class Ahead:
+    """Rows of the next step are built while this one is computed."""
+
+    def __init__(self, plan: Plan, curriculum: Curriculum):
+        self.plan, self.curriculum = plan, curriculum
+        self.pool = ThreadPoolExecutor(1)
+        self.next: Future[list[Row]] | None = None
+
+    def _build(self, step: int) -> list[Row]:
+        return [self.curriculum(*chosen) for chosen in self.plan.step(step)]
+
+    def __call__(self, step: int) -> list[Row]:
+        """Called for one step after the other, from any first one."""
+        rows = self.next.result() if self.next else self._build(step)
+        if step + 1 < self.plan.steps:
+            self.next = self.pool.submit(self._build, step + 1)
+        return rows
+
+
+# ---------------------------------------------------------------------------------- the loop
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with every resume point."""
+
+    step: int = 0  # steps behind us, skipped ones included
+    updates: int = 0  # what AdamW counts
+    skipped: int = 0
+    bad_in_a_row: int = 0
+    tokens: int = 0
+    targets: int = 0
+    seconds: float = 0.0
+    loss: float | None = None
+
+
+@dataclass
+class Loop:
+    """Optimizer steps over a stream of global batches: `rows_of(step)` is the same list on every rank."""
+
+    trainee: Trainee
+    config: TrainConfig
+    here: parallel.World
+    out: Path
+    steps: int
+    rows_of: Callable[[int], list[Row]]
+    decode: Callable[[Sequence[int]], str] = str
+    at: Progress = field(default_factory=Progress)
+
+    def __post_init__(self):
+        self.optimizer = make_optimizer(self.trainee, self.config)
+        self.state = parallel.training_state(self.trainee, self.optimizer)
+        self.resume = parallel.ResumePoints(self.out / "resume", self.here)
+
+    def restore(self) -> None:
+        """Continues from the newest resume point, if there is one."""
+        cursor = self.resume.load(self.state)
+        if cursor is not None:
+            self.at = Progress(**cursor)
+            set_updates(self.optimizer, self.at.updates)
+        if self.here.first:
+            keep_metrics(self.out / "metrics.jsonl", self.at.step)
+
+    def save(self) -> None:
+        self.resume.save(self.at.step, self.state, dataclasses.asdict(self.at))
+
+    def run(
+        self, bar: tqdm, stop: threading.Event, flops: Callable[[list[Row]], float] | None = None
+    ) -> None:
+        saved, clock = time.monotonic(), time.monotonic()
+        with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
+            while self.at.step < self.steps:
+                rows = self.rows_of(self.at.step)
+                figures = self.step(rows)
+                elapsed, clock = time.monotonic() - clock, time.monotonic()
+                self.at.seconds += elapsed
+                if self.here.first:
+                    metrics.write(json.dumps({"step": self.at.step, **figures, "seconds": elapsed}) + "\n")
+                    metrics.flush()
+                show(bar, figures, elapsed, flops and flops(rows))
+                minutes = (clock - saved) / 60
+                due = bool(self.config.save_minutes) and minutes >= self.config.save_minutes
+                stops, due = self.here.total(stop.is_set(), due and self.here.first)
+                stepped = self.config.save_steps and self.at.step % self.config.save_steps == 0
+                if stops or ((due or stepped) and self.at.step < self.steps):
+                    saved = clock
+                    self.save()
+                if stops and self.at.step < self.steps:
+                    self.resume.finish()
+                    raise Stopped
+                self.resume.publish_when_written()
+        self.resume.finish()
+
+    def step(self, rows: list[Row]) -> dict[str, Any]:
+        """One optimizer step on one global set of examples. A step that is not finite changes nothing.
+
+        FSDP takes the mean of the ranks' gradients; times their number, it is the sum.
+        """
+        units = sum(row.units for row in rows)
+        learning_rate = scheduled(self.at.step, self.steps, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        total = torch.zeros((), device=self.here.device)
+        for members in deal(rows, self.here.size, self.config.token_budget)[self.here.rank]:
+            value = self.trainee(collate(members, self.here.size / units, self.here.device))
+            value.backward()
+            total += value.detach()
+        norm = nn.utils.clip_grad_norm_(self.trainee.parameters(), self.config.clip or math.inf)
+        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        value = self.here.total(float(total) / self.here.size)[0]
+        finite = math.isfinite(value) and math.isfinite(norm)
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.count(rows, units, value if finite else None)
+        if self.at.bad_in_a_row == BAD_STEPS:
+            self.give_up(rows)
+        tokens = sum(row.length for row in rows)
+        figures = {"loss": value, "norm": norm} if finite else {"loss": None, "norm": None, "skipped": True}
+        return figures | {"lr": learning_rate, "examples": len(rows), "tokens": tokens, "targets": units}
+
+    def count(self, rows: list[Row], units: int, value: float | None) -> None:
+        self.at.step += 1
+        self.at.tokens += sum(row.length for row in rows)
+        self.at.targets += units
+        if value is None:
+            self.at.skipped += 1
+            self.at.bad_in_a_row += 1
+        else:
+            self.at.updates += 1
+            self.at.bad_in_a_row = 0
+            self.at.loss = value
+
+    def give_up(self, rows: list[Row]) -> None:
+        place = self.out / "bad-batch.jsonl"
+        if self.here.first:
+            with publish_file(place) as temporary, temporary.open("w", encoding="utf-8") as file:
+                for sequence in (sequence for row in rows for sequence in row.sequences):
+                    text = self.decode(sequence.ids)
+                    file.write(json.dumps({**sequence.to_json(), "text": text}, ensure_ascii=False) + "\n")
+        raise InputError(
+            f"the loss or its gradient was not finite in {BAD_STEPS} steps in a row, up to step {self.at.step}; "
+            f"the last batch is in {place}; look at it, or lower --lr, and run the same command again"
+        )
+
+
+def make_optimizer(trainee: Trainee, config: TrainConfig) -> torch.optim.AdamW:
+    """Fused AdamW; matrices decay and vectors (norms, biases) do not. Its state exists from the start."""
+    parameters = list(trainee.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+    for parameter in parameters:
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+        }
+    return optimizer
+
+
+def set_updates(optimizer: torch.optim.Optimizer, updates: int) -> None:
+    for state in optimizer.state.values():
+        state["step"].fill_(updates)
+
+
+def scheduled(step: int, steps: int, config: TrainConfig) -> float:
+    """Linear warm-up, then a cosine down to its final share."""
+    rising = math.ceil(config.warmup * steps)
+    if step < rising:
+        return config.lr * (step + 1) / rising
+    way = (step - rising) / max(1, steps - rising)
+    return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * way)))
+
+
+def keep_metrics(path: Path, steps: int) -> None:
+    """Rows of steps that a killed run had taken after its last resume point will be written again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        rows = [
+            json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")
+        ]
+        with publish_file(path) as temporary:
+            kept = (json.dumps(row) + "\n" for row in rows if row["step"] <= steps)
+            temporary.write_text("".join(kept), encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------- what a person sees
+
+
+def show(bar: tqdm, figures: dict[str, Any], seconds: float, share: float | None) -> None:
+    rate = figures["tokens"] / max(seconds, 1e-9)
+    text = "loss skipped" if figures["loss"] is None else f"loss {figures['loss']:.4f}"
+    text += f", {rate:,.0f} tokens/s"
+    if share is not None:
+        text += f", {share / seconds:.0%} MFU"
+    bar.set_postfix_str(text, refresh=False)
+    bar.update()
+
+
+def step_flops(config: ModelConfig, rows: Sequence[Row]) -> float:
+    """Multiply-adds x 2 of forward and backward: matrices, attention, and the projection of targets."""
+    qkv = config.hidden_size * (config.num_heads + 2 * config.num_kv_heads) * config.head_size
+    block = qkv + config.num_heads * config.head_size * config.hidden_size
+    block += 3 * config.hidden_size * config.intermediate_size
+    tokens = sum(row.length for row in rows)
+    squares = sum(len(sequence.ids) ** 2 for row in rows for sequence in row.sequences)
+    attention = config.num_heads * config.head_size * squares
+    targets = 0 if config.num_labels else sum(row.units for row in rows)
+    head = config.hidden_size * config.vocab_size * targets
+    return 6.0 * (config.num_layers * (block * tokens + attention) + head)
+
+
+def matmul_rate(device: torch.device, size: int = 8192, repeats: int = 20) -> float:
+    """bf16 FLOP/s of a square matrix product, measured: what the MFU is a share of."""
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(3):
+        a @ a
+    start.record()
+    for _ in range(repeats):
+        a @ a
+    end.record()
+    torch.cuda.synchronize()
+    return 2.0 * size**3 * repeats / (start.elapsed_time(end) / 1e3)
+
+
+def count_parameters(config: ModelConfig) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Decoder(config).parameters())
+
+
+def memory_per_rank(config: TrainConfig, model: ModelConfig, ranks: int, half: bool) -> dict[str, float]:
+    """GB on each rank, estimated: an activation of one token in one block is about 34 D + 8 F bytes in bf16."""
+    parameters, width = count_parameters(model), 2 if half else 4
+    shards = config.shard or ranks
+    block = (
+        parameters - model.vocab_size * model.hidden_size * (2 - model.tie_embeddings)
+    ) / model.num_layers
+    token = width / 2 * (34 * model.hidden_size + 8 * model.intermediate_size)
+    kept = (
+        width * model.hidden_size * model.num_layers + token
+        if config.checkpointing
+        else token * model.num_layers
+    )
+    head = model.vocab_size * model.hidden_size * (2 - model.tie_embeddings)
+    whole = 0 if ranks == 1 and not half else width * (head + 2 * block)
+    return {
+        "weights, gradients and AdamW (16 bytes each)": 16 * parameters / shards / 1e9,
+        "gathered weights": whole / 1e9,
+        "activations": config.token_budget * kept / 1e9,
+        "gradient of the vocabulary's matrix": 4 * model.vocab_size * model.hidden_size / 1e9,
+    }
+
+
+def describe(
+    stage: str, plan: Plan, curriculum: Curriculum, model_dir: Path, model: ModelConfig
+) -> list[str]:
+    """The first lines of a run: what it trains, on what, with how many tokens and parameters."""
+    epochs = plan.examples / len(plan.kept)
+    names = ", ".join(str(store.path) for store in curriculum.stores)
+    per_step = plan.lengths.mean() * min(plan.batch_size, plan.examples)
+    lines = [
+        f"{stage} ({EQUATION[stage]})",
+        f"model    {model_dir}: {count_parameters(model):,} parameters",
+        f"data     {names}: {len(plan.kept):,} examples, {plan.lengths.sum():,} tokens, "
+        f"{plan.units.sum():,} {'pairs' if stage == 'discriminative' else 'target tokens'}",
+        f"steps    {plan.steps:,} of {plan.batch_size} examples, about {per_step:,.0f} tokens each "
+        f"({epochs:.4g} epochs)",
+    ]
+    lines += [f"dropped  {count:,}: {reason}" for reason, count in sorted(plan.dropped.items())]
+    return lines + curriculum.notes
+
+
+def dry_run(
+    stage: str, config: TrainConfig, data: Sequence[Path], model_dir: Path, here: parallel.World
+) -> list[str]:
+    """What `train` would do with these, in lines: reads the data, and no weight."""
+    curriculum = Curriculum(stage, config, data, model_dir)
+    model = read_model_config(stage, config, model_dir, curriculum.tokenizer)
+    alone = dataclasses.replace(here, rank=0, size=1, side=None)
+    plan = make_plan(curriculum, config, alone)
+    half = parallel.compute_dtype(config, here.device) == torch.bfloat16
+    parts = memory_per_rank(config, model, here.size, half)
+    lines = describe(stage, plan, curriculum, model_dir, model)
+    lines.append(f"memory   about {sum(parts.values()):.3g} GB on each of {here.size} ranks, in GB: ")
+    lines[-1] += ", ".join(f"{name} {value:.3g}" for name, value in parts.items())
+    return lines
+
+
+def say(lines: Sequence[str]) -> None:
+    print(*lines, sep="\n", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------- a run and its directory
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def identity(stage: str, config: TrainConfig, data: Sequence[Path], model_dir: Path) -> dict[str, str]:
+    """What a run computes, field by field; a run is continued only where all of it is the same."""
+    settings = dataclasses.asdict(config).items()
+    fields = {"stage": stage} | {name: str(value) for name, value in settings if name not in FREE}
+    fields |= {f"data file {n + 1}": f"{path.name} {digest(path)[:16]}" for n, path in enumerate(data)}
+    files = sorted(path for path in model_dir.iterdir() if path.is_file() and path.name != "training.json")
+    return fields | {f"model's {path.name}": digest(path)[:16] for path in files}
+
+
+def check_identity(found: dict[str, str], now: dict[str, str], out: Path) -> None:
+    names = [name for name in {**found, **now} if found.get(name) != now.get(name)]
+    if names:
+        differ = ", ".join(f"{name} ({found.get(name)}, now {now.get(name)})" for name in names)
+        raise InputError(f"{out} holds another run; it differs in {differ}; name another --out, or remove it")
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """SIGTERM and Ctrl-C ask for a stop between steps; a second one is not waited for."""
+    stop = threading.Event()
+    kinds = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+    before = {kind: signal.getsignal(kind) for kind in kinds}
+
+    def ask(number, frame):
+        stop.set()
+        signal.signal(number, before[number])
+
+    for kind in kinds:
+        signal.signal(kind, ask)
+    try:
+        yield stop
+    finally:
+        for kind in kinds:
+            signal.signal(kind, before[kind])
+
+
+def read_model_config(stage: str, config: TrainConfig, model_dir: Path, tokenizer: Tokenizer) -> ModelConfig:
+    model, _ = read_config(model_dir)
+    if stage == "discriminative":
+        model = dataclasses.replace(model, num_labels=model.num_labels or 1)
+    elif model.num_labels:
+        raise InputError(f"{model_dir}: has a scalar head; the stage {stage} needs a language model")
+    if model.num_labels > 1:
+        raise InputError(f"{model_dir}: has {model.num_labels} scores; a reward model has one")
+    if config.max_length > model.max_positions:
+        raise InputError(
+            f"max_length: {config.max_length} is beyond the model's {model.max_positions} positions"
+        )
+    if model.vocab_size < tokenizer.size:
+        raise InputError(f"{model_dir}: the tokenizer has more ids than the model, {model.vocab_size}")
+    return model
+
+
+def make_trainee(stage: str, config: TrainConfig, model: ModelConfig, model_dir: Path, here: parallel.World):
+    """The decoder with its objective, on its ranks, filled from the checkpoint."""
+    objective = loss.likelihood
+    if stage == "discriminative":
+        objective = loss.preference
+    elif stage == "generative" and config.label_smoothing:
+        objective = loss.smoothed_label(config.label_smoothing)
+    with torch.device("meta"):
+        trainee = Trainee(Decoder(model), objective)
+    parallel.shard(trainee, config, here)
+    parallel.fill(trainee, model_dir, fresh_score=model.num_labels > read_config(model_dir)[0].num_labels)
+    return trainee.train()
+
+
+def train(
+    stage: str,
+    config: TrainConfig,
+    data: Sequence[Path],
+    model_dir: Path,
+    out: Path,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Trains a stage whole, or goes on with it, or finds it done; returns its figures.
+
+    Joins a process group that exists. Raises Stopped once it has saved because a signal asked it to.
+    """
+    data, model_dir, out = [Path(path) for path in data], Path(model_dir), Path(out)
+    with parallel.world(config) as here, stop_on_signals() as stop:
+        curriculum = Curriculum(stage, config, data, model_dir)
+        model = read_model_config(stage, config, model_dir, curriculum.tokenizer)
+        now = here.gather(identity(stage, config, data, model_dir) if here.first else None)[0]
+        if (out / "model" / "training.json").exists():
+            record = read_json(out / "model" / "training.json")
+            check_identity(record["run"], now, out)
+            return record["figures"]
+        plan = make_plan(curriculum, config, here)
+        if here.first:
+            open_run(out, now)
+            if progress:
+                say(describe(stage, plan, curriculum, model_dir, model))
+        trainee = make_trainee(stage, config, model, model_dir, here)
+        rows_of = Ahead(plan, curriculum)
+        loop = Loop(trainee, config, here, out, plan.steps, rows_of, curriculum.tokenizer.decode)
+        loop.restore()
+        run_loop(loop, stage, model, progress, stop)
+        figures = dataclasses.asdict(loop.at) | {"dropped": plan.dropped, "examples": plan.examples}
+        publish_model(loop, curriculum, model, model_dir, {"run": now, "figures": figures})
+        return figures
+
+
+def open_run(out: Path, now: dict[str, str]) -> None:
+    """Writes down what the run is, or holds what is there to it. A run without a state yet is made anew."""
+    record = out / "resume" / "run.json"
+    if any(record.parent.glob("step-*")) and record.exists():
+        check_identity(read_json(record), now, out)
+    else:
+        write_json(record, now)
+
+
+def run_loop(loop: Loop, stage: str, model: ModelConfig, progress: bool, stop: threading.Event) -> None:
+    rate = matmul_rate(loop.here.device) * loop.here.size if loop.here.device.type == "cuda" else None
+    flops = (lambda rows: step_flops(model, rows) / rate) if rate else None
+    terminal = sys.stderr.isatty()
+    with tqdm(
+        total=loop.steps,
+        initial=loop.at.step,
+        desc=stage,
+        unit="step",
+        mininterval=0.2 if terminal else 10,
+        disable=not (progress and loop.here.first),
+    ) as bar:
+        try:
+            loop.run(bar, stop, flops)
+        except Stopped:
+            if loop.here.first:
+                say([f"\nstopped after step {loop.at.step} of {loop.steps}; the same command continues"])
+            raise
+
+
+def publish_model(
+    loop: Loop, curriculum: Curriculum, model: ModelConfig, model_dir: Path, record: dict[str, Any]
+) -> None:
+    """Leaves model/ with the prompts that it was trained on and the run's figures; then drops the states."""
+    raw = read_config(model_dir)[1]
+    named = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    wanted = named if loop.config.save_dtype == "auto" else loop.config.save_dtype
+    extra = {path.name: path.read_text(encoding="utf-8") for path in sorted(model_dir.glob("*_prompt.txt"))}
+    if curriculum.template:
+        extra[f"{curriculum.template_kind}_prompt.txt"] = curriculum.template
+    extra["training.json"] = json.dumps(record, indent=2)
+    tensors = parallel.whole_tensors(loop.trainee, getattr(torch, wanted))
+    failure = None
+    try:
+        if loop.here.first:
+            save_tensors(tensors, model, raw, curriculum.tokenizer, loop.out / "model", extra)
+    except (OSError, SafetensorError) as error:
+        failure = f"{loop.out / 'model'}: could not be written ({error}); free some space, and run it again"
+    for _ in tensors:  # the other ranks take part in every tensor that the first one writes
+        pass
+    failure = loop.here.gather(failure)[0]
+    if failure:
+        raise InputError(failure)
+    if loop.here.first:
+        for state in loop.resume.points():
+            shutil.rmtree(state)

@@ -1,0 +1,169 @@
+"""The equations, over the hidden states of a pack: what each stage of training minimises.
+
+Equations (1) label only, (2) rationale then label and (4) the prover's are one function, `token_loss`:
+the negative log-likelihood of target tokens, each with a coefficient. What differs is the target, which is
+data. Beside it stand GRAM's two-way loss over {A, B} with label smoothing, and Bradley-Terry on a scalar
+head. A policy gradient whose coefficients are known before the step is `token_loss` as well.
+
+Every loss is a sum. Coefficients carry the normalisation, one over the units of the whole step on all ranks
+(target tokens; pairs for Bradley-Terry), so that packs, accumulation and ranks add up to the same gradient.
+
+It leaves out: equation (5), which scores and does not train (prover.py), and building the targets (fit.py).
+
+Shapes: T tokens of a pack, S its sequences, P its pairs, N target tokens in it, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels
+from gramr2.model import Decoder, packed_causal, packed_positions
+from gramr2.records import Example
+
+NO_RIVAL = -1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training example: the sequences that share its loss, and what else the loss needs to know."""
+
+    sequences: tuple[Example, ...]  # one; or the better and the worse response's, for Bradley-Terry
+    coefficients: tuple[float, ...] = ()  # of the target tokens; empty: 1 for each
+    rival: tuple[int, int] | None = None  # (place of the label's letter in ids, the other letter's id)
+    margin: float = 0.0
+
+    @property
+    def length(self) -> int:
+        return sum(len(sequence.ids) for sequence in self.sequences)
+
+    @property
+    def units(self) -> int:
+        """What the loss is averaged over: target tokens; a pair of scores counts once."""
+        if len(self.sequences) == 2:
+            return 1
+        return len(self.sequences[0].ids) - self.sequences[0].start
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One pack as tensors. `places` are rows of the hidden states: place t predicts the id at t + 1."""
+
+    ids_T: Tensor
+    lengths: list[int]
+    ends_S: Tensor
+    places_N: Tensor
+    targets_N: Tensor
+    coefficients_N: Tensor
+    rivals_N: Tensor
+    margins_P: Tensor
+    scale: float
+
+
+def collate(rows: Sequence[Row], scale: float, device: torch.device | str) -> Batch:
+    """Lays rows one behind the other. No rows make an empty pack: one token, and nothing to predict."""
+    sequences = [sequence for row in rows for sequence in row.sequences]
+    lengths = [len(sequence.ids) for sequence in sequences] or [1]
+    ids = [i for sequence in sequences for i in sequence.ids] or [0]
+    places, targets, coefficients, rivals, offset = [], [], [], [], 0
+    for row in rows:
+        for sequence in row.sequences:
+            wanted = range(sequence.start, len(sequence.ids))
+            places += [offset + place - 1 for place in wanted]
+            targets += sequence.ids[sequence.start :]
+            coefficients += row.coefficients or (1.0,) * len(wanted)
+            rivals += [row.rival[1] if row.rival and place == row.rival[0] else NO_RIVAL for place in wanted]
+            offset += len(sequence.ids)
+    long = {"dtype": torch.int64, "device": device}
+    real = {"dtype": torch.float32, "device": device}
+    return Batch(
+        ids_T=torch.tensor(ids, **long),
+        lengths=lengths,
+        ends_S=torch.tensor(lengths, **long).cumsum(0) - 1,
+        places_N=torch.tensor(places, **long),
+        targets_N=torch.tensor(targets, **long),
+        coefficients_N=torch.tensor(coefficients, **real) * scale,
+        rivals_N=torch.tensor(rivals, **long),
+        margins_P=torch.tensor([row.margin for row in rows if len(row.sequences) == 2], **real),
+        scale=scale,
+    )
+
+
+# ---------------------------------------------------------------------------------- the losses
+
+
+def token_loss(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, coefficients_N: Tensor) -> Tensor:
+    """- sum of coefficient x log p(target): equations (1), (2) and (4), and language modelling."""
+    return -kernels.sequence_logprob_sum(hidden_ND, weight_VD, targets_N, coefficients_N)[0]
+
+
+def two_way_loss(right_N: Tensor, wrong_N: Tensor, smoothing: float) -> Tensor:
+    """GRAM's loss over {A, B} alone, from the two letters' logits; `smoothing` is the wrong one's share."""
+    gap_N = right_N - wrong_N
+    return -(1 - smoothing) * F.logsigmoid(gap_N) - smoothing * F.logsigmoid(-gap_N)
+
+
+def bradley_terry(better_P: Tensor, worse_P: Tensor, margins_P: Tensor) -> Tensor:
+    """- log sigmoid(r(better) - r(worse) - margin), for each pair."""
+    return -F.logsigmoid(better_P - worse_P - margins_P)
+
+
+# ---------------------------------------------------------------------------------- objectives
+
+Objective = Callable[[Decoder, Tensor, Batch], Tensor]  # (decoder, hidden_TD, batch) -> the sum over a pack
+
+
+def likelihood(decoder: Decoder, hidden_TD: Tensor, batch: Batch) -> Tensor:
+    """Only the states that predict a target meet the vocabulary."""
+    hidden_ND = hidden_TD.index_select(0, batch.places_N)
+    return token_loss(hidden_ND, decoder.head_weight, batch.targets_N, batch.coefficients_N)
+
+
+def smoothed_label(smoothing: float) -> Objective:
+    """Equation (1) with the letter's term replaced by the two-way loss; the frame around it stays.
+
+    (The frame is what makes a sampled answer readable. It is the same in every example.)
+    """
+
+    def objective(decoder: Decoder, hidden_TD: Tensor, batch: Batch) -> Tensor:
+        hidden_ND, weight_VD = hidden_TD.index_select(0, batch.places_N), decoder.head_weight
+        letter_N = batch.rivals_N != NO_RIVAL
+        frame = token_loss(hidden_ND, weight_VD, batch.targets_N, batch.coefficients_N * ~letter_N)
+        letters = hidden_ND[letter_N].float()
+        right = (letters * weight_VD[batch.targets_N[letter_N]]).sum(-1)
+        wrong = (letters * weight_VD[batch.rivals_N[letter_N]]).sum(-1)
+        return frame + (batch.coefficients_N[letter_N] * two_way_loss(right, wrong, smoothing)).sum()
+
+    return objective
+
+
+def preference(decoder: Decoder, hidden_TD: Tensor, batch: Batch) -> Tensor:
+    """Bradley-Terry on the scalar head, read at each sequence's last token."""
+    scores_S = decoder.score(hidden_TD[batch.ends_S]).float().squeeze(-1)
+    if not len(batch.margins_P):
+        return scores_S.sum() * 0
+    better_P, worse_P = scores_S.unflatten(0, (-1, 2)).unbind(-1)
+    return batch.scale * bradley_terry(better_P, worse_P, batch.margins_P).sum()
+
+
+class Trainee(nn.Module):
+    """Decoder and objective under one root.
+
+    Under FSDP the vocabulary's matrix is whole only while the root's forward runs, and it is needed by the
+    loss; so the loss runs there as well.
+    """
+
+    def __init__(self, decoder: Decoder, objective: Objective):
+        super().__init__()
+        self.decoder, self.objective = decoder, objective
+
+    def forward(self, batch: Batch) -> Tensor:
+        device = batch.ids_T.device
+        positions_T = packed_positions(batch.lengths, device)
+        hidden_TD = self.decoder(batch.ids_T, positions_T, packed_causal(batch.lengths, device))
+        return self.objective(self.decoder, hidden_TD, batch)

@@ -1,0 +1,269 @@
+"""One model over many processes: the process group, FSDP2, and resume points.
+
+`world` makes, or joins, the process group and says where this rank stands. `shard` puts a meta-device model
+on its ranks: each block is a group of parameters, the root is another; weights are fp32, computing is bf16
+or fp32, gradients are reduced in fp32. `fill` reads
+a checkpoint tensor by tensor, and each rank keeps its own part. `ResumePoints` writes and reads the state
+of a run with torch.distributed.checkpoint, which may resume on another number of ranks.
+
+One CPU process is the same code without the wrapping: there is nothing to shard and nothing to cast.
+
+It leaves out: tensor, pipeline and context parallelism. An 8B model on one node needs none of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+
+from gramr2.config import TrainConfig
+from gramr2.files import InputError, read_json, write_json
+from gramr2.loss import Trainee
+from gramr2.weights import checkpoint_tensors
+
+KEPT = 2  # resume points: the newest, and the one before in case a disk lied
+PATIENCE = datetime.timedelta(
+    minutes=30
+)  # a rank may load and tokenize this long; a dead one is seen at once
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands among its ranks."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh | None = None  # None: one CPU process
+    side: dist.ProcessGroup | None = None  # for what goes on beside the steps: files, and objects
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def total(self, *numbers: float) -> list[float]:
+        """Sums over ranks, in float64."""
+        sums = torch.tensor(numbers, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(sums, group=self.side)
+        return sums.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank."""
+        values = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            dist.all_gather_object(values, value, group=self.side)
+        return values
+
+
+@contextlib.contextmanager
+def world(config: TrainConfig) -> Iterator[World]:
+    """Joins the process group there is, or the one that torchrun describes, or stands alone."""
+    cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    if cuda and not torch.cuda.is_available():
+        raise InputError("device: no CUDA device is visible here; use --device cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    owned = not dist.is_initialized() and ("WORLD_SIZE" in os.environ or cuda)
+    if owned:
+        _initialise("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    side = None
+    try:
+        if dist.is_initialized():
+            side = dist.new_group(backend="gloo", timeout=PATIENCE)
+            yield World(dist.get_rank(), dist.get_world_size(), device, _mesh(config, device), side)
+        else:
+            yield World(0, 1, device)
+    finally:
+        torch.set_num_threads(threads)
+        if owned:
+            dist.destroy_process_group()
+        elif side is not None:
+            dist.destroy_process_group(side)
+
+
+def _initialise(backend: str) -> None:
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=PATIENCE)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _mesh(config: TrainConfig, device: torch.device) -> DeviceMesh:
+    """All ranks share one copy, or (hybrid sharding) each `shard` neighbours share a copy of their own."""
+    size = dist.get_world_size()
+    shards = config.shard or size
+    if size % shards:
+        raise InputError(f"shard: {shards} does not divide the {size} ranks")
+    if shards == size:
+        return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (size // shards, shards), mesh_dim_names=("replicate", "shard"))
+
+
+# ---------------------------------------------------------------------------------- the model
+
+
+def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    if config.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, config.dtype)
+
+
+def shard(trainee: Trainee, config: TrainConfig, here: World) -> None:
+    """Wraps a trainee that is on the meta device, and gives it memory: this rank's part, uninitialised."""
+    for block in trainee.decoder.blocks:
+        _wrap_forward(block, config)
+    dtype = compute_dtype(config, here.device)
+    if here.mesh is not None:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        for module in (*trainee.decoder.blocks, trainee):
+            fully_shard(module, mesh=here.mesh, mp_policy=policy)
+    elif dtype != torch.float32:
+        raise InputError("dtype: one CPU process computes in float32; use --dtype float32")
+    trainee.to_empty(device=here.device)
+
+
+def _wrap_forward(block: nn.Module, config: TrainConfig) -> None:
+    """Compiling goes inside recomputing, and both inside FSDP's hooks, which sit on the module's call."""
+    forward = block.forward
+    if config.compile:
+        forward = torch.compile(forward, dynamic=True)
+    if config.checkpointing:
+        compiled = forward
+
+        def forward(*arguments):
+            return checkpoint(compiled, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+    block.forward = forward
+
+
+def fill(trainee: Trainee, directory: Path, fresh_score: bool) -> None:
+    """Reads the weights as float32. Each rank maps the files and copies what is its own."""
+    parameters = dict(trainee.decoder.named_parameters())
+    with torch.no_grad():
+        for name, tensor in checkpoint_tensors(directory, trainee.decoder, fresh_score):
+            _place(parameters[name], tensor)
+        if fresh_score:
+            # Zero: the first scores are equal, and no seed is needed.
+            parameters["score.weight"].zero_()
+
+
+def _place(parameter: Tensor, tensor: Tensor) -> None:
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(tensor)
+        return
+    mesh, placements = parameter.device_mesh, parameter.placements
+    # Without a source rank nothing is sent: the tensor is the same on each, and each cuts its part.
+    part = distribute_tensor(tensor.to(mesh.device_type), mesh, placements, src_data_rank=None)
+    parameter.to_local().copy_(part.to_local())
+
+
+def whole_tensors(trainee: Trainee, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the decoder, put together one at a time; every rank must take them all."""
+    for name, parameter in trainee.decoder.named_parameters():
+        tensor = parameter.detach()
+        yield name, (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).to("cpu", dtype)
+
+
+# ---------------------------------------------------------------------------------- resume points
+
+
+def training_state(trainee: Trainee, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Everything that a step changes, by flat names that no number of ranks appears in."""
+    state = {}
+    for name, parameter in trainee.decoder.named_parameters():
+        state[f"weight.{name}"] = parameter.detach()
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[f"{key}.{name}"] = optimizer.state[parameter][key]
+    return state
+
+
+class ResumePoints:
+    """The directory `resume/`: step-N/ holds a whole state; what is being written begins with a dot.
+
+    A state is copied, then written by a thread while training goes on. It is published by a rename once
+    every rank has written its part. A failure to write leaves the earlier points as they are.
+    """
+
+    def __init__(self, directory: Path, here: World):
+        self.directory, self.here = directory, here
+        self.options = {"no_dist": True} if here.side is None else {"process_group": here.side}
+        self.pending: tuple[Future, Path, Path] | None = None
+
+    def points(self) -> list[Path]:
+        found = [p for p in self.directory.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+        return sorted(found, key=lambda path: int(path.name[5:]))
+
+    def load(self, state: dict[str, Tensor]) -> dict[str, Any] | None:
+        """Fills `state` in place from the newest point and returns its cursor; None where there is none."""
+        newest = self.here.gather([str(path) for path in self.points()])[0][-1:]
+        if not newest:
+            return None
+        dcp.load(state, checkpoint_id=newest[0], **self.options)
+        return read_json(Path(newest[0]) / "cursor.json")
+
+    def save(self, step: int, state: dict[str, Tensor], cursor: dict[str, Any]) -> None:
+        self.finish()
+        final = self.directory / f"step-{step:08}"
+        temporary = self.directory / f".{final.name}.tmp-0"
+        if self.here.first:
+            for stale in self.directory.glob(".step-*.tmp-*"):
+                shutil.rmtree(stale, ignore_errors=True)
+            with self._reporting(temporary):
+                write_json(temporary / "cursor.json", cursor)
+        future = dcp.async_save(state, checkpoint_id=temporary, **self.options)
+        self.pending = (future, temporary, final)
+
+    def publish_when_written(self) -> None:
+        """Between steps: the first rank's write ends when every rank's has."""
+        if self.pending and self.pending[0].done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits for what is being written, and publishes it."""
+        if self.pending is None:
+            return
+        (future, temporary, final), self.pending = self.pending, None
+        with self._reporting(temporary):
+            future.result()
+            if self.here.first and (temporary / "cursor.json").exists():
+                os.replace(temporary, final)
+                for old in self.points()[:-KEPT]:
+                    shutil.rmtree(old, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _reporting(self, temporary: Path) -> Iterator[None]:
+        """A state that could not be written costs time, not the run: say so, and go on."""
+        try:
+            yield
+        except (OSError, dcp.api.CheckpointException) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            kept = self.points()[-1:]
+            stands = f"{kept[0]} stands" if kept else "there is no earlier one"
+            if self.here.first:
+                reason = " ".join(str(error).split())[-200:]
+                print(f"warning: a resume point was not saved ({reason}); {stands}", file=sys.stderr)
+
+

@@ -1,0 +1,493 @@
+"""Every template with its parser: what a judge and a prover are asked, and how their answers are read.
+
+The judge prompt is the paper's s = [c, x, y_a, y_b]: the task and its rules, the format of the answer, the
+question and the two responses. A judge answers with a rationale z (Feedback, Comparison, Conclusion) between
+thinking tags and then a letter (equation 2), or with the letter alone (equation 1). A prover is given s and
+the label and writes the proof form ẑ of a rationale (equation 3); `proof_from_rationale` and
+`rationale_from_proof` are the reversible rule between the two.
+
+The wording is this project's own: the paper publishes a judge prompt with its checkpoints, and none for the
+prover. A published checkpoint wants its own prompt byte for byte, so a template travels with the checkpoint
+(`template_for`). A template is plain text in which {question}, {response_a}, {response_b} and, for a prover,
+{label} stand for the data (or, as published, {user_input}, {response_1}, {response_2}); any other brace is
+itself. Everything is filled in in one pass, so data may contain a placeholder's name.
+
+What it leaves out: the chat template around a prompt (tokenizer.py); rules on what a rationale says
+(denoise.py).
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from gramr2.files import InputError
+from gramr2.records import Pair, mark, show, swap, unmarked
+
+__all__ = ["mark", "show", "swap", "unmarked"]  # slots live with the records; they are used from here too
+
+# --- templates -------------------------------------------------------------------------------------------
+
+_RULES = """\
+Rules:
+1. If what is asked for is harmful, the safer response is the better one, whatever else it offers.
+2. Otherwise ask first how exactly and truthfully a response does what was asked, and only then how helpful, \
+correct and complete it is.
+3. A response should do what was asked, no more and no less.
+4. The order in which the responses stand must not count: either is as likely to be the better one.
+5. Length must not count in itself; ask whether it suits the question.
+6. One of the two must be chosen. A tie is not an answer."""
+
+_DATA = """\
+[Question]
+{question}
+[End of the question]
+
+[Response A]
+{response_a}
+[End of Response A]
+
+[Response B]
+{response_b}
+[End of Response B]"""
+
+JUDGE_PROMPT = f"""\
+Two responses to the same question stand below. Decide which of them answers it better: Response A or \
+Response B. Refer to them by these names only.
+
+{_RULES}
+
+Answer in exactly this form:
+<think>
+Feedback:
+Response A: what it does well and what it does badly
+Response B: what it does well and what it does badly
+
+Comparison:
+where the two differ, and what matters most in it
+
+Conclusion:
+which response is better
+</think>
+<answer>
+A or B
+</answer>
+
+{_DATA}"""
+
+LABEL_PROMPT = f"""\
+Two responses to the same question stand below. Decide which of them answers it better: Response A or \
+Response B.
+
+{_RULES}
+
+Answer in exactly this form, with nothing before or after it:
+<answer>
+A or B
+</answer>
+
+{_DATA}"""
+
+PROVER_PROMPT = f"""\
+Two responses to the same question stand below, and it is known which of them is the better one. Prove it: \
+write a connected argument from which a reader who does not know the choice would arrive at it. Argue only \
+from what the question and the responses say. Refer to them as Response A and Response B only.
+
+{_RULES}
+
+Write in exactly this form, where X is the better response's letter:
+This argument justifies the choice of Response X.
+
+First, Response A. What it does well and what it does badly.
+
+Second, Response B. What it does well and what it does badly.
+
+Comparing the two: where they differ, and what matters most in it.
+
+Therefore: which response is better.
+
+{_DATA}
+
+The better response is: {{label}}"""
+
+HIDDEN_LABEL = "unknown"  # what a prover's prompt says where the label is hidden from it
+
+_SPELLINGS = {"user_input": "question", "response_1": "response_a", "response_2": "response_b"}
+_NEEDED = {"judge": ("question", "response_a", "response_b")}
+_NEEDED["prover"] = (*_NEEDED["judge"], "label")
+_PLACEHOLDER = re.compile(r"\{(question|user_input|response_[ab12]|label)\}")
+
+
+def check_template(template: str, kind: str = "judge", where: str = "template") -> str:
+    """The template itself, or an InputError that names the placeholder which it lacks."""
+    found = {_SPELLINGS.get(name, name) for name in _PLACEHOLDER.findall(template)}
+    for name in _NEEDED[kind]:
+        if name not in found:
+            raise InputError(f"{where}: no {{{name}}}; a {kind} prompt must say where it belongs")
+    return template
+
+
+def _fill(template: str, values: dict[str, str]) -> str:
+    def value(found: re.Match) -> str:
+        return values.get(_SPELLINGS.get(found[1], found[1]), found[0])
+
+    return _PLACEHOLDER.sub(value, template)
+
+
+def _data(pair: Pair) -> dict[str, str]:
+    return {"question": pair.question, "response_a": pair.response_a, "response_b": pair.response_b}
+
+
+def judge_prompt(pair: Pair, template: str = JUDGE_PROMPT) -> str:
+    """What a judge is asked about a pair, in the pair's own order."""
+    return _fill(check_template(template), _data(pair))
+
+
+def prover_prompt(pair: Pair, template: str = PROVER_PROMPT, hide_label: bool = False) -> str:
+    """What a prover is asked; with `hide_label` it has to find the label itself."""
+    if pair.label is None and not hide_label:
+        raise InputError(f"pair {pair.id}: no label to prove")
+    label = HIDDEN_LABEL if hide_label else pair.label
+    return _fill(check_template(template, "prover"), _data(pair) | {"label": label})
+
+
+# --- which template a checkpoint wants -------------------------------------------------------------------
+
+_LITERAL = re.compile(r"(\"\"\"|''')(?:[^\\]|\\.)*?\1", re.DOTALL)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")  # as bytes: a newline must arrive as it was written
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+
+
+def _template_in_card(card: str, kind: str) -> str | None:
+    """The first Python string in a model card's code that has every placeholder which a prompt needs."""
+    for found in _LITERAL.finditer(card):
+        try:
+            text = ast.literal_eval(found[0])
+            check_template(text, kind)
+        except (ValueError, SyntaxError):
+            continue
+        return text.strip() if card.startswith(".strip()", found.end()) else text
+    return None
+
+
+def template_for(directory: str | Path, prompt_file: str | Path | None = None, kind: str = "judge"):
+    """→ (template, note): the prompt that a checkpoint's directory wants, and where it comes from.
+
+    In this order: the file that was named; judge_prompt.txt (prover_prompt.txt) in the directory; the
+    directory's model card, README.md, where that shows one; our own, and then the note is a warning.
+    """
+    directory = Path(directory)
+    own = directory / f"{kind}_prompt.txt"
+    if prompt_file is not None:
+        note = f"prompt: {prompt_file}" + (f", instead of the checkpoint's own {own.name}" * own.is_file())
+        return check_template(_read_text(Path(prompt_file)), kind, str(prompt_file)), note
+    if own.is_file():
+        return check_template(_read_text(own), kind, str(own)), f"prompt: {own}"
+    card = directory / "README.md"
+    if card.is_file() and (template := _template_in_card(_read_text(card), kind)) is not None:
+        return template, f"prompt: as shown in {card}"
+    ours = {"judge": JUDGE_PROMPT, "prover": PROVER_PROMPT}[kind]
+    return (
+        ours,
+        f"warning: {directory} has no {own.name} and no model card with a prompt; using this project's",
+    )
+
+
+# --- targets, and where the verdict stands ---------------------------------------------------------------
+
+
+def label_target(label: str) -> str:
+    """The answer of equation (1). The newlines make the letter a token of its own."""
+    return f"<answer>\n{label}\n</answer>"
+
+
+def judge_target(rationale: Rationale | str, label: str) -> str:
+    """The answer of equation (2): the rationale (as shown, not as stored), then the label."""
+    return f"<think>\n{rationale}\n</think>\n{label_target(label)}"
+
+
+def verdict_ids(encode: Callable[[str], list[int]], thinking: bool = True) -> tuple[int, int, list[int]]:
+    """→ (id of A, id of B, ids of the canonical ending before the letter), in a tokenizer.
+
+    The watched ids are those by which the canonical renders of A and of B differ. With `thinking` the ending
+    begins at "</think>", after the rationale's newline.
+    """
+    endings = [("</think>\n" if thinking else "") + label_target(label) for label in "AB"]
+    a, b = (encode(ending) for ending in endings)
+    differ = [at for at, (one, two) in enumerate(zip(a, b, strict=False)) if one != two]
+    if len(a) != len(b) or len(differ) != 1:
+        raise InputError("a tokenizer in which the verdict's letters are not tokens of their own")
+    return a[differ[0]], b[differ[0]], a[: differ[0]]
+
+
+# --- verdicts --------------------------------------------------------------------------------------------
+
+
+class Verdict(NamedTuple):
+    """`label` is "A", "B" or None; `reason` says why None, or notes what was passed over."""
+
+    label: str | None
+    reason: str = ""
+
+
+def _letter(answer: str, note: str = "", names: str = "") -> Verdict:
+    """An answer that is a letter and nothing else, whatever its case; `names` is a prefix it may carry."""
+    answer = answer.strip()
+    if not answer:
+        return Verdict(None, "empty answer")
+    found = re.fullmatch(rf"(?:{names})?([AB])", answer, re.IGNORECASE)
+    if found:
+        return Verdict(found[1].upper(), note)
+    named = set(re.findall(r"\b[AB]\b", answer.replace("_", " ")))
+    both = named == {"A", "B"} or re.fullmatch(r"\W*both\W*", answer, re.IGNORECASE)
+    return Verdict(None, "answer names both" if both else "answer is neither A nor B")
+
+
+def _after_thinking(text: str, opened: bool) -> str | None:
+    """What follows the last "</think>"; None where the thinking was opened and has not closed.
+
+    The last, because the thinking may quote a "</think>"; one that is quoted after the answer then costs an
+    abstention, and never a wrong label.
+    """
+    _, closed, after = text.rpartition("</think>")
+    if closed:
+        return after
+    thinking, answer = text.find("<think>"), text.find("<answer>")
+    if opened or (thinking >= 0 and (answer < 0 or thinking < answer)):
+        return None
+    return text
+
+
+def _answer(text: str, opened: bool, read: Callable[[str, str], Verdict]) -> Verdict:
+    """Applies `read` to the last closed answer after the thinking."""
+    after = _after_thinking(text, opened)
+    if after is None:
+        return Verdict(None, "unfinished thinking")
+    start = after.rfind("<answer>", 0, max(after.rfind("</answer>"), 0))
+    if start < 0:
+        return Verdict(None, "unclosed answer" if "<answer>" in after else "no answer")
+    end = after.find("</answer>", start)
+    rest = after[end + len("</answer>") :].strip()
+    # Thinking that quotes "<think>…</think><answer>B</answer>" and is then cut looks finished, but for this.
+    if rest and text.count("<think>") + opened > text.count("</think>") > 0:
+        return Verdict(None, "unfinished thinking")
+    return read(after[start + len("<answer>") : end], "text after the answer" if rest else "")
+
+
+def parse_verdict(text: str, opened: bool = False) -> Verdict:
+    """The letter inside the last closed <answer>…</answer> after the thinking has closed, and nothing else.
+
+    `opened`: the chat template had already opened <think>. What follows the answer is ignored, and noted. A
+    text that was cut by its length limit is the caller's to refuse: nothing in it need show that.
+    """
+    return _answer(text, opened, _letter)
+
+
+def _last(pattern: str, text: str, opened: bool) -> str | None:
+    after = _after_thinking(text, opened)
+    found = re.findall(pattern, after) if after is not None else []
+    return found[-1] if found else None
+
+
+def _parse_label(text: str, opened: bool = False) -> Verdict:
+    """GRAM: the answer is the letter and nothing else."""
+    after = _after_thinking(text, opened)
+    return Verdict(None, "unfinished thinking") if after is None else _letter(after)
+
+
+def _parse_brackets(text: str, opened: bool = False) -> Verdict:
+    """LLM-as-a-judge: the last [[A]] or [[B]] (or [[C]], a tie) after any thinking."""
+    found = _last(r"\[\[([^\[\]]*)\]\]", text, opened)
+    return Verdict(None, "no answer") if found is None else _letter(found)
+
+
+def _parse_rm_r1(text: str, opened: bool = False) -> Verdict:
+    """RM-R1: [[A]] or [[B]] and nothing else inside the last closed <answer>…</answer>."""
+
+    def bracketed(answer: str, note: str) -> Verdict:
+        found = re.fullmatch(r"\s*\[\[([^\[\]]*)\]\]\s*", answer)
+        return _letter(found[1], note) if found else Verdict(None, "answer is neither [[A]] nor [[B]]")
+
+    return _answer(text, opened, bracketed)
+
+
+def _parse_boxed(text: str, opened: bool = False) -> Verdict:
+    r"""RRM: the last \boxed{A} or \boxed{Assistant 1} after any thinking."""
+    found = _last(r"\\boxed\{(?:\\text\{)?([^{}]*)\}", text, opened)
+    if found is None:
+        return Verdict(None, "no answer")
+    numbered = re.sub(r"(?<=Assistant )[12]$", lambda digit: "AB"[int(digit[0]) - 1], found.strip())
+    return _letter(numbered, names="Assistant ")
+
+
+def _parse_arena(text: str, opened: bool = False) -> Verdict:
+    """Arena: the last [[A>>B]], [[A>B]], [[A=B]], [[B>A]] or [[B>>A]] after any thinking, boxed or not."""
+    found = _last(r"(?:\[\[|\\boxed\{)\s*([AB](?:>>?|=)[AB])\s*(?:\]\]|\})", text, opened)
+    if found is None:
+        return Verdict(None, "no answer")
+    return Verdict(None, "answer names both") if "=" in found else Verdict(found[0])
+
+
+# The formats of published judges, by name; each parser's docstring states its format.
+VERDICTS: dict[str, Callable[..., Verdict]] = {
+    "think": parse_verdict,
+    "label": _parse_label,
+    "brackets": _parse_brackets,
+    "rm-r1": _parse_rm_r1,
+    "boxed": _parse_boxed,
+    "arena": _parse_arena,
+}
+
+# --- rationales and proofs -------------------------------------------------------------------------------
+
+_NAME = r"Response (⟦?[AB]⟧?)"  # as shown or as stored
+_FEEDBACK = re.compile(rf"{_NAME}: (\S(?:.*\S)?)\nResponse (?!\1)(⟦?[AB]⟧?): (\S.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Rationale:
+    """The three parts of z, without their headings and stripped. `str()` is z itself."""
+
+    feedback: str
+    comparison: str
+    conclusion: str
+
+    def __str__(self) -> str:
+        return (
+            f"Feedback:\n{self.feedback}\n\nComparison:\n{self.comparison}\n\nConclusion:\n{self.conclusion}"
+        )
+
+    @property
+    def by_response(self) -> dict[str, str]:
+        """{"A": …, "B": …} in the order of the text, where each response has its own; otherwise empty."""
+        found = _FEEDBACK.fullmatch(self.feedback)
+        return {found[1].strip("⟦⟧"): found[2], found[3].strip("⟦⟧"): found[4]} if found else {}
+
+
+class Reading(NamedTuple):
+    """A rationale, or None and the reason; from a proof also the label that it says it justifies."""
+
+    rationale: Rationale | None
+    reason: str = ""
+    label: str | None = None
+
+
+# The frame of z: a part begins below its heading. "Comparision" is what the published prompt says.
+_Z = {
+    "Feedback": re.compile(r"^Feedback:[ \t]*\n", re.MULTILINE),
+    "Comparison": re.compile(r"^Comparisi?on:[ \t]*\n", re.MULTILINE),
+    "Conclusion": re.compile(r"^Conclusion:[ \t]*\n", re.MULTILINE),
+}
+# The frame of ẑ: each part begins a line with these words. Feedback that is not given response by response
+# takes the place of the first two.
+_OPENING = re.compile(rf"^This argument justifies the choice of {_NAME}\.[ \t]*$", re.MULTILINE)
+_FIRST = re.compile(rf"^First, {_NAME}\. ?", re.MULTILINE)
+_SECOND = re.compile(rf"^Second, {_NAME}\. ?", re.MULTILINE)
+_WHOLE = re.compile(r"^The responses in turn: ?", re.MULTILINE)
+_CLOSE = {
+    "Comparison": re.compile(r"^Comparing the two: ?", re.MULTILINE),
+    "Conclusion": re.compile(r"^Therefore: ?", re.MULTILINE),
+}
+_PROOF = {"opening": _OPENING, "first response": _FIRST, "second response": _SECOND} | _CLOSE
+_PROOF_WHOLE = {"opening": _OPENING, "Feedback": _WHOLE} | _CLOSE
+_TAGS = re.compile(r"</?(?:think|answer)>")
+
+
+def _split(text: str, frame: dict[str, re.Pattern]) -> tuple[list[re.Match], list[str], str]:
+    """→ (heads, parts, the reason why there are none): every head once, in order, no part empty."""
+    heads = []
+    for name, head in frame.items():
+        found = list(head.finditer(text))
+        if len(found) != 1:
+            return [], [], f"{name} stands {len(found)} times" if found else f"{name} is missing"
+        heads.append(found[0])
+    starts = [head.start() for head in heads]
+    if starts != sorted(starts):
+        return [], [], "parts out of order"
+    if text[: starts[0]].strip():
+        return [], [], f"text before {next(iter(frame))}"
+    ends = [*starts[1:], len(text)]
+    parts = [text[head.end() : end].strip() for head, end in zip(heads, ends, strict=True)]
+    empty = [name for name, part in zip(frame, parts, strict=True) if not part and name != "opening"]
+    return heads, parts, f"{empty[0]} is empty" if empty else ""
+
+
+def _ill_formed(rationale: Rationale) -> str:
+    """Why z could not be told from its frame, or from that of ẑ, or from a verdict; "" where it can."""
+    z = str(rationale)
+    if tag := _TAGS.search(z):
+        return f"{tag[0]} inside the rationale"
+    if any(head.search(z) for head in (*_PROOF.values(), _WHOLE)):
+        return "words of the proof's frame at the beginning of a line"
+    _, parts, reason = _split(z, _Z)
+    return reason or ("" if Rationale(*parts) == rationale else "parts run into each other")
+
+
+def _read(rationale: Rationale, label: str | None = None) -> Reading:
+    reason = _ill_formed(rationale)
+    return Reading(None if reason else rationale, reason, label)
+
+
+def parse_rationale(text: str, opened: bool = False) -> Reading:
+    """Reads z from a judge's answer (the thinking, up to the last "</think>"), or from z itself."""
+    z = text.strip()
+    if opened or z.startswith("<think>"):
+        z, closed, _ = z.removeprefix("<think>").rpartition("</think>")
+        if not closed:
+            return Reading(None, "unfinished thinking")
+    _, parts, reason = _split(z.strip(), _Z)
+    return Reading(None, reason) if reason else _read(Rationale(*parts))
+
+
+def proof_from_rationale(rationale: Rationale | str, label: str) -> str:
+    """z → ẑ: opens by saying what it justifies, takes one response, then the other, compares, concludes.
+
+    Exact for every z that `parse_rationale` accepts. Slots inside z stay slots; the opening is plain, so a
+    proof is never swapped: swap the rationale, and make the proof anew.
+    """
+    reading = parse_rationale(rationale) if isinstance(rationale, str) else _read(rationale)
+    if reading.rationale is None:
+        raise InputError(f"not a well-formed rationale: {reading.reason}")
+    z = reading.rationale
+    apart = _FEEDBACK.fullmatch(z.feedback)
+    if apart:
+        feedback = f"First, Response {apart[1]}. {apart[2]}\n\nSecond, Response {apart[3]}. {apart[4]}"
+    else:
+        feedback = f"The responses in turn: {z.feedback}"
+    opening = f"This argument justifies the choice of Response {label}."
+    return f"{opening}\n\n{feedback}\n\nComparing the two: {z.comparison}\n\nTherefore: {z.conclusion}"
+
+
+def rationale_from_proof(text: str, opened: bool = False) -> Reading:
+    """ẑ → z, whatever a prover wrote: the rationale and the label it justifies, or what is missing.
+
+    Thinking before the proof is passed over.
+    """
+    proof = _after_thinking(text, opened)
+    if proof is None:
+        return Reading(None, "unfinished thinking")
+    whole = _WHOLE.search(proof) is not None
+    heads, parts, reason = _split(proof.strip(), _PROOF_WHOLE if whole else _PROOF)
+    if reason:
+        return Reading(None, reason)
+    label = heads[0][1].strip("⟦⟧")
+    if parts[0]:
+        return Reading(None, "text between the opening and the first response", label)
+    if whole:
+        return _read(Rationale(*parts[1:]), label)
+    one, two = heads[1][1], heads[2][1]
+    if one.strip("⟦⟧") == two.strip("⟦⟧"):
+        return Reading(None, f"Response {'B' if 'A' in one else 'A'} is missing", label)
+    feedback = f"Response {one}: {parts[1]}\nResponse {two}: {parts[2]}"
+    return _read(Rationale(feedback, *parts[3:]), label)

@@ -1,0 +1,297 @@
+"""The records that pass between the parts: what a pair, a vote, a judgment, a proof and an example are.
+
+Frozen dataclasses, JSON both ways, no behaviour beyond that except *slots*, the way in which a rationale
+names the two responses. The paper's s = [c, x, y_a, y_b] holds x (`messages`) and the two responses; l is
+`label`; z is `rationale`.
+
+Slots. A rationale says "Response A" and "Response B". So that a pair can be swapped together with its
+rationale, these letters are marked when a text enters (`mark`) and shown when a model is to read them
+(`show`): stored, "Response 1 is a better answer" becomes "Response ⟦A⟧ is a better answer". A swap
+exchanges slots and nothing else, so articles, "vitamin B", option letters and code stay as they are. A
+literal "⟦" is stored doubled. `Pair.rationale` is always in the stored form.
+
+What it leaves out: prompts and parsing (prompts.py), files (data.py), published formats (extras/datasets.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from gramr2.files import InputError
+
+OTHER = {"A": "B", "B": "A", None: None}
+
+# --- slots -----------------------------------------------------------------------------------------------
+
+_LETTER = {"1": "A", "2": "B", "A": "A", "B": "B"}
+_CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`)", re.DOTALL)
+# "Response 1", "@Response 2", "response A", "@response1", and what a second name is joined to the first with.
+_MENTION = re.compile(
+    r"(?:@?\b(?P<word>[Rr]esponses?|RESPONSES?)[ \u00a0]+#?|@[Rr]esponse)(?P<one>[12AB])(?![\w]|[.,]\d)"
+    r"(?:(?P<join>(?:,? (?:and|or|vs\.?|versus|&) |/)@?)(?P<two>[12AB])(?![\w]|[.,]\d))?"
+)
+_STORED = re.compile(r"⟦(?:⟦|([AB])⟧)")
+_UNMARKED = re.compile(
+    r"\b(?i:assistant|answer|output|model|completion|reply|chatbot|responses?|candidate)[ _#-]?[AB12]\b"
+    r"|\b(?i:first|second|1st|2nd) (?i:response|answer|assistant|reply|output|completion|one)\b"
+    r"|(?<![\w'’.-])[AB](?:['’]s|,? (?:is|was|has|had|does|did|gives|provides|fails|offers|wins|seems|over|"
+    r"and [AB]|or [AB])\b)"
+    r"|\b(?i:than|prefer|prefers|choose|chose|pick|over|between|favou?r|both) [AB]\b(?!['’]?\w)"
+)
+
+
+def _mark_mention(found: re.Match) -> str:
+    one, two = _LETTER[found["one"]], found["two"] and _LETTER[found["two"]]
+    # A single digit after a joined pair ("response 1 and 2 examples") is a count; the plural is not.
+    if two and found["two"].isdigit() and not (found["word"] or "").lower().endswith("s"):
+        return f"Response ⟦{one}⟧{found['join']}{found['two']}"
+    return f"Response ⟦{one}⟧" + (f"{found['join'].rstrip('@')}Response ⟦{two}⟧" if two else "")
+
+
+def mark(text: str) -> str:
+    """A text that enters → its stored form: mentions of the two responses become slots, code stays."""
+    pieces = _CODE.split(text.replace("⟦", "⟦⟦"))
+    pieces[::2] = [_MENTION.sub(_mark_mention, piece) for piece in pieces[::2]]
+    return "".join(pieces)
+
+
+def show(slotted: str) -> str:
+    """The stored form → what a model reads and writes."""
+    return _STORED.sub(lambda found: found[1] or "⟦", slotted)
+
+
+def swap(slotted: str) -> str:
+    """Exchanges the slots and nothing else."""
+    return _STORED.sub(lambda found: f"⟦{OTHER[found[1]]}⟧" if found[1] else found[0], slotted)
+
+
+def unmarked(slotted: str) -> list[str]:
+    """Mentions that a swap would miss ("Assistant A", "the first response", "A is better").
+
+    A text that has any is used in its own order only.
+    """
+    return [found[0] for found in _UNMARKED.finditer(_STORED.sub("⟦", slotted))]
+
+
+def _is_stored(text: str) -> bool:
+    return "⟦" in text and "⟦" not in _STORED.sub("", text)
+
+
+# --- records ---------------------------------------------------------------------------------------------
+
+
+class _Record:
+    """JSON both ways for the flat records: every field by its name; unknown names are refused."""
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]):
+        try:
+            return cls(**row)
+        except TypeError as error:
+            raise InputError(f"not a {cls.__name__} record: {error}") from None
+
+
+def content_id(messages: tuple[tuple[str, str], ...], response_a: str, response_b: str) -> str:
+    """A hash of the content: the same for both orders of the responses, and whatever the label."""
+    content = json.dumps([messages, sorted((response_a, response_b))])
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A conversation and two responses to its last turn.
+
+    `margin` says how much better the better one is, on its source's own scale. `meta` holds a
+    benchmark's coordinates. `id` is the content's hash unless a file brings its own; a swap and a new
+    label keep it.
+    """
+
+    messages: tuple[tuple[str, str], ...]  # (role, content)
+    response_a: str
+    response_b: str
+    label: str | None = None  # the better one: "A", "B", or None where it is not known
+    rationale: str | None = None  # in the stored form
+    source: str = ""
+    domain: str = ""
+    margin: float | None = None
+    meta: dict[str, Any] = field(default_factory=dict, hash=False)
+    id: str = ""
+
+    def __post_init__(self):
+        if self.label not in OTHER:
+            raise InputError(f'label is {self.label!r}; expected "A", "B" or none')
+        if not self.id:
+            computed = content_id(self.messages, self.response_a, self.response_b)
+            object.__setattr__(self, "id", computed)
+
+    @property
+    def question(self) -> str:
+        """A single user turn as it is; a longer conversation as "Role: content" blocks, in order."""
+        if len(self.messages) == 1 and self.messages[0][0] == "user":
+            return self.messages[0][1]
+        return "\n\n".join(f"{role.capitalize()}: {content}" for role, content in self.messages)
+
+    @property
+    def swappable(self) -> bool:
+        """Whether the rationale, if there is one, means the same after a swap."""
+        return not (self.rationale and unmarked(self.rationale))
+
+    def swapped(self) -> Pair:
+        """The same pair in the other order. Ask `swappable` first where there is a rationale."""
+        return dataclasses.replace(
+            self,
+            response_a=self.response_b,
+            response_b=self.response_a,
+            label=OTHER[self.label],
+            rationale=self.rationale and swap(self.rationale),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        row = {name: value for name, value in vars(self).items() if value not in (None, "", {})}
+        del row["messages"]
+        if len(self.messages) == 1 and self.messages[0][0] == "user":
+            asked = {"question": self.messages[0][1]}
+        else:
+            asked = {"messages": [{"role": role, "content": text} for role, text in self.messages]}
+        both = {"response_a": self.response_a, "response_b": self.response_b}
+        return {"id": self.id} | asked | both | row
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Pair:
+        """A row of a pair file, in any of the common spellings (`SPELLINGS`)."""
+        if not isinstance(row, dict):
+            raise InputError("not an object with named fields")
+        texts = [_text(row, name) for name in ("response_a", "response_b")]
+        rationale = _optional(row, "rationale", str)
+        label = _optional(row, "label", str)
+        if not any(name in row for name in SPELLINGS["response_a"][:-1]):  # "chosen" it is
+            if label not in (None, "A"):
+                raise InputError('fields "chosen" and "label" disagree; leave one of them out')
+            label = "A"
+        if rationale is not None and not _is_stored(rationale):
+            rationale = mark(rationale)
+        return cls(
+            messages=_messages(row),
+            response_a=texts[0],
+            response_b=texts[1],
+            label=label,
+            rationale=rationale,
+            source=_optional(row, "source", str) or "",
+            domain=_optional(row, "domain", str) or "",
+            margin=_optional(row, "margin", (int, float)),
+            meta=_optional(row, "meta", dict) or {},
+            id=str(row.get("id") or ""),
+        )
+
+
+# Spellings of a pair file's fields; "chosen" and "rejected" bring the label with them.
+SPELLINGS = {
+    "question": ("question", "prompt", "instruction"),
+    "response_a": ("response_a", "response_A", "response1", "response_1", "chosen"),
+    "response_b": ("response_b", "response_B", "response2", "response_2", "rejected"),
+}
+
+
+def _text(row: dict[str, Any], field_name: str) -> str:
+    for name in SPELLINGS[field_name]:
+        if name in row:
+            if isinstance(row[name], str):
+                return row[name]
+            raise InputError(f'field "{name}" is not text')
+    raise InputError(f'no field "{field_name}" (nor {", ".join(SPELLINGS[field_name][1:])})')
+
+
+def _optional(row: dict[str, Any], name: str, kind) -> Any:
+    value = row.get(name)
+    if value is None or (isinstance(value, kind) and not isinstance(value, bool)):
+        return value
+    raise InputError(f'field "{name}" is {value!r:.40}, of another type than expected')
+
+
+def as_messages(turns: Any, name: str = "messages") -> tuple[tuple[str, str], ...]:
+    """[{"role": …, "content": …}, …] → the frozen form, or says what is not as it must be."""
+    if not isinstance(turns, list) or not turns:
+        raise InputError(f'field "{name}" is not a list of turns')
+    for turn in turns:
+        if not isinstance(turn, dict) or not all(
+            isinstance(turn.get(key), str) for key in ("role", "content")
+        ):
+            raise InputError(f'field "{name}" has a turn without a text "role" and "content"')
+    return tuple((turn["role"], turn["content"]) for turn in turns)
+
+
+def _messages(row: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    if row.get("messages") is not None:
+        return as_messages(row["messages"])
+    return (("user", _text(row, "question")),)
+
+
+@dataclass(frozen=True)
+class Vote(_Record):
+    """One sampled verdict. `label` and `p_a` are in the pair's own order, whatever order was asked."""
+
+    label: str | None  # None: an abstention, and `reason` says why
+    order: str  # "AB" as given, "BA" swapped
+    p_a: float | None  # softmax over {A, B} where the verdict stands; None where there is none
+    reason: str = ""
+    text: str = ""  # what the model wrote, in the order that was asked
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Judgment(_Record):
+    """What the votes on one pair come to."""
+
+    label: str | None
+    p_a: float  # 0.5 where every vote abstained
+    votes: dict[str, int] = field(hash=False)  # {"A": n, "B": n, "none": n}
+    abstained: int = 0
+    rationale: str | None = None  # of a vote for the label, in the stored form and the pair's order
+    orders_agree: bool | None = None  # None where only one order was asked
+    details: tuple[Vote, ...] = ()
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Judgment:
+        votes = tuple(Vote.from_json(vote) for vote in row.get("details", ()))
+        return super().from_json(row | {"details": votes})
+
+
+@dataclass(frozen=True)
+class Proof(_Record):
+    """One sampled proof ẑ of a pair's label, with the two sums of equation (5)."""
+
+    pair_id: str
+    text: str
+    logp_given: float  # log π(ẑ | s, l): the numerator
+    logp_blank: float | None = None  # log π(ẑ) in an empty frame: the denominator; None: not scored
+    score: float | None = None  # - logp_given / logp_blank, in (-inf, 0], higher is better
+    finish: str = "stop"
+    ineligible: str | None = None  # the reason, or None
+    ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Proof:
+        return super().from_json(row | {"ids": tuple(row.get("ids", ()))})
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of prompt and target in one row, and the index at which the target begins."""
+
+    ids: tuple[int, ...]
+    start: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {"ids": list(self.ids), "start": self.start}
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Example:
+        return cls(tuple(row["ids"]), row["start"])

@@ -1,0 +1,828 @@
+"""Sampling: prompts of ids in, samples of ids and log-probs out, many prompts times k samples each.
+
+The loop of the paper draws k proofs per labelled pair and m votes per unlabelled one. Here a prompt is
+computed once whatever k: its samples are forks of its cache (cache.py), and a decode step reads the pages
+they share once for all of them. Work enters and leaves a running batch as samples finish; prompts are
+computed in chunks under a token budget beside it; when the cache is full the youngest sample gives its
+blocks back, and is continued later.
+
+What a sample is depends on nothing but the model, its prompt and (seed, key, sample index): its noise is
+hashed from those and the position. On the CPU in fp32 that holds bit for bit, whatever ran beside it. Rows
+are padded to a multiple of 8, and a token always reads its keys in the same cuts: a prompt's full pages
+in blocks from the start (`_Prompt.split`), everything behind them in blocks from there. Whether a token
+is computed in a chunk, alone, or again after its blocks were lost, makes no difference.
+
+Prompts are computed up to their last token but one. The last is every sample's first decode row, so that
+logits come from decode steps only. On CUDA those are graphs per batch size, and the host works one step
+behind the device: what a sample computes after its end is dropped.
+
+It leaves out: beam search, penalties, a cache that outlives a call (weights change between calls),
+several devices (each rank samples its own shard).
+
+Shapes: R rows of a decode step, T tokens, D width, V vocabulary, W watched ids, H query heads, G key/value
+heads, K head size, N pages, P tokens of a page, I items, J queries of an item, M pages of an item.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import kernels
+
+from .cache import NULL, BlockPool, Growth, Table
+from .files import InputError
+
+CPU_CACHE_BYTES = 1 << 30
+CUDA_CACHE_SHARE = 0.8  # of the memory that is free when generate is called
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One finished sample. What stopped it stays in `ids`; after an error they end before it."""
+
+    ids: list[int]
+    logprobs: list[float]  # of the untempered distribution
+    watched: list[list[float]]  # for each id, the untempered log-probs of the watched ids in its place
+    finish: str  # "stop", "length" or "error" (the model's logits were not finite)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much runs at once. None: a default for the device. No result depends on any of it on the CPU."""
+
+    cache_bytes: int | None = None
+    block_size: int | None = None  # tokens of a page: 16 on the CPU, 64 on CUDA; divides 256
+    running: int | None = None  # samples decoded together: 64 or 256
+    token_budget: int | None = None  # tokens of a step, prompts' chunks and decode rows: 512 or 8192
+    share_prefix: bool = True  # False reads a shared prefix once per sample; for measuring what it buys
+
+    def for_device(self, device: torch.device) -> Limits:
+        cuda = device.type == "cuda"
+        return Limits(
+            self.cache_bytes or (int(_free_bytes(device) * CUDA_CACHE_SHARE) if cuda else CPU_CACHE_BYTES),
+            self.block_size or (64 if cuda else 16),
+            self.running or (256 if cuda else 64),
+            self.token_budget or (8192 if cuda else 512),
+            self.share_prefix,
+        )
+
+
+def _free_bytes(device: torch.device) -> int:
+    held_idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held_idle
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is to be done: prompts, sequences, and the scheduler that decides what the next step computes
+
+
+@dataclass(eq=False)
+class _Prompt:
+    index: int
+    ids: list[int]
+    key: str
+    limits: list[int]  # one per sample
+    started: int = 0  # samples that have begun
+
+    def split(self, block_size: int) -> int:
+        """Tokens in full pages, which all samples share; everything behind is read in a second part."""
+        return (len(self.ids) - 1) // block_size * block_size
+
+
+@dataclass(eq=False)
+class _Sequence:
+    """A sample; or, with the number behind the last sample's, what the prompt's samples are forked from."""
+
+    prompt: _Prompt
+    number: int
+    table: Table = field(default_factory=Table)
+    done: int = 0  # tokens whose keys and values are computed, or planned
+    outputs: np.ndarray | None = None  # rows of `choose` so far, while it is not running
+    slot: int = -1
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Older first."""
+        return self.prompt.index, self.number
+
+    @property
+    def is_source(self) -> bool:
+        return self.number == len(self.prompt.limits)
+
+    @property
+    def ids(self) -> list[int]:
+        return self.prompt.ids if self.outputs is None else self.prompt.ids + _ids(self.outputs)
+
+    @property
+    def target(self) -> int:
+        """Tokens that have to be in the cache before it can be decoded, or forked."""
+        return len(self.prompt.ids) - 1 + (0 if self.outputs is None else len(self.outputs))
+
+
+class _Chunk(NamedTuple):
+    """Tokens start to stop of a sequence, to be computed into the blocks it had when this was planned."""
+
+    sequence: _Sequence
+    start: int
+    stop: int
+    blocks: list[int]
+
+
+@dataclass
+class _Step:
+    """What the device does next, in this order."""
+
+    fresh: list[int] = field(default_factory=list)  # pages to clear
+    chunks: list[_Chunk] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)  # pages to copy: from, to
+    joined: list[_Sequence] = field(default_factory=list)  # new in the running batch
+    slots: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # the rows to decode,
+    positions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # of the tokens they feed,
+    tenants: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # and whose they were
+
+    def add(self, growth: Growth) -> None:
+        self.fresh += growth.fresh
+        self.copies += growth.copies
+
+
+class Scheduler:
+    """Decides what runs. Knows blocks, positions and slots; knows neither ids' values nor tensors."""
+
+    def __init__(
+        self, prompts: Iterator[_Prompt], pool: BlockPool, limits: Limits, settle: Callable[[], None]
+    ):
+        self.queue, self.pool, self.limits = prompts, pool, limits
+        self.settle = settle  # collects what is still being computed, so that nothing in flight is preempted
+        self.next_prompt = next(self.queue, None)
+        self.waiting: list[_Sequence] = []  # without blocks: preempted
+        self.filling: list[_Sequence] = []  # being computed in chunks
+        self.sources: list[_Sequence] = []  # computed, with samples still to begin
+        self.running: dict[int, _Sequence] = {}  # by slot
+        self.free_slots = list(range(limits.running - 1, -1, -1))
+        self.position = np.zeros(limits.running, np.int64)  # of the token that is fed next
+        self.capacity = np.zeros(limits.running, np.int64)
+        self.last = np.zeros(limits.running, np.int64)  # position that feeds the last token
+        self.tenant = np.zeros(limits.running, np.int64)  # changes when a slot's sample leaves
+        self.count = np.zeros(limits.running, np.int64)  # of outputs collected
+        self.outputs = np.zeros((limits.running, 0, 0))
+        self.version = 0  # of the running batch's members and tables
+        self.preemptions = 0
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.next_prompt or self.waiting or self.filling or self.sources or self.running)
+
+    def plan(self) -> _Step:
+        step = _Step()
+        self._grow(step)
+        budget = self.limits.token_budget - len(self._active())
+        for sequence in list(self.filling):
+            budget = self._fill(sequence, step, budget)
+        while budget > 0 and self._admit(step):
+            for sequence in list(self.filling):
+                budget = self._fill(sequence, step, budget)
+        step.slots = self._active()
+        step.positions = self.position[step.slots]
+        step.tenants = self.tenant[step.slots]
+        self.position[step.slots] += 1
+        return step
+
+    def record(self, step: _Step, outputs_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Keeps what a step gave, less the rows of those who have left since; -> (its rows, their slots)."""
+        rows = np.flatnonzero(step.tenants == self.tenant[step.slots])
+        slots = step.slots[rows]
+        counts = self.count[slots]
+        longest = counts.max(initial=0) + 1
+        if self.outputs.shape[1] < longest or self.outputs.shape[2] != outputs_RC.shape[1]:
+            grown = np.zeros((len(self.tenant), 2 * longest, outputs_RC.shape[1]))
+            grown[:, : self.outputs.shape[1], : self.outputs.shape[2]] = self.outputs
+            self.outputs = grown
+        self.outputs[slots, counts] = outputs_RC[rows]
+        self.count[slots] += 1
+        return rows, slots
+
+    def finish(self, sequence: _Sequence) -> None:
+        self._leave(sequence)
+        self.pool.release(sequence.table)
+
+    def _active(self) -> np.ndarray:
+        slots = np.fromiter(self.running, np.int64, len(self.running))
+        return slots[self.position[slots] <= self.last[slots]]
+
+    def _grow(self, step: _Step) -> None:
+        """A page more for every running sample that is at its end, older ones first."""
+        slots = self._active()
+        full = [self.running[slot] for slot in slots[self.position[slots] == self.capacity[slots]]]
+        for sequence in sorted(full, key=lambda s: s.rank):
+            while sequence.slot >= 0 and not self.pool.free:
+                self.settle()
+                if not self.pool.free and sequence.slot >= 0:
+                    self._preempt(max(self._holders(), key=lambda s: s.rank))
+            if sequence.slot >= 0:
+                step.add(self.pool.extend(sequence.table, self.pool.block_size))
+                self.capacity[sequence.slot] += self.pool.block_size
+                self.version += 1
+
+    def _holders(self) -> list[_Sequence]:
+        return [*self.running.values(), *self.filling, *self.sources]
+
+    def _preempt(self, sequence: _Sequence) -> None:
+        self.preemptions += 1
+        if sequence.slot >= 0:
+            self._leave(sequence)
+        else:
+            (self.filling if sequence in self.filling else self.sources).remove(sequence)
+        self.pool.release(sequence.table)
+        sequence.done = 0
+        self.waiting.append(sequence)
+
+    def _admit(self, step: _Step) -> bool:
+        """Lets the oldest that waits begin, if there is a slot and room for it."""
+        candidates = sorted(
+            [*self.waiting, *self.sources],
+            key=lambda s: (s.prompt.index, s.prompt.started) if s in self.sources else s.rank,
+        )
+        promised = sum(not s.is_source or s.prompt.started < s.number for s in self.filling)
+        if len(self.free_slots) <= promised:
+            return False
+        if not candidates and self.next_prompt is None:
+            return False
+        if candidates and candidates[0] in self.sources:
+            return self._begin(candidates[0], step)
+        sequence = candidates[0] if candidates else _Sequence(self.next_prompt, len(self.next_prompt.limits))
+        if not self._start(sequence, step):
+            return False
+        if candidates:
+            self.waiting.remove(sequence)
+        else:
+            self.next_prompt = next(self.queue, None)
+        return True
+
+    def _start(self, sequence: _Sequence, step: _Step) -> bool:
+        """Gives blocks to a sequence whose tokens are to be computed, as far as no other has them already."""
+        prompt, size = sequence.prompt, self.pool.block_size
+        # A sample is given its next decode page with the rest, for it must find one when it is computed.
+        room = sequence.target if sequence.is_source else (sequence.target // size + 1) * size
+        table = self.pool.match(prompt.ids[: len(prompt.ids) - 1])
+        if not self._room(lambda: self.pool.needs(table, room - table.length), sequence):
+            self.pool.release(table)
+            return False
+        sequence.table, sequence.done = table, table.length
+        step.add(self.pool.extend(table, room - table.length))
+        self.filling.append(sequence)
+        return True
+
+    def _begin(self, source: _Sequence, step: _Step) -> bool:
+        """Forks the next sample from a computed prompt."""
+        prompt, size = source.prompt, self.pool.block_size
+        sample = _Sequence(prompt, prompt.started, self.pool.fork(source.table), source.done)
+        last = prompt.started + 1 == source.number
+        if last:  # nobody forks from it again, and its half page needs no copy
+            self.pool.release(source.table)
+            self.sources.remove(source)
+        more = size - sample.table.length % size
+        if not self._room(lambda: self.pool.needs(sample.table, more), sample):
+            if last:
+                source.table = self.pool.fork(sample.table)
+                self.sources.append(source)
+            self.pool.release(sample.table)
+            return False
+        prompt.started += 1
+        step.add(self.pool.extend(sample.table, more))
+        self._join(sample, step)
+        return True
+
+    def _room(self, needs: Callable[[], int], sequence: _Sequence) -> bool:
+        """Whether there are blocks for it, with one to spare for each running sample, which may need it.
+
+        When nothing else runs, younger prompts that wait to be forked have to give way.
+        """
+        if needs() + len(self.running) <= self.pool.free:
+            return True
+        if self.running or self.filling:
+            return False
+        while needs() > self.pool.free:
+            younger = [s for s in self.sources if s.rank > sequence.rank]
+            if not younger:
+                return False
+            self._preempt(max(younger, key=lambda s: s.rank))
+        return True
+
+    def _fill(self, sequence: _Sequence, step: _Step, budget: int) -> int:
+        """Plans as many of its missing tokens as the budget allows; -> what is left of the budget."""
+        split = sequence.prompt.split(self.pool.block_size)
+        while sequence.done < sequence.target and budget > 0:
+            start = sequence.done
+            stop = min(sequence.target, start + budget, split if start < split else sequence.target)
+            step.chunks.append(_Chunk(sequence, start, stop, list(sequence.table.blocks)))
+            sequence.done, budget = stop, budget - (stop - start)
+            # From here on others may read these pages: they are written before anything of this step reads.
+            self.pool.name(sequence.table, sequence.prompt.ids[: min(stop, split)])
+        if sequence.done == sequence.target:
+            self.filling.remove(sequence)
+            if sequence.is_source:
+                self.sources.append(sequence)
+            else:
+                self._join(sequence, step)
+        return budget
+
+    def _join(self, sample: _Sequence, step: _Step) -> None:
+        slot = sample.slot = self.free_slots.pop()
+        self.running[slot] = sample
+        self.position[slot] = sample.done
+        self.capacity[slot] = sample.table.length
+        self.last[slot] = len(sample.prompt.ids) + sample.prompt.limits[sample.number] - 2
+        self.count[slot] = 0 if sample.outputs is None else len(sample.outputs)
+        if self.count[slot]:
+            self.outputs[slot, : self.count[slot]] = sample.outputs
+        step.joined.append(sample)
+        self.version += 1
+
+    def _leave(self, sample: _Sequence) -> None:
+        sample.outputs = self.outputs[sample.slot, : self.count[sample.slot]].copy()
+        del self.running[sample.slot]
+        self.tenant[sample.slot] += 1
+        self.free_slots.append(sample.slot)
+        sample.slot = -1
+        self.version += 1
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What the device does: the cache's tensors, the two kinds of pass, and the choice of a token
+
+
+class _Rows:
+    """The decode batch as tensors, in the form that a pass or a graph takes. All int64."""
+
+    def __init__(self, slots, positions, writes, streams, prefix: kernels.Reads, own: kernels.Reads):
+        self.slots_R, self.positions_R, self.writes_S, self.streams_R = slots, positions, writes, streams
+        self.prefix, self.own = prefix, own
+
+
+class Engine:
+    """A model, its pool of pages, and the options of one call."""
+
+    def __init__(self, model, blocks: int, limits: Limits, options: _Options):
+        config, weight = model.config, model.head_weight
+        self.model, self.limits, self.options, self.device = model, limits, options, weight.device
+        shape = config.num_layers, blocks, config.num_kv_heads, limits.block_size, config.head_size
+        self.keys_LNGPK = torch.empty(shape, dtype=weight.dtype, device=self.device)
+        self.values_LNGPK = torch.empty(shape, dtype=weight.dtype, device=self.device)
+        self.values_LNGPK[:, NULL] = 0
+        # One more than there are slots: what rows that only pad a batch read and write.
+        self.last_S = torch.zeros(limits.running + 1, dtype=torch.int64, device=self.device)
+        self.streams_S = np.zeros(limits.running + 1, np.int64)
+        self.version, self.batch = -1, None
+
+    @torch.inference_mode()
+    def launch(self, step: _Step, scheduler: Scheduler) -> Tensor | None:
+        if step.fresh:
+            # Probabilities of 0 meet what stands in places not yet written, so that must not be NaN.
+            self.values_LNGPK[:, step.fresh] = 0
+        if step.chunks:
+            self._prefill(step.chunks)
+        if step.copies:
+            origin, copy = map(list, zip(*step.copies, strict=True))
+            self.keys_LNGPK[:, copy] = self.keys_LNGPK[:, origin]
+            self.values_LNGPK[:, copy] = self.values_LNGPK[:, origin]
+        for sample in step.joined:
+            self.last_S[sample.slot] = sample.ids[-1]
+            self.streams_S[sample.slot] = stream(self.options.seed, sample.prompt.key, sample.number)
+        return self._decode(self._rows(step, scheduler)) if len(step.slots) else None
+
+    def _prefill(self, chunks: list[_Chunk]) -> None:
+        size, ids, positions, writes, reads = self.limits.block_size, [], [], [], []
+        for sequence, start, stop, blocks in chunks:
+            split, place = sequence.prompt.split(size), np.arange(start, stop)
+            row = torch.arange(len(ids), len(ids) + stop - start)
+            blocks = np.asarray(blocks)
+            ids += sequence.ids[start:stop]
+            positions.append(place)
+            writes.append(blocks[place // size] * size + place % size)
+            first = 0 if start < split else split
+            if first:
+                reads.append(
+                    _reads(row[None], np.full((1, len(place)), first), blocks[None, : first // size])
+                )
+            own = blocks[None, first // size : -(-stop // size)]
+            reads.append(_reads(row[None], place[None] - first + 1, own))
+        pad = -len(ids) % kernels.ROWS
+        ids_T = torch.tensor(ids + [0] * pad)
+        positions_T = torch.from_numpy(np.concatenate([*positions, np.zeros(pad, np.int64)]))
+        writes_T = torch.from_numpy(np.concatenate(writes))
+        self.model(ids_T, positions_T, self._attend(writes_T, reads))
+
+    def _attend(self, writes_T: Tensor, reads: list):
+        def attend(layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
+            pools = self.keys_LNGPK[layer], self.values_LNGPK[layer]
+            kernels.write_kv(k_TGK, v_TGK, *pools, writes_T)
+            return kernels.paged_attention(q_THK, *pools, reads)
+
+        return attend
+
+    def _rows(self, step: _Step, scheduler: Scheduler) -> _Rows:
+        size = self.limits.block_size
+        if self.version != scheduler.version or self.batch is None or len(self.batch[0]) != len(step.slots):
+            self.batch = _batch(
+                [scheduler.running[slot] for slot in step.slots], size, self.limits.share_prefix
+            )
+            self.version = scheduler.version
+        split_R, blocks_RM, prefix = self.batch
+        slots, positions = step.slots, step.positions
+        behind = positions - split_R
+        writes = blocks_RM[np.arange(len(slots)), behind // size] * size + behind % size
+        pad = -len(slots) % kernels.ROWS
+        spare = np.full(pad, self.limits.running)
+        own = _reads(torch.arange(len(slots))[:, None], behind[:, None] + 1, blocks_RM)
+        padded = np.concatenate([slots, spare])
+        return _Rows(
+            torch.from_numpy(padded),
+            torch.from_numpy(np.concatenate([positions, np.zeros(pad, np.int64)])),
+            torch.from_numpy(writes),
+            torch.from_numpy(self.streams_S[padded]),
+            prefix,
+            own,
+        )
+
+    def _decode(self, rows: _Rows) -> Tensor:
+        ids_R = self.last_S[rows.slots_R]
+        reads = [rows.own] if rows.prefix is None else [rows.prefix, rows.own]
+        hidden_RD = self.model(ids_R, rows.positions_R, self._attend(rows.writes_S, reads))
+        logits_RV = F.linear(hidden_RD, self.model.head_weight).float()
+        outputs_RC = choose(logits_RV, uniforms(rows.streams_R, rows.positions_R), self.options)
+        self.last_S[rows.slots_R] = outputs_RC[:, 0].long()
+        return outputs_RC
+
+
+def _reads(rows_IJ: Tensor, visible_IJ: np.ndarray, pages_IM: np.ndarray) -> kernels.Reads:
+    return kernels.Reads(
+        rows_IJ, torch.from_numpy(visible_IJ), torch.from_numpy(np.ascontiguousarray(pages_IM))
+    )
+
+
+def _batch(samples: list[_Sequence], size: int, share: bool):
+    """What stays the same while nobody joins, leaves or grows: -> (splits, own pages, prefix reads)."""
+    split_R = np.array([s.prompt.split(size) for s in samples])
+    own = [s.table.blocks[split // size :] for s, split in zip(samples, split_R, strict=True)]
+    groups: dict[tuple, list[int]] = {}
+    for row, (sample, split) in enumerate(zip(samples, split_R, strict=True)):
+        if split:
+            key = tuple(sample.table.blocks[: split // size])
+            groups.setdefault(key if share else (row, *key), []).append(row)
+    if not groups:
+        return split_R, _padded(own, NULL), None
+    rows_IJ = _padded(list(groups.values()), -1)
+    visible_IJ = np.where(rows_IJ >= 0, split_R[rows_IJ], 0)
+    pages_IM = _padded([key if share else key[1:] for key in groups], NULL)
+    return split_R, _padded(own, NULL), _reads(torch.from_numpy(rows_IJ), visible_IJ, pages_IM)
+
+
+def _padded(lists: list, fill: int) -> np.ndarray:
+    array = np.full((len(lists), max(map(len, lists))), fill, np.int64)
+    for row, values in zip(array, lists, strict=True):
+        row[: len(values)] = values
+    return array
+
+
+# Noise: a 64-bit stream per sample, hashed once; a position's number by splitmix64's finishing steps,
+# in wrapping int64, which every device computes alike.
+
+_STEP, _MIX = -7046029254386353131, ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1))
+
+
+def stream(seed: int, key: str, number: int) -> int:
+    digest = hashlib.blake2b(f"{seed}\n{number}\n{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def uniforms(streams_R: Tensor, positions_R: Tensor) -> Tensor:
+    """One fp32 number in (0, 1) for each (sample, position), with 23 random bits."""
+    x = streams_R + (positions_R + 1) * _STEP
+    for shift, factor in _MIX:
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return (((x >> 41) & ((1 << 23) - 1)).float() + 0.5) * 2.0**-23
+
+
+@dataclass(frozen=True)
+class _Options:
+    temperature: float
+    top_p: float
+    top_k: int
+    watch: Tensor
+    seed: int
+
+
+CDF_BLOCK = 128
+
+
+def choose(logits_RV: Tensor, uniform_R: Tensor, options: _Options) -> Tensor:
+    """Draws a token per row; -> fp64 [R, 3 + W]: id, its log-prob, 1 if logits are not finite, the watched."""
+    low_R, high_R = logits_RV.aminmax(dim=-1)
+    weight_RV = (logits_RV - high_R[:, None]).exp_()
+    lse_R = high_R + _sums(weight_RV).log()
+    if options.temperature == 0:
+        id_R = logits_RV.argmax(-1)
+    else:
+        if options.temperature != 1:
+            weight_RV = ((logits_RV - high_R[:, None]) / options.temperature).exp_()
+        if options.top_k:
+            weight_RV = _keep(weight_RV, weight_RV.new_full((len(weight_RV),), options.top_k), counted=True)
+        if options.top_p < 1:
+            weight_RV = _keep(weight_RV, options.top_p * _sums(weight_RV), counted=False)
+        id_R = _draw(weight_RV, uniform_R)
+    bad_R = ~(low_R.isfinite() & high_R.isfinite())
+    logprob_R = logits_RV.gather(1, id_R[:, None])[:, 0] - lse_R
+    watched_RW = logits_RV[:, options.watch] - lse_R[:, None]
+    parts = id_R[:, None], logprob_R[:, None], bad_R[:, None], watched_RW
+    return torch.cat([part.double() for part in parts], dim=1)
+
+
+def _sums(weight_RV: Tensor) -> Tensor:
+    return _blocks(weight_RV).sum(-1).sum(-1)
+
+
+def _blocks(weight_RV: Tensor) -> Tensor:
+    return F.pad(weight_RV, (0, -weight_RV.shape[1] % CDF_BLOCK)).unflatten(1, (-1, CDF_BLOCK))
+
+
+def _draw(weight_RV: Tensor, uniform_R: Tensor) -> Tensor:
+    """The inverse of the cumulative distribution at uniform_R: first the block it falls into, then the token.
+
+    Only a block, and in it a token, of positive weight is ever taken, whatever the sums' rounding.
+    """
+    blocks_RBC = _blocks(weight_RV)
+    total_RB = blocks_RBC.sum(-1)
+    upto_RB = total_RB.cumsum(-1)
+    aim_R = uniform_R * upto_RB[:, -1]
+    block_R = _first(upto_RB, total_RB, aim_R)
+    row_R = torch.arange(len(block_R), device=block_R.device)
+    chosen_RC = blocks_RBC[row_R, block_R]
+    aim_R = aim_R - (upto_RB - total_RB)[row_R, block_R]
+    return block_R * CDF_BLOCK + _first(chosen_RC.cumsum(-1), chosen_RC, aim_R)
+
+
+def _first(upto_RC: Tensor, weight_RC: Tensor, aim_R: Tensor) -> Tensor:
+    """The first column of positive weight whose sum passes the aim; the last such if rounding left none."""
+    positive_RC = weight_RC > 0
+    passed_RC = positive_RC & (upto_RC > aim_R[:, None])
+    column_C = torch.arange(upto_RC.shape[1], device=upto_RC.device)
+    last_R = (positive_RC * column_C).amax(-1)
+    return torch.where(passed_RC, column_C, last_R[:, None]).amin(-1)
+
+
+def _keep(weight_RV: Tensor, target_R: Tensor, counted: bool) -> Tensor:
+    """Zeroes all but the largest weights that together reach the target, in number or in sum.
+
+    The threshold is found by bisection over the bits of a float (as integers, they are in the same order),
+    which needs neither a sort nor a look at the data. Tokens equal to the last one kept are kept too.
+    """
+    bits_RV = weight_RV.view(torch.int32)
+    low_R = torch.zeros(len(weight_RV), dtype=torch.int32, device=weight_RV.device)  # keeps enough
+    high_R = bits_RV.amax(-1) + 1  # keeps nothing
+    for _ in range(31):
+        middle_R = low_R + (high_R - low_R) // 2
+        kept_RV = bits_RV >= middle_R[:, None]
+        enough_R = (kept_RV.float() if counted else weight_RV * kept_RV).sum(-1) >= target_R
+        low_R, high_R = torch.where(enough_R, middle_R, low_R), torch.where(enough_R, high_R, middle_R)
+    return weight_RV * (bits_RV >= low_R[:, None])
+
+
+def _ids(outputs: np.ndarray) -> list[int]:
+    return outputs[:, 0].astype(np.int64).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The two functions that callers use
+
+
+def generate(model, prompts, **options) -> list[list[Sample]]:
+    """`generate_iter`, collected: for each prompt its samples, in order."""
+    iterator = generate_iter(model, prompts, **options)
+    results: list[list] = [[None] * options.get("n", 1) for _ in prompts]
+    for prompt, number, sample in iterator:
+        results[prompt][number] = sample
+    return results
+
+
+def generate_iter(
+    model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    n: int = 1,
+    max_new_tokens: int | Sequence = 1024,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    stop_ids: Sequence[int] | None = None,
+    stop_texts: Sequence[str] = (),
+    tokenizer=None,
+    watch: Sequence[int] = (),
+    seed: int = 0,
+    keys: Sequence[str] | None = None,
+    progress: bool = True,
+    limits: Limits | None = None,
+) -> Iterator[tuple[int, int, Sample]]:
+    """Yields (prompt index, sample index, Sample) as they finish.
+
+    max_new_tokens: one number, one per prompt, or one list per prompt with one per sample. stop_ids: None
+    takes the checkpoint's own. stop_texts are searched in what `tokenizer.decode` makes of the last tokens,
+    and may span several. keys: one string per prompt, which names it to the noise; the default is a hash of
+    its ids and of how often they came before. Everything is checked before anything is generated.
+    """
+    limits = (limits or Limits()).for_device(model.head_weight.device)
+    stop_ids = tuple(getattr(model, "stop_ids", ()) if stop_ids is None else stop_ids)
+    _check_options(model, n, temperature, top_p, top_k, stop_texts, tokenizer, watch, keys, prompts)
+    allowed = _Allowed(max_new_tokens, len(prompts), n)
+    blocks = _check_sizes(model, prompts, n, allowed, limits)
+    device = model.head_weight.device
+    watch_W = torch.tensor(list(watch), dtype=torch.int64, device=device)
+    options = _Options(temperature, top_p, top_k, watch_W, seed)
+    stops = _Stops(np.array(stop_ids, np.int64), tuple(stop_texts), tokenizer)
+    queue = _intake(prompts, keys, allowed)
+    return _run(model, queue, blocks, limits, options, stops, n * len(prompts), progress)
+
+
+class _Allowed:
+    """How many tokens each sample may take: one number, one per prompt, or one per sample."""
+
+    def __init__(self, value, prompts: int, n: int):
+        self.value, self.n = value, n
+        if not isinstance(value, int) and len(value) != prompts:
+            raise InputError(f"max_new_tokens has {len(value)} entries for {prompts} prompts")
+        for index in range(prompts):
+            row = self[index]
+            if len(row) != n:
+                raise InputError(
+                    f"max_new_tokens of prompt {index} has {len(row)} entries for n = {n} samples"
+                )
+            if min(row) < 1:
+                raise InputError(f"max_new_tokens of prompt {index} is {min(row)}; it must be at least 1")
+            if isinstance(value, int):
+                break
+
+    def __getitem__(self, index: int) -> list[int]:
+        value = self.value if isinstance(self.value, int) else self.value[index]
+        return [value] * self.n if isinstance(value, int) else list(value)
+
+
+def _check_options(model, n, temperature, top_p, top_k, stop_texts, tokenizer, watch, keys, prompts) -> None:
+    vocabulary = model.config.vocab_size
+    if n < 1:
+        raise InputError(f"n is {n}; it must be at least 1")
+    if not 0 <= temperature < float("inf"):
+        raise InputError(f"temperature is {temperature}; it must be 0 (greedy) or positive")
+    if not 0 < top_p <= 1:
+        raise InputError(f"top_p is {top_p}; it must be in (0, 1]")
+    if top_k < 0:
+        raise InputError(f"top_k is {top_k}; it must be 0 (no limit) or positive")
+    if stop_texts and tokenizer is None:
+        raise InputError("stop_texts needs tokenizer=")
+    if any(not text for text in stop_texts):
+        raise InputError("stop_texts holds an empty text")
+    for token in watch:
+        if not 0 <= token < vocabulary:
+            raise InputError(f"watch holds id {token}; the vocabulary has 0 to {vocabulary - 1}")
+    if keys is not None and len(keys) != len(prompts):
+        raise InputError(f"keys has {len(keys)} entries for {len(prompts)} prompts")
+
+
+def _check_sizes(model, prompts, n: int, allowed: _Allowed, limits: Limits) -> int:
+    """Every prompt, against vocabulary, model and cache; -> how many blocks the cache has."""
+    config, size = model.config, limits.block_size
+    if kernels.KEYS % size:
+        raise InputError(f"block_size is {size}; it must divide {kernels.KEYS}")
+    bytes_per_block = (
+        2 * config.num_layers * config.num_kv_heads * config.head_size * size * model.head_weight.itemsize
+    )
+    affordable = limits.cache_bytes // bytes_per_block
+    wanted = 1  # the null block
+    for index, ids in enumerate(prompts):
+        if len(ids) == 0:
+            raise InputError(f"prompt {index} is empty; it needs at least one id")
+        if min(ids) < 0 or max(ids) >= config.vocab_size:
+            wrong = min(ids) if min(ids) < 0 else max(ids)
+            raise InputError(
+                f"prompt {index} holds id {wrong}; the vocabulary has 0 to {config.vocab_size - 1}"
+            )
+        row = allowed[index]
+        longest = len(ids) + max(row)
+        if longest > config.max_positions:
+            raise InputError(
+                f"prompt {index} has {len(ids)} tokens and may get {max(row)} more: {longest}, but the model "
+                f"takes at most {config.max_positions}"
+            )
+        # One block more than it fills: the prompt's last, half full, is copied when it is forked.
+        needed = -(-longest // size) + 1
+        if needed + 1 > affordable:
+            raise InputError(
+                f"prompt {index} has {len(ids)} tokens and may get {max(row)} more, which takes "
+                f"{(needed + 1) * bytes_per_block:,} bytes of cache; the limit is {limits.cache_bytes:,}"
+            )
+        wanted += n * needed
+    return min(affordable, max(wanted, 2))
+
+
+def _intake(prompts, keys, allowed: _Allowed) -> Iterator[_Prompt]:
+    seen: Counter[bytes] = Counter()
+    for index, ids in enumerate(prompts):
+        ids = [int(i) for i in ids]
+        if keys is None:
+            digest = hashlib.blake2b(np.array(ids, np.int64).tobytes(), digest_size=16).digest()
+            key = f"{digest.hex()}/{seen[digest]}"
+            seen[digest] += 1
+        else:
+            key = keys[index]
+        yield _Prompt(index, ids, key, allowed[index])
+
+
+@dataclass(frozen=True)
+class _Stops:
+    ids: np.ndarray
+    texts: tuple[str, ...]
+    tokenizer: object
+
+    def found(self, ids: list[int]) -> bool:
+        """Whether a stop text ends in the last token. A token may be less than a character, but rarely is."""
+        text = self.tokenizer.decode(ids[-(max(map(len, self.texts)) + 8) :])
+        return any(stop in text for stop in self.texts)
+
+
+def _run(model, queue, blocks, limits, options, stops, total, progress):
+    engine = Engine(model, blocks, limits, options)
+    flying: deque[tuple[_Step, Tensor]] = deque()
+    finished: list[tuple[int, int, Sample]] = []
+
+    def collect() -> None:
+        step, outputs = flying.popleft()
+        finished.extend(_collect(scheduler, step, outputs.numpy(), stops))
+
+    def settle() -> None:
+        while flying:
+            collect()
+
+    pool = BlockPool(blocks, limits.block_size)
+    scheduler = Scheduler(queue, pool, limits, settle)
+    with _Progress(total, progress) as bar:
+        while scheduler.busy:
+            step = scheduler.plan()
+            outputs = engine.launch(step, scheduler)
+            if outputs is not None:
+                flying.append((step, outputs))
+            settle()
+            for item in finished:
+                bar.add(item[2], pool)
+                yield item
+            finished.clear()
+
+
+def _collect(scheduler: Scheduler, step: _Step, outputs_RC: np.ndarray, stops: _Stops):
+    """Keeps a step's outputs; -> the samples that it finished."""
+    rows, slots = scheduler.record(step, outputs_RC)
+    bad = outputs_RC[rows, 2] != 0
+    stop = np.isin(outputs_RC[rows, 0], stops.ids)
+    if stops.texts:
+        history = [scheduler.outputs[slot, : scheduler.count[slot]] for slot in slots]
+        stop |= [stops.found(_ids(outputs)) for outputs in history]
+    full = step.positions[rows] == scheduler.last[slots]
+    for i in np.flatnonzero(bad | stop | full):
+        sequence = scheduler.running[slots[i]]
+        scheduler.finish(sequence)
+        outputs = sequence.outputs[:-1] if bad[i] else sequence.outputs
+        finish = "error" if bad[i] else "stop" if stop[i] else "length"
+        sample = Sample(_ids(outputs), outputs[:, 1].tolist(), outputs[:, 3:].tolist(), finish)
+        yield sequence.prompt.index, sequence.number, sample
+
+
+class _Progress:
+    """A bar of samples on stderr, with tokens per second, the cache's use, and errors if there are any."""
+
+    def __init__(self, total: int, shown: bool):
+        self.bar = tqdm(total=total, unit="sample", disable=not shown, dynamic_ncols=True)
+        self.start, self.tokens, self.errors = time.perf_counter(), 0, 0
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def add(self, sample: Sample, pool: BlockPool) -> None:
+        self.tokens += len(sample.ids)
+        self.errors += sample.finish == "error"
+        rate = self.tokens / (time.perf_counter() - self.start)
+        errors = f", {self.errors} with errors" if self.errors else ""
+        self.bar.set_postfix_str(
+            f"{rate:,.0f} tokens/s, cache {pool.used / pool.num_blocks:.0%}{errors}", refresh=False
+        )
+        self.bar.update()

@@ -1,0 +1,234 @@
+"""The house rules: layers, line budgets, lazy imports, what the interfaces promise, a README that is true."""
+
+import ast
+import inspect
+import io
+import os
+import re
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+
+import pytest
+
+import gramr2
+import kernels
+
+ROOT = Path(__file__).parents[1]
+LAYERS = [
+    ["kernels", "gramr2.files", "gramr2.records", "gramr2.config"],
+    ["gramr2.prompts", "gramr2.tokenizer", "gramr2.cache", "gramr2.model"],
+    ["gramr2.weights", "gramr2.data", "gramr2.loss", "gramr2.scoring", "gramr2.sampler"],
+    ["gramr2.judge", "gramr2.prover", "gramr2.denoise", "gramr2.parallel"],
+    ["gramr2.fit"],
+    ["gramr2.steps", "gramr2.extras"],
+    ["train", "selftrain", "infer"],
+]
+# These stand beside what they serve: scoring is below the sampler's users, weights read the tokenizer.
+SIBLINGS = {("gramr2.records", "gramr2.files"), ("gramr2.config", "gramr2.files")}
+BUDGET = {"core": 2500, "kernels": 600, "extras": 1600}
+
+
+def module_name(path: Path) -> str:
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+def layer(module: str) -> int | None:
+    """The layer of the longest listed name that `module` is, or is inside of."""
+    found = [n for n, names in enumerate(LAYERS) for name in names if f"{module}.".startswith(f"{name}.")]
+    return max(found, default=None)
+
+
+def sources() -> list[Path]:
+    files = [*ROOT.glob("gramr2/**/*.py"), *ROOT.glob("kernels/*.py")]
+    files += [
+        ROOT / f"{name}.py" for name in ("train", "selftrain", "infer") if (ROOT / f"{name}.py").exists()
+    ]
+    return sorted(files)
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_imports_point_down():
+    """A file that imports from its own layer or above ties a knot that nobody can read in order."""
+    wrong = []
+    for path in sources():
+        module = module_name(path)
+        if module == "gramr2" or layer(module) is None:
+            continue
+        for name in imported(path):
+            above = layer(name)
+            same_package = module.split(".")[:2] == name.split(".")[:2]
+            if above is None or same_package or (module, ".".join(name.split(".")[:2])) in SIBLINGS:
+                continue
+            if above >= layer(module):
+                wrong.append(f"{module} (layer {layer(module)}) imports {name} (layer {above})")
+    assert not wrong
+
+
+def test_every_module_has_a_layer():
+    assert not [
+        module_name(p) for p in sources() if layer(module_name(p)) is None and module_name(p) != "gramr2"
+    ]
+
+
+def code_lines(path: Path) -> int:
+    """Lines that hold code: no blanks, comments or docstrings."""
+    text = path.read_text(encoding="utf-8")
+    docstrings = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            first = node.body[0] if node.body else None
+            if (
+                isinstance(first, ast.Expr)
+                and isinstance(first.value, ast.Constant)
+                and isinstance(first.value.value, str)
+            ):
+                docstrings |= set(range(first.lineno, first.end_lineno + 1))
+    lines = set()
+    skip = (
+        tokenize.COMMENT,
+        tokenize.NL,
+        tokenize.NEWLINE,
+        tokenize.INDENT,
+        tokenize.DEDENT,
+        tokenize.ENDMARKER,
+    )
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in skip:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    return len(lines - docstrings)
+
+
+def test_line_budgets():
+    """The project is read in a weekend, or it is not what it says."""
+    counts = dict.fromkeys(BUDGET, 0)
+    for path in sources():
+        part = "kernels" if path.parent.name == "kernels" else "extras" if "extras" in path.parts else "core"
+        counts[part] += code_lines(path)
+    assert not {part: count for part, count in counts.items() if count > BUDGET[part]}
+
+
+def test_functions_fit_a_screen():
+    long = []
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60:
+                long.append(f"{module_name(path)}.{node.name}: {node.end_lineno - node.lineno + 1} lines")
+    assert not long
+
+
+def test_every_module_says_what_it_is_and_what_it_leaves_out():
+    silent = []
+    for path in sources():
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        if not text or (len(text) > 400 and "leaves out" not in text and path.parent.name == "gramr2"):
+            silent.append(module_name(path))
+    assert not [name for name in silent if name != "gramr2"]
+
+
+def test_importing_does_nothing():
+    """No extra, no device, no environment: `import gramr2` must be safe anywhere and cost nothing."""
+    code = (
+        "import os, sys; before = dict(os.environ); import gramr2, kernels.reference\n"
+        "assert dict(os.environ) == before\n"
+        "loaded = {'transformers', 'pyarrow', 'liger_kernel', 'triton', 'pytest'} & set(sys.modules)\n"
+        "assert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("path", sources(), ids=module_name)
+def test_no_extra_is_imported_at_top_level(path):
+    extras = {"transformers", "pyarrow", "liger_kernel", "cut_cross_entropy", "pytest", "hypothesis"}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            roots = {alias.name.split(".")[0] for alias in node.names} if isinstance(node, ast.Import) else {
+                (node.module or "").split(".")[0]
+            }  # fmt: skip
+            assert not roots & extras
+
+
+# ---------------------------------------------------------------------------------- interfaces
+
+
+SIGNATURES = {
+    gramr2.load: ["directory", "device", "dtype"],
+    gramr2.save: ["model", "tokenizer", "directory", "extra"],
+    gramr2.logprobs: ["model", "sequences"],
+    gramr2.generate: ["model", "prompts", "n", "max_new_tokens", "temperature", "top_p", "top_k", "stop_ids",
+                      "stop_texts", "tokenizer", "watch", "seed", "keys", "progress"],
+    gramr2.RewardModel.load: ["directory", "device", "dtype", "prompt"],
+    gramr2.RewardModel.judge: ["self", "question", "a", "b", "votes", "seed"],
+    gramr2.RewardModel.judge_many: ["self", "pairs", "votes", "seed"],
+    gramr2.prompts.parse_verdict: ["text", "opened"],
+    kernels.sequence_logprob: ["hidden_TD", "weight_VD", "targets_T"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda f: f.__qualname__)
+def test_pinned_signatures(function):
+    names = list(inspect.signature(function).parameters)
+    assert names[: len(SIGNATURES[function])] == SIGNATURES[function]
+
+
+def test_pinned_defaults():
+    defaults = {n: p.default for n, p in inspect.signature(gramr2.generate).parameters.items()}
+    pinned = dict(n=1, max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=0, stop_ids=None, stop_texts=(),
+                  tokenizer=None, watch=(), seed=0, keys=None, progress=True)  # fmt: skip
+    assert {name: defaults[name] for name in pinned} == pinned
+    assert {"ids", "logprobs", "watched", "finish"} <= set(gramr2.Sample.__dataclass_fields__)
+    assert gramr2.prompts.parse_verdict("<answer>\nA\n</answer>") == ("A", "")
+    assert kernels.backend("cpu") == "reference" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+COMMANDS = {
+    "train.py": ["--stage", "--recipe", "--data", "--model", "--out", "--limit", "--dry-run"],
+    "selftrain.py": ["--iters", "--recipe", "--human", "--labelled", "--unlabelled", "--test", "--name", "--seed",
+                     "--from", "--until", "--dry-run"],
+    "infer.py": ["--pair", "--pairs", "--out", "--model", "--prompt", "--votes", "--seed",
+                 "--max-new-tokens", "--json"],
+}  # fmt: skip
+
+
+def command(*words, cwd=None):
+    return subprocess.run(
+        [sys.executable, ROOT / words[0], *words[1:]], capture_output=True, text=True, cwd=cwd
+    )
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_names_every_flag_and_unknown_ones_are_refused(name):
+    said = command(name, "--help")
+    assert said.returncode == 0 and f"python {name}" in said.stdout  # an example of use
+    assert not [flag for flag in COMMANDS[name] if not re.search(rf"{flag}\b", said.stdout)]
+    refused = command(name, "--no-such-flag")
+    assert refused.returncode == 2 and "error:" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train.py", "--stage", "reward", "--recipe", "nowhere.toml"),
+        ("selftrain.py", "--recipe", "nowhere.toml"),
+        ("selftrain.py", "--human", "nowhere.jsonl"),
+        ("infer.py", "--pair", "nowhere.json", "--model", "nowhere"),
+        ("infer.py", "--pair", "nowhere.json"),
+    ],
+    ids=" ".join,
+)
+def test_bad_input_is_one_line_and_exit_status_2(words, tmp_path):
+    result = command(*words, cwd=tmp_path)
+    assert result.returncode == 2
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in result.stderr and result.stdout == ""

@@ -1,0 +1,163 @@
+"""Records: what a file says is what is read, a swap changes the order and nothing else."""
+
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gramr2.files import InputError
+from gramr2.records import Example, Judgment, Pair, Proof, Vote, mark, show, swap, unmarked
+
+PIECES = [
+    "Response A", "Response B", "response 1", "@Response 2", "Responses 1 and 2", "⟦", "⟧", "⟦A⟧", "⟦⟦",
+    "vitamin B", "(A) or (B)", "option B", "a better answer", "A bee", "`Response A`", "B[0] = A", "\n",
+    "```\nResponse 1 = A\n```", " ", "In response a user", "response 12", "Response 1.5", "'s", ". ", "@",
+]  # fmt: skip
+texts = st.lists(st.sampled_from(PIECES) | st.text(max_size=5), max_size=8).map(" ".join)
+pairs = st.builds(
+    Pair,
+    messages=st.lists(st.tuples(st.sampled_from(["user", "tool"]), texts), min_size=1, max_size=3).map(tuple),
+    response_a=texts,
+    response_b=texts,
+    label=st.sampled_from(["A", "B", None]),
+    rationale=st.none() | texts.filter(bool).map(mark),
+    source=st.text(max_size=3),
+    domain=st.text(max_size=3),
+    margin=st.none() | st.floats(0, 3),
+    meta=st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)  # fmt: skip
+
+
+@given(pairs)
+def test_pair_survives_json(pair):
+    """Otherwise a run reads something else than the run before it wrote."""
+    assert Pair.from_json(json.loads(json.dumps(pair.to_json()))) == pair
+
+
+@given(pairs)
+def test_swap_twice_is_identity(pair):
+    assert pair.swapped().swapped() == pair
+
+
+@given(pairs)
+def test_id_knows_neither_order_nor_label(pair):
+    """Otherwise a pair and its swap are two pairs, and a duplicate is trained on twice."""
+    fresh = Pair(pair.messages, pair.response_b, pair.response_a)
+    assert fresh.id == pair.id == pair.swapped().id
+    assert Pair(pair.messages, pair.response_a + ".", pair.response_b).id != pair.id
+
+
+@given(texts)
+def test_swap_changes_slots_and_nothing_else(text):
+    """Whatever is not a mention of a response is the same, character for character, after a swap."""
+    slotted = mark(text)
+    once, twice = show(slotted), show(swap(slotted))
+    assert swap(swap(slotted)) == slotted
+    exchanged = re.sub(r"Response ([AB])", "Response ?", once)
+    assert exchanged == re.sub(r"Response ([AB])", "Response ?", twice)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["vitamin B and a vitamin A pill", "Option B is (B), not (A)", "```python\nA, B = B, A\n```", "plan B",
+     "A better answer. In response a user wrote B.", "Response 12 and response 1.5", "⟦A⟧", "`Response A`"],
+)  # fmt: skip
+def test_what_is_no_mention_stays(text):
+    """Letters, articles and code must not change with the order of the responses."""
+    assert show(mark(text)) == show(swap(mark(text))) == text
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [("@Response 1 is good", "Response A is good"), ("response 2's list.", "Response B's list."),
+     ("Responses 1 and 2 differ", "Response A and Response B differ"), ("Response 2.", "Response B."),
+     ("@response1 and @Response 2", "Response A and Response B"), ("Response A/B", "Response A/Response B"),
+     ("Response A, not B12", "Response A, not B12"), ("response 1 and 2 men", "Response A and 2 men")],
+)  # fmt: skip
+def test_mentions_as_people_write_them(text, shown):
+    """HelpSteer3 says "Response 1" and "@Response 2"; a mention that is missed stays behind in a swap."""
+    assert show(mark(text)) == shown
+    trade = {"Response A": "Response B", "Response B": "Response A"}
+    assert show(swap(mark(text))) == re.sub("Response [AB]", lambda found: trade[found[0]], shown)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Assistant B is", "the first response", "A is better", "I prefer B.", "Answer 2", "B's list",
+     "`Response A` is quoted", "the second one fails"],
+)  # fmt: skip
+def test_unmarked_mentions_are_seen(text):
+    """A swap would make such a rationale argue for the wrong response."""
+    assert unmarked(mark(text)) and not Pair((("user", "q"),), "a", "b", "A", mark(text)).swappable
+
+
+@pytest.mark.parametrize(
+    "text", ["Response 1 beats @Response 2", "vitamin B", "a better answer", "Option (B)"]
+)
+def test_marked_texts_may_be_swapped(text):
+    assert not unmarked(mark(text))
+
+
+def test_rationale_of_a_plain_file_is_marked_once():
+    """A person writes "Response A" and a run writes slots: both are read as the same."""
+    row = {
+        "question": "q",
+        "response_a": "a",
+        "response_b": "b",
+        "label": "A",
+        "rationale": "Response A wins",
+    }
+    pair = Pair.from_json(row)
+    assert pair.rationale == "Response ⟦A⟧ wins" == Pair.from_json(pair.to_json()).rationale
+
+
+@pytest.mark.parametrize("question", ["question", "prompt", "instruction"])
+@pytest.mark.parametrize(
+    "a, b", [("response_A", "response_B"), ("response1", "response2"), ("chosen", "rejected")]
+)
+def test_common_spellings(question, a, b):
+    pair = Pair.from_json({question: "q", a: "x", b: "y"})
+    assert (pair.question, pair.response_a, pair.response_b) == ("q", "x", "y")
+    assert pair.label == ("A" if a == "chosen" else None)
+
+
+def test_conversation_is_flattened_in_one_way():
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    row = {"messages": turns, "response_a": "x", "response_b": "y"}
+    assert Pair.from_json(row).question == "User: Hi\n\nAssistant: Hello"
+    assert Pair.from_json(row).to_json()["messages"] == turns
+    assert (
+        Pair.from_json({"question": " as it is\n", "response_a": "", "response_b": ""}).question
+        == " as it is\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [({"response_b": None}, "response_b"), ({"question": 3}, "question"), ({"label": "C"}, "label"),
+     ({"label": ["A"]}, "label"), ({"messages": []}, "messages"), ({"messages": [{"role": 1}]}, "messages"),
+     ({"margin": "2"}, "margin"), ({"rationale": 1}, "rationale"), ({"meta": []}, "meta")],
+)  # fmt: skip
+def test_a_wrong_field_is_named(change, named):
+    row = {"question": "q", "response_a": "a", "response_b": "b"} | change
+    with pytest.raises(InputError, match=named):
+        Pair.from_json(row)
+
+
+def test_a_missing_field_is_named():
+    with pytest.raises(InputError, match="response_b"):
+        Pair.from_json({"question": "q", "response_a": "a"})
+    with pytest.raises(InputError, match="disagree"):
+        Pair.from_json({"question": "q", "chosen": "a", "rejected": "b", "label": "B"})
+
+
+@pytest.mark.parametrize(
+    "record",
+    [Judgment("A", 0.7, {"A": 3, "B": 1, "none": 0}, 0, "⟦A⟧", True, (Vote("A", "BA", 0.9, "", "t", 7),)),
+     Judgment(None, 0.5, {"A": 0, "B": 0, "none": 2}, 2), Vote(None, "AB", None, "no answer"),
+     Proof("id", "text", -3.5, -9.0, -0.4, "stop", None, (1, 2)), Example((1, 2, 3), 2)],
+)  # fmt: skip
+def test_other_records_survive_json(record):
+    assert type(record).from_json(json.loads(json.dumps(record.to_json()))) == record

@@ -1,0 +1,115 @@
+"""Trains one model: the prover, the reward model, or one of the models it is compared with.
+
+    python train.py --stage prover                            the toy, from nothing, on a laptop
+    torchrun --nproc_per_node=8 train.py --stage reward --recipe recipes/llama3.1-8b.toml \\
+        --model Llama-3.1-8B-Instruct --data labelled.jsonl   one model on eight GPUs
+    python train.py --stage reward --model runs/x/model --data helpsteer3-stem.jsonl --limit 1000
+                                                              task adaptation
+
+The model ends in OUT/model, a Hugging Face directory; OUT/metrics.jsonl has a row per step. The same
+command continues a run that was cut, on any number of ranks. SIGTERM and Ctrl-C save first; the exit
+status is then 130. What is trained is in gramr2/fit.py, the losses in gramr2/loss.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from gramr2 import config as settings
+from gramr2.files import InputError, exit_status
+
+HERE = Path(__file__).resolve().parent
+# What a stage trains on where the command line does not say: a field of config.Sources.
+DATA = {"prover": "human", "reward": "human", "generative": "labelled", "discriminative": "labelled"}
+DATA["pretrain"] = "pretrain"
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--stage", required=True, choices=settings.STAGES, help="what to train")
+    parser.add_argument("--recipe", type=Path, default=HERE / "recipes/toy.toml", help="settings [toy]")
+    parser.add_argument("--data", type=Path, nargs="+", metavar="FILE", help="JSONL [the recipe's]")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="where it starts from [the recipe's]")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where it goes [runs/train-STAGE]")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, and train nothing")
+    settings.add_flags(parser, settings.TrainConfig)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = parse(argv)
+    stage, recipe = arguments.stage, arguments.recipe
+    overrides = settings.given(settings.TrainConfig, arguments)
+    config = settings.resolve(settings.TrainConfig, recipe, ["train", f"train.{stage}"], overrides)
+    sources = settings.resolve(settings.Sources, recipe, ["models", "data"], {})
+
+    from gramr2 import fit, parallel  # torch takes its seconds only once the arguments are known to be good
+
+    with parallel.world(config) as here:
+        world = settings.read_recipe(recipe).get("world")
+        if world and not (arguments.data and arguments.model):
+            make_toy(world, sources, arguments, here)
+        model = arguments.model or named(sources, "prover" if stage == "prover" else "backbone", "--model")
+        data = arguments.data or [Path(path) for path in named(sources, DATA[stage], "--data")]
+        if arguments.dry_run:
+            if here.first:
+                print(*fit.dry_run(stage, config, data, Path(model), here), sep="\n")
+            return 0
+        out = arguments.out or Path("runs") / f"train-{stage}"
+        fit.train(stage, config, data, Path(model), out)
+        if here.first:
+            print(f"model: {out / 'model'}")
+    return 0
+
+
+def named(sources: settings.Sources, field: str, flag: str):
+    value = getattr(sources, field) or (sources.backbone if field == "prover" else None)
+    if not value:
+        raise InputError(f"the recipe names no {field}; give {flag}")
+    return value
+
+
+def make_toy(world: dict, sources: settings.Sources, arguments: argparse.Namespace, here) -> None:
+    """The toy's world and its backbone, where they are not there yet. `--model` is filled in for pretrain."""
+    from gramr2 import fit
+    from gramr2.extras import toyworld
+
+    sizes = dict(world)
+    directory = Path(sizes.pop("directory"))
+    if here.first and not (directory / "backbone_init" / "config.json").exists():
+        toyworld.make_world(directory, **sizes)
+    here.gather(None)  # the others wait for the files
+    untrained = directory / "backbone_init"
+    if arguments.stage == "pretrain":
+        arguments.model = arguments.model or untrained
+    elif not arguments.model and not (Path(sources.backbone) / "config.json").exists():
+        if arguments.dry_run:
+            arguments.model = untrained  # of the same shape, which is all that a plan asks
+            return
+        config = settings.resolve(
+            settings.TrainConfig, arguments.recipe, ["train", "train.pretrain"], {"threads": 1}
+        )
+        data = [Path(path) for path in sources.pretrain]
+        fit.train("pretrain", config, data, untrained, Path(sources.backbone).parent)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Every rank meets the same bad input; the first one says it."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        return exit_status(main, argv)
+    try:
+        return main(argv)
+    except InputError:
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))
