@@ -198,6 +198,14 @@ def open_world(books, arguments: argparse.Namespace, config: settings.SelfTrainC
     )  # fmt: skip
 
 
+def rules_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The toy world brings a rule of coherence of its own; real text has the general ones."""
+    from gramr2.extras import toyworld
+
+    is_toy = "world" in settings.read_recipe(arguments.recipe)
+    return {"coherence": toyworld.coherent} if is_toy else {}
+
+
 def toy_world(books, recipe: dict, config: settings.SelfTrainConfig, trains: dict) -> World:
     """Makes the toy world and pre-trains its backbone, as the first two steps of the run."""
     from gramr2 import fit
@@ -316,7 +324,7 @@ def main(argv: Sequence[str]) -> int:
     books = Books(root, json.loads(json.dumps(plan)), files, say, arguments.until)
     if arguments.start:
         books.forget(arguments.start)
-    run = Run(books, config, trains, {})
+    run = Run(books, config, trains, rules_of(arguments))
     try:
         world = open_world(books, arguments, config, trains)
         table = Table(run, world.test)

@@ -18,6 +18,7 @@ It leaves out: how a judgment or a rationale comes about, and balancing, which i
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 
 from gramr2 import prompts
 from gramr2.config import SelfTrainConfig
-from gramr2.records import OTHER, Judgment, Pair, show
+from gramr2.records import OTHER, Judgment, Pair, Vote, mark, show
 
 LabelFilter = Callable[[Judgment, SelfTrainConfig], str | None]
 RationaleFilter = Callable[[Pair, str, SelfTrainConfig], str | None]  # (pair, rationale as stored, settings)
@@ -59,6 +60,30 @@ LABEL_FILTERS: dict[str, LabelFilter] = {
     "confidence": confidence,
     "softmax": softmax,
 }
+
+
+def only_coherent(
+    pair: Pair, judgment: Judgment, rules: dict[str, RationaleFilter], settings: SelfTrainConfig
+) -> Judgment:
+    """The judgment with those votes turned into abstentions whose own rationale breaks a rule of coherence.
+
+    A judge that quotes what nobody said, or concludes against its own count, has guessed.
+    """
+    used = {name: rule for name, rule in rules.items() if name not in settings.without}
+
+    def objection(vote: Vote) -> str | None:
+        shown = pair if vote.order == "AB" else pair.swapped()
+        stated = OTHER[vote.label] if vote.order == "BA" else vote.label
+        asked = dataclasses.replace(shown, label=stated)
+        written = mark(vote.thinking)
+        return next((reason for rule in used.values() if (reason := rule(asked, written, settings))), None)
+
+    votes = []
+    for vote in judgment.details:
+        reason = objection(vote) if vote.label else None
+        votes.append(dataclasses.replace(vote, label=None, p_a=None, reason=reason) if reason else vote)
+    return Judgment.from_votes(votes)
+
 
 # ---------------------------------------------------------------------------------- rationales
 

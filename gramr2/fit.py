@@ -560,7 +560,7 @@ def dry_run(
     """What `train` would do with these, in lines: reads the data, and no weight."""
     curriculum = Curriculum(stage, config, data, model_dir)
     model = read_model_config(stage, config, model_dir, curriculum.tokenizer)
-    alone = dataclasses.replace(here, rank=0, size=1, side=None)
+    alone = parallel.World(0, 1, here.device)
     plan = make_plan(curriculum, config, alone)
     half = parallel.compute_dtype(config, here.device) == torch.bfloat16
     parts = memory_per_rank(config, model, here.size, half)

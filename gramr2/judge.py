@@ -23,7 +23,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ from torch import Tensor
 from gramr2 import prompts
 from gramr2.files import InputError
 from gramr2.model import Decoder, packed_causal, packed_positions
-from gramr2.records import OTHER, Judgment, Pair, Vote, mark, swap, unmarked
+from gramr2.records import OTHER, Judgment, Pair, Vote
 from gramr2.sampler import Sample, generate
 from gramr2.scoring import logprobs
 from gramr2.tokenizer import Tokenizer
@@ -39,7 +38,6 @@ from gramr2.weights import load
 
 SHARD = 64  # pairs of one generate call: enough to fill a batch, little to do again after a kill
 MAX_NEW_TOKENS = 4096
-UNDECIDED = 0.5
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ class RewardModel:
                 if pair.id in refused:
                     yield pair, refused[pair.id]
                 else:
-                    yield pair, self.count(pair, ballots.get(pair.id, []))
+                    yield pair, Judgment.from_votes(ballots.get(pair.id, []))
 
     # ------------------------------------------------------------------ generative
 
@@ -196,44 +194,6 @@ class RewardModel:
         a, b = (float(values[-1]) for values in scored)
         return 1 / (1 + math.exp(min(b - a, 700)))
 
-    def count(self, pair: Pair, ballots: Sequence[Vote]) -> Judgment:
-        """What the votes on one pair come to."""
-        means, majorities = {}, {}
-        for order in dict.fromkeys(vote.order for vote in ballots):
-            labels = [vote.label for vote in ballots if vote.order == order]
-            lead = labels.count("A") - labels.count("B")
-            majorities[order] = "A" if lead > 0 else "B" if lead < 0 else None
-            read = [v.p_a for v in ballots if v.order == order and v.p_a is not None]
-            if read:
-                means[order] = fmean(read)
-        mean = fmean(means.values()) if means else UNDECIDED
-        label = None if mean == UNDECIDED else "A" if mean > UNDECIDED else "B"
-        agree = None
-        if len(majorities) == 2:
-            agree = majorities["AB"] is not None and majorities["AB"] == majorities["BA"]
-        given = [vote.label for vote in ballots]
-        return Judgment(
-            label=label,
-            p_a=UNDECIDED if agree is False else mean,
-            votes={"A": given.count("A"), "B": given.count("B"), "none": given.count(None)},
-            abstained=given.count(None),
-            rationale=self._reason(label, ballots),
-            orders_agree=agree,
-            details=tuple(ballots),
-        )
-
-    def _reason(self, label: str | None, ballots: Sequence[Vote]) -> str | None:
-        """The rationale of the surest vote for the label, in the pair's own order, as stored."""
-        sign = 1 if label == "A" else -1
-        votes = [vote for vote in ballots if vote.label == label and vote.p_a is not None]
-        for vote in sorted(votes, key=lambda vote: -sign * vote.p_a):
-            z = thinking_of(vote.text)
-            if z and vote.order == "AB":
-                return mark(z)
-            if z and not unmarked(mark(z)):
-                return swap(mark(z))
-        return None
-
     # ------------------------------------------------------------------ discriminative
 
     def _compare_scores(self, shard: Sequence[Pair]) -> list[Judgment | InputError]:
@@ -283,9 +243,3 @@ class RewardModel:
 def _exchanged(pair: Pair) -> Pair:
     """The pair in the other order, for a prompt: neither label nor rationale is shown to a judge."""
     return Pair(pair.messages, pair.response_b, pair.response_a, id=pair.id)
-
-
-def thinking_of(text: str) -> str | None:
-    """What a judge wrote before its answer, without the tags."""
-    before, closed, _ = text.rpartition("</think>")
-    return before.strip().removeprefix("<think>").strip() or None if closed else None

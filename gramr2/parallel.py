@@ -53,7 +53,8 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh | None = None  # None: one CPU process
-    side: dist.ProcessGroup | None = None  # for what goes on beside the steps: files, and objects
+    talk: dist.ProcessGroup | None = None  # for numbers and objects, on the host
+    files: dist.ProcessGroup | None = None  # for the thread that saves: two threads must not share a group
 
     @property
     def first(self) -> bool:
@@ -63,7 +64,7 @@ class World:
         """Sums over ranks, in float64."""
         sums = torch.tensor(numbers, dtype=torch.float64)
         if self.size > 1:
-            dist.all_reduce(sums, group=self.side)
+            dist.all_reduce(sums, group=self.talk)
         return sums.tolist()
 
     def gather(self, value: Any) -> list[Any]:
@@ -71,7 +72,7 @@ class World:
         values = [value]
         if self.size > 1:
             values = [None] * self.size
-            dist.all_gather_object(values, value, group=self.side)
+            dist.all_gather_object(values, value, group=self.talk)
         return values
 
 
@@ -89,19 +90,20 @@ def world(config: TrainConfig) -> Iterator[World]:
     owned = not dist.is_initialized() and ("WORLD_SIZE" in os.environ or cuda)
     if owned:
         _initialise("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    side = None
+    groups = []
     try:
         if dist.is_initialized():
-            side = dist.new_group(backend="gloo", timeout=PATIENCE)
-            yield World(dist.get_rank(), dist.get_world_size(), device, _mesh(config, device), side)
+            groups = [dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2)]
+            yield World(dist.get_rank(), dist.get_world_size(), device, _mesh(config, device), *groups)
         else:
             yield World(0, 1, device)
     finally:
         torch.set_num_threads(threads)
         if owned:
             dist.destroy_process_group()
-        elif side is not None:
-            dist.destroy_process_group(side)
+        else:
+            for group in groups:
+                dist.destroy_process_group(group)
 
 
 def _initialise(backend: str) -> None:
@@ -209,7 +211,7 @@ class ResumePoints:
 
     def __init__(self, directory: Path, here: World):
         self.directory, self.here = directory, here
-        self.options = {"no_dist": True} if here.side is None else {"process_group": here.side}
+        self.options = {"no_dist": True} if here.files is None else {"process_group": here.files}
         self.pending: tuple[Future, Path, Path] | None = None
 
     def points(self) -> list[Path]:

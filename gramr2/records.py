@@ -19,12 +19,15 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from gramr2.files import InputError
 
 OTHER = {"A": "B", "B": "A", None: None}
+UNDECIDED = 0.5
 
 # --- slots -----------------------------------------------------------------------------------------------
 
@@ -245,6 +248,11 @@ class Vote(_Record):
     text: str = ""  # what the model wrote, in the order that was asked
     seed: int = 0
 
+    @property
+    def thinking(self) -> str:
+        """What was written before the answer, without the tags; "" where the thinking did not close."""
+        return self.text.rpartition("</think>")[0].strip().removeprefix("<think>").strip()
+
 
 @dataclass(frozen=True)
 class Judgment(_Record):
@@ -259,9 +267,49 @@ class Judgment(_Record):
     details: tuple[Vote, ...] = ()
 
     @classmethod
+    def from_votes(cls, votes: Sequence[Vote]) -> Judgment:
+        """p_a is the mean of the orders' means; majorities that change with the order make it 0.5."""
+        means, majorities = {}, {}
+        for order in dict.fromkeys(vote.order for vote in votes):
+            labels = [vote.label for vote in votes if vote.order == order]
+            lead = labels.count("A") - labels.count("B")
+            majorities[order] = "A" if lead > 0 else "B" if lead < 0 else None
+            sure = [vote.p_a for vote in votes if vote.order == order and vote.p_a is not None]
+            if sure:
+                means[order] = fmean(sure)
+        mean = fmean(means.values()) if means else UNDECIDED
+        label = None if mean == UNDECIDED else "A" if mean > UNDECIDED else "B"
+        agree = None
+        if len(majorities) == 2:
+            agree = majorities["AB"] is not None and majorities["AB"] == majorities["BA"]
+        given = [vote.label for vote in votes]
+        return cls(
+            label=label,
+            p_a=UNDECIDED if agree is False else mean,
+            votes={"A": given.count("A"), "B": given.count("B"), "none": given.count(None)},
+            abstained=given.count(None),
+            rationale=_reason(label, votes),
+            orders_agree=agree,
+            details=tuple(votes),
+        )
+
+    @classmethod
     def from_json(cls, row: dict[str, Any]) -> Judgment:
         votes = tuple(Vote.from_json(vote) for vote in row.get("details", ()))
         return super().from_json(row | {"details": votes})
+
+
+def _reason(label: str | None, votes: Sequence[Vote]) -> str | None:
+    """The rationale of the surest vote for the label, in the pair's own order, as stored."""
+    sign = 1 if label == "A" else -1
+    given = [vote for vote in votes if vote.label == label and vote.p_a is not None and vote.thinking]
+    for vote in sorted(given, key=lambda vote: -sign * vote.p_a):
+        written = mark(vote.thinking)
+        if vote.order == "AB":
+            return written
+        if not unmarked(written):
+            return swap(written)
+    return None
 
 
 @dataclass(frozen=True)

@@ -161,8 +161,7 @@ class Run:
 
     def __init__(self, books: Books, settings: SelfTrainConfig, trains: dict[str, TrainConfig], rules: dict):
         """`trains`: the settings of each kind of training. `rules`: a world's rationale filters, by name."""
-        self.books, self.settings, self.trains = books, settings, trains
-        self.rationale_filters = denoise.RATIONALE_FILTERS | rules
+        self.books, self.settings, self.trains, self.rules = books, settings, trains, rules
 
     def train(self, name: str, kind: str, data: Sequence[Path], start: Path, longer: int = 1) -> Path:
         """Trains from `start`, `longer` times as long as the kind's settings say; → the model directory."""
@@ -235,11 +234,15 @@ class Run:
 
         def work(place: Path) -> dict[str, Any]:
             rows = [row for row in read_rows(judged) if "error" not in row]
-            judgments = [(judgment_of(row),) for row in rows]
-            sieve = denoise.apply(denoise.LABEL_FILTERS, judgments, self.settings)
+            pairs = [Pair.from_json(row["pair"]) for row in rows]
+            judgments = [
+                denoise.only_coherent(pair, judgment_of(row), self.rules, self.settings)
+                for pair, row in zip(pairs, rows, strict=True)
+            ]
+            sieve = denoise.apply(denoise.LABEL_FILTERS, [(each,) for each in judgments], self.settings)
             kept = [
-                dataclasses.replace(Pair.from_json(row["pair"]), label=row["label"], rationale=None)
-                for row, reason in zip(rows, sieve.reasons, strict=True)
+                dataclasses.replace(pair, label=judgment.label, rationale=None)
+                for pair, judgment, reason in zip(pairs, judgments, sieve.reasons, strict=True)
                 if reason is None
             ]
             self._write_sieve(place, sieve, [row["id"] for row in rows], denoise.balance(kept))
@@ -255,7 +258,7 @@ class Run:
             pairs = [Pair.from_json(row["pair"]) for row in rows]
             proved = [i for i, row in enumerate(rows) if row["rationale"]]
             items = [(pairs[i], rows[i]["rationale"]) for i in proved]
-            sieve = denoise.apply(self.rationale_filters, items, self.settings)
+            sieve = denoise.apply(denoise.RATIONALE_FILTERS | self.rules, items, self.settings)
             kept = [
                 dataclasses.replace(pair, rationale=rationale)
                 for (pair, rationale), reason in zip(items, sieve.reasons, strict=True)

@@ -9,8 +9,6 @@ place. What is left out: speed beyond what a chunked matmul gives.
 Legend of suffixes: T tokens, C tokens of one chunk, D width of the model, V vocabulary.
 """
 
-from typing import NamedTuple
-
 import torch
 
 IGNORE = -100  # as a target: the token has no log-prob, and gives 0
@@ -83,24 +81,46 @@ ROWS = 8  # rows are padded to a multiple: a matmul of fewer takes another kerne
 LOWEST = -1e30  # a maximum over nothing; finite, so that a difference of two of them is 0 and not NaN
 
 
-class Reads(NamedTuple):
-    """Items of queries that read the same pages: one sample's own, or a prefix for all who share it."""
+class Reads:
+    """Items of queries that read the same pages: one sample's own, or a prefix for all who share it.
 
-    rows_IJ: torch.Tensor  # each item's queries, as rows of the flat batch; -1 where it has fewer than J
-    visible_IJ: torch.Tensor  # how many keys from the first page's start on each may see; 0 where -1
-    pages_IM: torch.Tensor  # each item's pages, in order; any valid page behind the end
+    rows_IJ: each item's queries, as rows of the flat batch; -1 where it has fewer than J.
+    visible_IJ: how many keys, from the first page's start on, each of them may see.
+    pages_IM: each item's pages, in order; behind the last that is visible, any page.
+    """
+
+    def __init__(self, rows_IJ, visible_IJ, pages_IM):
+        self.rows_IJ, self.visible_IJ, self.pages_IM = rows_IJ, visible_IJ, pages_IM
+        self._cuts = None
+
+    def cuts(self, groups, page):
+        """What all layers share: for each block of KEYS keys, where it lies [X * M] and what is hidden."""
+        if self._cuts is None:
+            device, many = self.pages_IM.device, KEYS // page
+            rows = self.rows_IJ.flatten()
+            ordered = torch.equal(rows, torch.arange(len(rows), device=device))
+            self._cuts = slice(len(rows)) if ordered else rows, []
+            head_G1 = torch.arange(groups, device=device)[:, None]
+            for first in range(0, self.pages_IM.shape[1], many):
+                pages_IM = self.pages_IM[:, first : first + many]
+                pages_X = (pages_IM[:, None] * groups + head_G1).flatten()
+                place_W = torch.arange(first * page, (first + pages_IM.shape[1]) * page, device=device)
+                hidden_IJW = place_W >= self.visible_IJ[..., None]
+                self._cuts[1].append((pages_X, hidden_IJW[:, None, :, None] if hidden_IJW.any() else None))
+        return self._cuts
 
 
 def write_kv(k_TGK, v_TGK, keys_NGPK, values_NGPK, slots_S):
     """Puts the first S tokens' keys and values in their places: slot = page * P + place in the page."""
-    page_S = slots_S // keys_NGPK.shape[2]
-    place_S = slots_S % keys_NGPK.shape[2]
-    keys_NGPK[page_S, :, place_S] = k_TGK[: len(slots_S)]
-    values_NGPK[page_S, :, place_S] = v_TGK[: len(slots_S)]
+    groups, page, size = keys_NGPK.shape[1:]
+    head_G = torch.arange(groups, device=slots_S.device) * page
+    place = ((slots_S // page * (groups * page) + slots_S % page)[:, None] + head_G).flatten()
+    for pool_NGPK, x_TGK in ((keys_NGPK, k_TGK), (values_NGPK, v_TGK)):
+        pool_NGPK.view(-1, size).index_copy_(0, place, x_TGK[: len(slots_S)].reshape(-1, size))
 
 
 def paged_attention(q_THK, keys_NGPK, values_NGPK, reads):
-    """softmax(q k / sqrt(K)) v over all that `reads` (in order) lets each row see; 0 where that is nothing.
+    """softmax(q k / sqrt(K)) v over all that `reads` lets each row see; 0 where that is nothing.
 
     In fp32 a row's result is bitwise a function of its own query, keys, values and reads: whatever the
     other rows are, however many pages pad its item, and whether its prefix is read alone or with others.
@@ -109,44 +129,43 @@ def paged_attention(q_THK, keys_NGPK, values_NGPK, reads):
     o_THK = q_THK.new_zeros(count + 1, heads, size, dtype=torch.float32)  # one more: where -1 points
     max_TH = o_THK.new_full((count + 1, heads), LOWEST)
     sum_TH = o_THK.new_zeros(count + 1, heads)
+    total = o_THK, max_TH, sum_TH
     for batch in reads:
-        rows = batch.rows_IJ.flatten()
-        part = _read(q_THK.float(), keys_NGPK, values_NGPK, *batch)
-        o_THK[rows], max_TH[rows], sum_TH[rows] = _merge((o_THK[rows], max_TH[rows], sum_TH[rows]), part)
+        where, cuts = batch.cuts(keys_NGPK.shape[1], keys_NGPK.shape[2])
+        part = _read(q_THK.float()[where], keys_NGPK, values_NGPK, *batch.rows_IJ.shape, cuts)
+        merged = _merge([x[where] for x in total], part)
+        for x, y in zip(total, merged, strict=True):
+            x[where] = y
     return (o_THK / sum_TH.clamp(min=1e-30)[..., None])[:count].to(q_THK.dtype)
 
 
-def _read(q_THK, keys_NGPK, values_NGPK, rows_IJ, visible_IJ, pages_IM):
-    """One batch's part of the softmax for each of its rows: (sum of exp * value, maximum, sum of exp)."""
-    (items, members), (_, groups, page, size) = rows_IJ.shape, keys_NGPK.shape
-    shape = items, members, groups, -1
+def _read(q_YHK, keys_NGPK, values_NGPK, items, members, cuts):
+    """One batch's part of the softmax for its rows (Y = I * J): (sum of exp * value, maximum, sum of exp)."""
+    groups, size = keys_NGPK.shape[1], keys_NGPK.shape[3]
     # The query heads of a group, of all members, become rows of one matmul.
-    q_XRK = q_THK[rows_IJ].view(*shape, size).transpose(1, 2).reshape(items * groups, -1, size) * size**-0.5
-    rows = q_XRK.shape[1]
+    q_IGJHK = q_YHK.view(items, members, groups, -1, size).transpose(1, 2)
+    shape, rows = q_IGJHK.shape[:-1], members * q_IGJHK.shape[3]
+    q_XRK = q_IGJHK.reshape(items * groups, rows, size) * size**-0.5
     q_XRK = torch.nn.functional.pad(q_XRK, (0, 0, 0, -rows % ROWS))
-    visible_XR = visible_IJ[:, None, :, None].expand(items, groups, members, rows // members)
-    visible_XR = torch.nn.functional.pad(visible_XR.reshape(items * groups, rows), (0, -rows % ROWS))
-    head_G1 = torch.arange(groups, device=q_THK.device)[:, None]
     total = None
-    for first in range(0, pages_IM.shape[1], KEYS // page):
-        pages_IGM = pages_IM[:, None, first : first + KEYS // page] * groups + head_G1
+    for pages_X, hidden_I1J1W in cuts:
         k_XWK, v_XWK = (
-            pool.flatten(0, 1).index_select(0, pages_IGM.flatten()).view(len(q_XRK), -1, size).to(q_THK.dtype)
+            pool.flatten(0, 1).index_select(0, pages_X).view(len(q_XRK), -1, size).to(q_XRK.dtype)
             for pool in (keys_NGPK, values_NGPK)
         )
-        place_W = torch.arange(first * page, first * page + k_XWK.shape[1], device=q_THK.device)
         score_XRW = torch.bmm(q_XRK, k_XWK.transpose(1, 2))
-        score_XRW.masked_fill_(place_W >= visible_XR[..., None], -torch.inf)
+        if hidden_I1J1W is not None:
+            score_XRW[:, :rows].unflatten(1, shape[2:]).unflatten(0, shape[:2]).masked_fill_(
+                hidden_I1J1W, -torch.inf
+            )
         max_XR = score_XRW.amax(2).clamp_(min=LOWEST)
         exp_XRW = score_XRW.sub_(max_XR[..., None]).exp_()
         # A matmul with ones, because its order of additions does not depend on how many keys pad it.
         sum_XR = (exp_XRW.flatten(0, 1) @ exp_XRW.new_ones(k_XWK.shape[1], ROWS))[:, 0].view_as(max_XR)
         part = torch.bmm(exp_XRW, v_XWK), max_XR, sum_XR
         total = part if total is None else _merge(total, part)
-    back = items, groups, members, -1
-    o_XRK, max_XR, sum_XR = (x[:, :rows] for x in total)
-    o = o_XRK.reshape(*back, size).transpose(1, 2).reshape(items * members, -1, size)
-    return o, *(x.reshape(back).transpose(1, 2).reshape(items * members, -1) for x in (max_XR, sum_XR))
+    flat = (x[:, :rows].reshape(*shape, *x.shape[2:]).transpose(1, 2) for x in total)
+    return [x.reshape(items * members, -1, *x.shape[4:]) for x in flat]
 
 
 def _merge(one, two):

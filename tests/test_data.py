@@ -82,7 +82,7 @@ def test_a_shard_cut_anywhere_keeps_every_whole_row(tmp_path, cut):
 
 def test_what_was_written_survives_a_kill(tmp_path):
     """Rows that a process has written are in the file though it never closed it."""
-    code = "import os, sys; from gramr2.data import Shard; s = Shard(sys.argv[1]); s.write({'i': 1}); os._exit(9)"
+    code = "import os, sys, gramr2.data as d; s = d.Shard(sys.argv[1]); s.write({'i': 1}); os._exit(9)"
     path, root = tmp_path / "rows.jsonl", Path(__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code, path], cwd=root, check=False).returncode == 9
     assert list(Store(path)) == [{"i": 1}]

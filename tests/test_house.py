@@ -232,3 +232,16 @@ def test_bad_input_is_one_line_and_exit_status_2(words, tmp_path):
     assert result.returncode == 2
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "Traceback" not in result.stderr and result.stdout == ""
+
+
+def test_every_name_in_the_readme_resolves():
+    """A reader follows the table from an equation to its lines; a stale name sends him nowhere."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py):(\w+)`", text)
+    assert len(named) >= 8
+    for path, name in named:
+        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        defined = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        assert name in defined, f"{path}:{name}"
+    for path in re.findall(r"\b((?:gramr2|kernels|recipes|benchmarks)/[\w./-]+\.(?:py|toml|md))\b", text):
+        assert (ROOT / path).exists(), path

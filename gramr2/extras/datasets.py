@@ -32,7 +32,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -185,7 +185,7 @@ class _Window:
             self.peek()
             try:
                 value, end = self.read(self.text, self.at)
-                if end < len(self.text) or self.ended:
+                if end < len(self.text) - 16 or self.ended:  # a number may go on
                     self.at = end
                     return value
             except json.JSONDecodeError as error:
@@ -311,11 +311,15 @@ def helpsteer3(row: Row, source: Source) -> Iterator[Item]:
     yield Pair(messages, *responses, label, human, "helpsteer3", domain, abs(overall))
 
 
+HUMAN_WORDS = ("feedback1", "feedback2", "reasoning")
+
+
 def _human_rationale(annotations: list, overall: float, label: str) -> str | None:
     """z from the annotator who agrees with the overall preference, and most nearly; None where none does."""
     agreeing = []
     for annotation in annotations:
-        words = [one.strip() for one in texts(annotation, "feedback1", "feedback2", "reasoning")]
+        said = (get(annotation, name, (str, type(None)), "text") for name in HUMAN_WORDS)
+        words = [(one or "").strip() for one in said]
         score = number(annotation, "score")
         if score * overall > 0 and all(words):
             agreeing.append((abs(score - overall), words))
@@ -352,11 +356,14 @@ def multipref(row: Row, source: Source) -> Iterator[Item]:
 @reader("codeultrafeedback", "coseal/CodeUltraFeedback")
 def codeultrafeedback(row: Row, source: Source) -> Iterator[Item]:
     """labels: every two responses of an instruction whose ratings differ"""
-    ratings = {text(one, "model"): number(one, "rating") for one in items(row, "annotations")}
+    ratings = {text(one, "model"): str(get(one, "rating")) for one in items(row, "annotations")}
+    rated = {
+        model: float(rating) for model, rating in ratings.items() if re.fullmatch(r"\d+(\.\d+)?", rating)
+    }
     answers = [texts(one, "model", "response") for one in items(row, "responses")]
     question = asked(row, "instruction")
     for (model_a, a), (model_b, b) in combinations(answers, 2):
-        margin = ratings.get(model_a, math.nan) - ratings.get(model_b, math.nan)
+        margin = rated.get(model_a, math.nan) - rated.get(model_b, math.nan)
         if margin > 0 or margin < 0:
             label = "A" if margin > 0 else "B"
             yield Pair(question, a, b, label, None, "codeultrafeedback", "code", abs(margin))
@@ -509,12 +516,11 @@ def rm_bench(row: Row, source: Source) -> Iterator[Item]:
     subset = row.get("domain") or next((name for name in RM_BENCH if name in source.path.name), None)
     domain = choice({"domain": subset}, "domain", RM_BENCH)
     question, prompt = asked(row, "prompt"), get(row, "id", (int, str), "a number or text")
-    chosen, rejected = (
-        [text({name: one}, name) for one in items(row, name, 3)] for name in ("chosen", "rejected")
-    )
-    for i, j in ((i, j) for i in range(3) for j in range(3)):
+    chosen, rejected = (items(row, name, 3) for name in ("chosen", "rejected"))
+    for i, j in product(range(3), range(3)):
         meta = {"prompt": prompt, "subset": subset, "chosen": i, "rejected": j}
-        yield Pair(question, chosen[i], rejected[j], "A", source="rm-bench", domain=domain, meta=meta)
+        answers = text({"chosen": chosen[i]}, "chosen"), text({"rejected": rejected[j]}, "rejected")
+        yield Pair(question, *answers, "A", source="rm-bench", domain=domain, meta=meta)
 
 
 JUDGEBENCH = {"mmlu-pro": "knowledge", "livebench-reasoning": "reasoning"}
@@ -540,14 +546,8 @@ def ppe(row: Row, source: Source) -> Iterator[Item]:
     responses = texts(row, *(f"response_{k}" for k in range(1, 1 + max(count, 1))))
     scores = [number({"scores": score}, "scores") for score in items(row, "scores", len(responses))]
     meta = {name: row.get(name) for name in ("model_name", "conflict_pairs", "sampled_conflict_pairs")}
-    yield {
-        "id": str(get(row, "question_id")),
-        "question": text(row, "prompt"),
-        "responses": responses,
-        "scores": scores,
-        "source": "ppe",
-        "meta": meta,
-    }
+    about = {"id": str(get(row, "question_id")), "question": text(row, "prompt"), "source": "ppe"}
+    yield about | {"responses": responses, "scores": scores, "meta": meta}
 
 
 # --- what is dropped, and what is placed where -----------------------------------------------------------
@@ -691,19 +691,20 @@ class Account:
             share = f"{self.malformed:,} of {self.read:,} rows are not as {name} has them (limit {limit:.0%})"
             raise InputError(f"{path}: {share}; the first: {self.shown[0]}")
         if not self.kept:
-            reasons = ", ".join([*self.shown, *self.dropped]) or "there are no rows"
+            reasons = _listed(self.dropped) or "; ".join(self.shown) or "there are no rows"
             raise InputError(f"{path}: nothing to keep: {reasons}")
 
     def lines(self) -> Iterator[str]:
-        def listed(counts: Counter) -> str:
-            return "".join(f"; {name} {count:,}" for name, count in sorted(counts.items()) if count)[1:]
-
         rows_a_second = self.read / max(self.seconds, 1e-9)
         more = f"; and {self.malformed - SHOWN:,} more" if self.malformed > SHOWN else ""
         yield f"read       {self.read:,} rows in {self.seconds:.1f} s ({rows_a_second:,.0f} rows/s)"
-        yield f"kept       {self.kept.total():,}: {listed(self.kept + self.notes)}"
-        yield f"dropped    {self.dropped.total():,}{':' * bool(self.dropped)}{listed(self.dropped)}"
-        yield f"malformed  {self.malformed:,}{': ' * bool(self.shown)}{'; '.join(self.shown)}{more}"
+        yield f"kept       {self.kept.total():,}: {_listed(self.kept + self.notes)}"
+        yield f"dropped    {self.dropped.total():,}: {_listed(self.dropped)}".removesuffix(": ")
+        yield f"malformed  {self.malformed:,}: {'; '.join(self.shown)}{more}".removesuffix(": ")
+
+
+def _listed(counts: Counter) -> str:
+    return "; ".join(f"{name} {count:,}" for name, count in sorted(counts.items()) if count)
 
 
 def _inputs(path: Path) -> list[Path]:

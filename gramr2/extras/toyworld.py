@@ -23,12 +23,14 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from gramr2.config import resolve, setting
 from gramr2.files import InputError, publish_file
+from gramr2.prompts import judge_prompt, parse_rationale
 from gramr2.records import Pair, mark, show
 
 SPLITS = ("human", "labelled", "unlabelled", "dev", "test")
@@ -61,7 +63,7 @@ WORDS = (
     " better",
     " price",
 )
-WORDS += ("price", " of", ":", ",", ".", "?", *(f" {digit}" for digit in range(10)))
+WORDS += ("price", "Prices", " of", ":", ",", ".", "?", *(f" {digit}" for digit in range(10)))
 
 
 @dataclass(frozen=True)
@@ -113,10 +115,45 @@ def rationale(goods: tuple[str, ...], prices: dict[str, int], lists: dict[str, d
         lines.append(f"{good} costs {prices[good]}: {', '.join(said)}.")
     better = "A" if counts["A"] > counts["B"] else "B"
     return (
-        f"Feedback:\n{' '.join(lines)}\n\nComparison:\n"
+        f"Feedback:\nPrices: {' '.join(lines)}\n\nComparison:\n"
         f"Response A {counts['A']} right, Response B {counts['B']} right.\n\n"
         f"Conclusion:\nResponse {better} is better."
     )
+
+
+_LINE = re.compile(r"(\w+) costs (\d): Response A (\d) (yes|no), Response B (\d) (yes|no)\.")
+_COUNT = re.compile(r"Response A (\d) right, Response B (\d) right\.")
+
+
+def coherent(pair: Pair, written: str, settings: object = None) -> str | None:
+    """The shop's own rule: flags follow from prices, counts from flags, the conclusion from counts.
+
+    It reads the pair and the rationale alone and knows no price: a wrong price that is kept to throughout
+    is coherent.
+    """
+    reading = parse_rationale(show(written)).rationale
+    if reading is None:
+        return "not in the three parts"
+    listed = [dict(re.findall(r"(\w+) (\d)", text)) for text in (pair.response_a, pair.response_b)]
+    right = {"A": 0, "B": 0}
+    lines = _LINE.findall(reading.feedback)
+    if [line[0] for line in lines] != list(listed[0]):
+        return "does not go through the goods that were asked for"
+    for good, price, *said in lines:
+        for letter, known, quote, flag in zip("AB", listed, said[::2], said[1::2], strict=True):
+            if quote != known.get(good):
+                return "quotes what the responses do not say"
+            if flag != ("yes" if quote == price else "no"):
+                return "a flag contradicts its price"
+            right[letter] += flag == "yes"
+    counted = _COUNT.search(reading.comparison)
+    if not counted or [int(n) for n in counted.groups()] != list(right.values()):
+        return "the count contradicts the flags"
+    if right["A"] == right["B"]:
+        return "the count decides nothing"
+    better = max(right, key=right.get)
+    stated = f"Response {better} is better." == reading.conclusion
+    return None if stated and pair.label in (None, better) else "the conclusion contradicts the count"
 
 
 def _make_pair(goods: tuple[str, ...], prices: dict[str, int], rng: random.Random, split: str) -> Pair:
@@ -137,20 +174,17 @@ def _make_pair(goods: tuple[str, ...], prices: dict[str, int], rng: random.Rando
 
 def _fragments(names: list[str], asked: int, count: int, rng: random.Random) -> Iterator[dict[str, str]]:
     """Skills without knowledge: prices are made up anew in each fragment, and none is a judgment."""
-    from gramr2.prompts import judge_prompt
-
     for _ in range(count):
         goods = tuple(rng.sample(names, asked))
         prices = {good: rng.randint(1, 9) for good in goods}
         pair = _make_pair(goods, prices, rng, "human")
-        written = show(pair.rationale)
-        feedback, _, rest = written.partition("\n\nComparison:\n")
-        if rng.random() < 0.7:  # copy and compare
-            yield {"prompt": judge_prompt(pair, JUDGE_TEMPLATE), "response": f"<think>\n{feedback}"}
-        else:  # count and conclude
-            tail = f"Comparison:\n{rest}\n</think>\n<answer>\n{pair.label}\n</answer>"
-            lines = feedback.removeprefix("Feedback:\n")
-            yield {"prompt": lines, "response": tail}
+        lines, _, conclusion = show(pair.rationale).partition("\n\nConclusion:\n")
+        counts = lines.partition("\n\nComparison:\n")[2]
+        if rng.random() < 0.8:  # copy, compare and count
+            yield {"prompt": judge_prompt(pair, JUDGE_TEMPLATE), "response": f"<think>\n{lines}"}
+        else:  # conclude from counts
+            answer = f"Conclusion:\n{conclusion}\n</think>\n<answer>\n{pair.label}\n</answer>"
+            yield {"prompt": counts, "response": answer}
 
 
 def tokenizer_files(names: list[str]) -> dict[str, bytes]:
@@ -159,7 +193,7 @@ def tokenizer_files(names: list[str]) -> dict[str, bytes]:
     from tokenizers import Regex, decoders, models, pre_tokenizers
 
     specials = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|unknown|>"]
-    words = [*specials, *PHRASES, *WORDS, *names, *(f" {name}" for name in names)]
+    words = [*specials, *PHRASES, *WORDS, *(f" {name}" for name in names)]
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
     fast = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
     fast.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+|\n| ?[^\w\s]|\s"), "isolated")
