@@ -5,7 +5,7 @@
 Ours, eager torch, torch.compile, Liger and Cut Cross-Entropy (exact: without its gradient filter) compute
 per-token log-probs (score) and their sum with both gradients (train), in one process and in turns. On CUDA
 the shapes are 8,192 tokens and the heads of LLaMA-3.1-8B, LLaMA-3.2-3B and Qwen3-14B in bf16; on the CPU,
-where the two Triton peers cannot run, small shapes in fp32. A peer that did not run is listed with the reason.
+where the two Triton peers cannot run, small shapes in fp32. A peer that did not run is listed, and why.
 Work is counted as 2TdV for score and 6TdV for train, whoever recomputes what; the matmul rate is that of a
 square product timed in the same turns. Results: benchmarks/results/sequence_logprob_{cuda,cpu}.json.
 """
@@ -169,7 +169,7 @@ def measure(device: str, shape: str, mode: str, repeats: int) -> list[dict]:
     side = SQUARE[device]
     square = torch.randn(side, side, device=device, dtype=DTYPES[device])
     product = torch.empty_like(square)
-    timing = compare({**runs, "matmul": lambda: torch.mm(square, square, out=product)}, repeats, warmups=2)
+    timing = compare({**runs, "matmul": lambda: torch.mm(square, square, out=product)}, repeats)
     matmul_rate = 2 * side**3 / timing["matmul"]["seconds"]
     for row in rows:
         if row["way"] in runs:
@@ -193,6 +193,8 @@ def main() -> None:
         print(peak_of_this_process(*arguments.one))
         return
     device = arguments.device
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA device here")
     cases = [(shape, mode) for shape in SHAPES[device] for mode in WORK]
     rows = [row for case in cases for row in measure(device, *case, arguments.repeats)]
     dtype = str(DTYPES[device]).removeprefix("torch.")

@@ -1,11 +1,10 @@
 """Records on disk, and the order in which training meets them.
 
 `Store` reads a JSONL file at random through an index of 8-byte offsets, so that a file of any size costs no
-memory; `Shard` appends rows so that a kill loses at most the row it cut; `fitting`, `pack` and `order` turn
-example lengths into the packed batches of an epoch. Examples that are too long are dropped and counted, never
-cut: the label is an example's tail.
+memory; `Shard` appends rows so that a kill loses at most the row it cut; `pack` and `order` turn example
+lengths into the packed batches of an epoch. Examples are never cut: the label is their tail.
 
-What it leaves out: what a row means (records.py), and how a pack becomes tensors (the trainer's business).
+What it leaves out: what a row means (records.py), and which examples are dropped as too long (fit.py).
 """
 
 from __future__ import annotations
@@ -157,12 +156,6 @@ class Shard:
 
     def __exit__(self, *_) -> None:
         self.close()
-
-
-def fitting(lengths: Sequence[int], limit: int) -> tuple[list[int], int]:
-    """→ (indices of the examples of at most `limit` tokens, how many are over-long and dropped)."""
-    kept = [i for i, length in enumerate(lengths) if length <= limit]
-    return kept, len(lengths) - len(kept)
 
 
 def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:

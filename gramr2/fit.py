@@ -32,7 +32,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,9 @@ FREE = {"device", "dtype", "save_dtype", "threads", "shard", "checkpointing", "c
 FREE |= {"save_steps", "save_minutes"}
 
 
+Flops = Callable[[list[Row]], float] | None  # of a batch, as a share of what the device does in a second
+
+
 class Stopped(KeyboardInterrupt):
     """SIGTERM or Ctrl-C: the state was saved; the same call continues."""
 
@@ -95,8 +98,6 @@ class Curriculum:
         self.tokenizer = Tokenizer.load(model_dir, date=config.date)
         self.template, note = self._template(model_dir)
         self.notes = [note] if note.startswith("warning") else []
-        if stage == "generative" and config.label_smoothing:
-            self.letters = prompts.verdict_ids(self.tokenizer.encode, thinking=False)
 
     def _template(self, model_dir: Path) -> tuple[str, str]:
         if self.stage in ("pretrain", "discriminative"):
@@ -155,16 +156,22 @@ class Curriculum:
         return Row((self._answer("" if draws[0] < self.config.drop_condition else asked, proof),))
 
     def _answer(self, asked: str, target: str) -> Example:
-        ids, start = self.tokenizer.example([{"role": "user", "content": asked}], target)
+        """Where the chat template has opened <think>, the target goes on from there, or closes it first."""
+        messages = [{"role": "user", "content": asked}]
+        if self.tokenizer.opened_thinking(messages):
+            begun = target.startswith("<think>\n")
+            target = target.removeprefix("<think>\n") if begun else f"\n</think>\n\n{target}"
+        ids, start = self.tokenizer.example(messages, target)
         return Example(tuple(ids), start)
 
     def _label(self, pair: Pair) -> Row:
         answer = self._answer(prompts.judge_prompt(pair, self.template), prompts.label_target(pair.label))
         if not self.config.label_smoothing:
             return Row((answer,))
-        of_a, of_b, before = self.letters
-        other = of_b if pair.label == "A" else of_a
-        return Row((answer,), rival=(answer.start + len(before), other))
+        of_a, of_b, before = prompts.verdict_ids(self.tokenizer.encode)
+        after = len(self.tokenizer.encode(prompts.label_target("A"))) - len(before)
+        place = len(answer.ids) - 1 - after  # counted from the end, where the stop token stands
+        return Row((answer,), rival=(place, of_b if pair.label == "A" else of_a))
 
     def _scored(self, pair: Pair) -> Row:
         messages = [{"role": role, "content": content} for role, content in pair.messages]
@@ -278,23 +285,17 @@ def deal(rows: Sequence[Row], ranks: int, budget: int) -> list[list[list[Row]]]:
     return [[[rows[i] for i in members] for members in packs[rank::ranks]] for rank in range(ranks)]
 
 
-class Ahead:
-    """Rows of the next step are built while this one is computed."""
+def stream(plan: Plan, curriculum: Curriculum, first: int) -> Iterator[list[Row]]:
+    """The global set of examples of each step; the next one is built while this one is computed."""
 
-    def __init__(self, plan: Plan, curriculum: Curriculum):
-        self.plan, self.curriculum = plan, curriculum
-        self.pool = ThreadPoolExecutor(1)
-        self.next: Future[list[Row]] | None = None
+    def build(step: int) -> list[Row]:
+        return [curriculum(*chosen) for chosen in plan.step(step)]
 
-    def _build(self, step: int) -> list[Row]:
-        return [self.curriculum(*chosen) for chosen in self.plan.step(step)]
-
-    def __call__(self, step: int) -> list[Row]:
-        """Called for one step after the other, from any first one."""
-        rows = self.next.result() if self.next else self._build(step)
-        if step + 1 < self.plan.steps:
-            self.next = self.pool.submit(self._build, step + 1)
-        return rows
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(build, first)
+        for step in range(first, plan.steps):
+            rows, waiting = waiting.result(), pool.submit(build, step + 1)
+            yield rows
 
 
 # ---------------------------------------------------------------------------------- the loop
@@ -316,14 +317,13 @@ class Progress:
 
 @dataclass
 class Loop:
-    """Optimizer steps over a stream of global batches: `rows_of(step)` is the same list on every rank."""
+    """Optimizer steps over a stream of global batches, which is the same on every rank."""
 
     trainee: Trainee
     config: TrainConfig
     here: parallel.World
     out: Path
     steps: int
-    rows_of: Callable[[int], list[Row]]
     decode: Callable[[Sequence[int]], str] = str
     at: Progress = field(default_factory=Progress)
 
@@ -337,37 +337,39 @@ class Loop:
         cursor = self.resume.load(self.state)
         if cursor is not None:
             self.at = Progress(**cursor)
-            set_updates(self.optimizer, self.at.updates)
+            for state in self.optimizer.state.values():
+                state["step"].fill_(self.at.updates)
         if self.here.first:
             keep_metrics(self.out / "metrics.jsonl", self.at.step)
 
-    def save(self) -> None:
-        self.resume.save(self.at.step, self.state, dataclasses.asdict(self.at))
-
     def run(
-        self, bar: tqdm, stop: threading.Event, flops: Callable[[list[Row]], float] | None = None
+        self, batches: Iterator[list[Row]], bar: tqdm, stop: threading.Event, flops: Flops = None
     ) -> None:
-        saved, clock = time.monotonic(), time.monotonic()
+        """Steps until all are done; saves on the way, and saves and raises Stopped where `stop` is set."""
+        config, first = self.config, self.here.first
+        saved = clock = time.monotonic()
         with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
-            while self.at.step < self.steps:
-                rows = self.rows_of(self.at.step)
+            for rows in batches:
                 figures = self.step(rows)
                 elapsed, clock = time.monotonic() - clock, time.monotonic()
                 self.at.seconds += elapsed
-                if self.here.first:
+                if first:
                     metrics.write(json.dumps({"step": self.at.step, **figures, "seconds": elapsed}) + "\n")
                     metrics.flush()
-                show(bar, figures, elapsed, flops and flops(rows))
-                minutes = (clock - saved) / 60
-                due = bool(self.config.save_minutes) and minutes >= self.config.save_minutes
-                stops, due = self.here.total(stop.is_set(), due and self.here.first)
-                stepped = self.config.save_steps and self.at.step % self.config.save_steps == 0
-                if stops or ((due or stepped) and self.at.step < self.steps):
+                share = f", {flops(rows) / elapsed:.0%} MFU" if flops else ""
+                rate = f"{figures['tokens'] / elapsed:,.0f} tokens/s"
+                bar.set_postfix_str(f"loss {figures['loss'] or math.nan:.4f}, {rate}{share}", refresh=False)
+                bar.update()
+                # One clock decides for all ranks, and a signal that reached one of them stops them all.
+                due = first and 0 < config.save_minutes <= (clock - saved) / 60
+                stops, due = self.here.total(stop.is_set(), due)
+                due = due or (config.save_steps and self.at.step % config.save_steps == 0)
+                if self.at.step < self.steps and (stops or due):
                     saved = clock
-                    self.save()
-                if stops and self.at.step < self.steps:
-                    self.resume.finish()
-                    raise Stopped
+                    self.resume.save(self.at.step, self.state, dataclasses.asdict(self.at))
+                    if stops:
+                        self.resume.finish()
+                        raise Stopped
                 self.resume.publish_when_written()
         self.resume.finish()
 
@@ -392,24 +394,15 @@ class Loop:
         if finite:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.count(rows, units, value if finite else None)
-        if self.at.bad_in_a_row == BAD_STEPS:
+        tokens, at = sum(row.length for row in rows), self.at
+        at.step, at.tokens, at.targets = at.step + 1, at.tokens + tokens, at.targets + units
+        at.updates, at.skipped = at.updates + finite, at.skipped + (not finite)
+        at.bad_in_a_row = 0 if finite else at.bad_in_a_row + 1
+        if at.bad_in_a_row == BAD_STEPS:
             self.give_up(rows)
-        tokens = sum(row.length for row in rows)
+        at.loss = value if finite else at.loss
         figures = {"loss": value, "norm": norm} if finite else {"loss": None, "norm": None, "skipped": True}
         return figures | {"lr": learning_rate, "examples": len(rows), "tokens": tokens, "targets": units}
-
-    def count(self, rows: list[Row], units: int, value: float | None) -> None:
-        self.at.step += 1
-        self.at.tokens += sum(row.length for row in rows)
-        self.at.targets += units
-        if value is None:
-            self.at.skipped += 1
-            self.at.bad_in_a_row += 1
-        else:
-            self.at.updates += 1
-            self.at.bad_in_a_row = 0
-            self.at.loss = value
 
     def give_up(self, rows: list[Row]) -> None:
         place = self.out / "bad-batch.jsonl"
@@ -419,7 +412,7 @@ class Loop:
                     text = self.decode(sequence.ids)
                     file.write(json.dumps({**sequence.to_json(), "text": text}, ensure_ascii=False) + "\n")
         raise InputError(
-            f"the loss or its gradient was not finite in {BAD_STEPS} steps in a row, up to step {self.at.step}; "
+            f"loss or gradient was not finite in {BAD_STEPS} steps in a row, up to step {self.at.step}; "
             f"the last batch is in {place}; look at it, or lower --lr, and run the same command again"
         )
 
@@ -441,11 +434,6 @@ def make_optimizer(trainee: Trainee, config: TrainConfig) -> torch.optim.AdamW:
     return optimizer
 
 
-def set_updates(optimizer: torch.optim.Optimizer, updates: int) -> None:
-    for state in optimizer.state.values():
-        state["step"].fill_(updates)
-
-
 def scheduled(step: int, steps: int, config: TrainConfig) -> float:
     """Linear warm-up, then a cosine down to its final share."""
     rising = math.ceil(config.warmup * steps)
@@ -459,25 +447,13 @@ def keep_metrics(path: Path, steps: int) -> None:
     """Rows of steps that a killed run had taken after its last resume point will be written again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
-        rows = [
-            json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")
-        ]
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         with publish_file(path) as temporary:
-            kept = (json.dumps(row) + "\n" for row in rows if row["step"] <= steps)
-            temporary.write_text("".join(kept), encoding="utf-8")
+            whole = (line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= steps)
+            temporary.write_text("".join(whole), encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------- what a person sees
-
-
-def show(bar: tqdm, figures: dict[str, Any], seconds: float, share: float | None) -> None:
-    rate = figures["tokens"] / max(seconds, 1e-9)
-    text = "loss skipped" if figures["loss"] is None else f"loss {figures['loss']:.4f}"
-    text += f", {rate:,.0f} tokens/s"
-    if share is not None:
-        text += f", {share / seconds:.0%} MFU"
-    bar.set_postfix_str(text, refresh=False)
-    bar.update()
 
 
 def step_flops(config: ModelConfig, rows: Sequence[Row]) -> float:
@@ -513,26 +489,22 @@ def count_parameters(config: ModelConfig) -> int:
 
 
 def memory_per_rank(config: TrainConfig, model: ModelConfig, ranks: int, half: bool) -> dict[str, float]:
-    """GB on each rank, estimated: an activation of one token in one block is about 34 D + 8 F bytes in bf16."""
+    """GB on each rank, estimated: a token leaves about 34 D + 8 F bytes in one block in bf16."""
     parameters, width = count_parameters(model), 2 if half else 4
-    shards = config.shard or ranks
-    block = (
-        parameters - model.vocab_size * model.hidden_size * (2 - model.tie_embeddings)
-    ) / model.num_layers
+    head = model.vocab_size * model.hidden_size
+    block = (parameters - head * (2 - model.tie_embeddings)) / model.num_layers
     token = width / 2 * (34 * model.hidden_size + 8 * model.intermediate_size)
-    kept = (
-        width * model.hidden_size * model.num_layers + token
-        if config.checkpointing
-        else token * model.num_layers
-    )
-    head = model.vocab_size * model.hidden_size * (2 - model.tie_embeddings)
-    whole = 0 if ranks == 1 and not half else width * (head + 2 * block)
-    return {
-        "weights, gradients and AdamW (16 bytes each)": 16 * parameters / shards / 1e9,
-        "gathered weights": whole / 1e9,
-        "activations": config.token_budget * kept / 1e9,
-        "gradient of the vocabulary's matrix": 4 * model.vocab_size * model.hidden_size / 1e9,
+    stored = width * model.hidden_size * model.num_layers + token
+    stored = stored if config.checkpointing else token * model.num_layers
+    sizes = {
+        "weights, gradients and AdamW": 16 * parameters / (config.shard or ranks),
+        "gathered weights": width * (head * (2 - model.tie_embeddings) + 2 * block)
+        if ranks > 1 or half
+        else 0,
+        "activations": config.token_budget * stored,
+        "the head's gradient": 4 * head,
     }
+    return {name: size / 1e9 for name, size in sizes.items()}
 
 
 def describe(
@@ -676,10 +648,9 @@ def train(
             if progress:
                 say(describe(stage, plan, curriculum, model_dir, model))
         trainee = make_trainee(stage, config, model, model_dir, here)
-        rows_of = Ahead(plan, curriculum)
-        loop = Loop(trainee, config, here, out, plan.steps, rows_of, curriculum.tokenizer.decode)
+        loop = Loop(trainee, config, here, out, plan.steps, curriculum.tokenizer.decode)
         loop.restore()
-        run_loop(loop, stage, model, progress, stop)
+        run_loop(loop, stream(plan, curriculum, loop.at.step), stage, model, progress, stop)
         figures = dataclasses.asdict(loop.at) | {"dropped": plan.dropped, "examples": plan.examples}
         publish_model(loop, curriculum, model, model_dir, {"run": now, "figures": figures})
         return figures
@@ -694,20 +665,17 @@ def open_run(out: Path, now: dict[str, str]) -> None:
         write_json(record, now)
 
 
-def run_loop(loop: Loop, stage: str, model: ModelConfig, progress: bool, stop: threading.Event) -> None:
-    rate = matmul_rate(loop.here.device) * loop.here.size if loop.here.device.type == "cuda" else None
-    flops = (lambda rows: step_flops(model, rows) / rate) if rate else None
-    terminal = sys.stderr.isatty()
-    with tqdm(
-        total=loop.steps,
-        initial=loop.at.step,
-        desc=stage,
-        unit="step",
-        mininterval=0.2 if terminal else 10,
-        disable=not (progress and loop.here.first),
-    ) as bar:
+def run_loop(loop: Loop, batches, stage: str, model: ModelConfig, progress: bool, stop: threading.Event):
+    """The loop with its progress bar; a log gets a line now and then."""
+    flops = None
+    if loop.here.device.type == "cuda":
+        rate = matmul_rate(loop.here.device) * loop.here.size
+        flops = lambda rows: step_flops(model, rows) / rate  # noqa: E731
+    shown = {"desc": stage, "unit": "step", "disable": not (progress and loop.here.first)}
+    shown["mininterval"] = 0.2 if sys.stderr.isatty() else 10
+    with tqdm(total=loop.steps, initial=loop.at.step, **shown) as bar:
         try:
-            loop.run(bar, stop, flops)
+            loop.run(batches, bar, stop, flops)
         except Stopped:
             if loop.here.first:
                 say([f"\nstopped after step {loop.at.step} of {loop.steps}; the same command continues"])

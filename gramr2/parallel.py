@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -202,6 +203,14 @@ def training_state(trainee: Trainee, optimizer: torch.optim.Optimizer) -> dict[s
     return state
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """One process without a process group is meant, and is no reason for a warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
 class ResumePoints:
     """The directory `resume/`: step-N/ holds a whole state; what is being written begins with a dot.
 
@@ -223,7 +232,8 @@ class ResumePoints:
         newest = self.here.gather([str(path) for path in self.points()])[0][-1:]
         if not newest:
             return None
-        dcp.load(state, checkpoint_id=newest[0], **self.options)
+        with _quiet():
+            dcp.load(state, checkpoint_id=newest[0], **self.options)
         return read_json(Path(newest[0]) / "cursor.json")
 
     def save(self, step: int, state: dict[str, Tensor], cursor: dict[str, Any]) -> None:
@@ -235,7 +245,8 @@ class ResumePoints:
                 shutil.rmtree(stale, ignore_errors=True)
             with self._reporting(temporary):
                 write_json(temporary / "cursor.json", cursor)
-        future = dcp.async_save(state, checkpoint_id=temporary, **self.options)
+        with _quiet():
+            future = dcp.async_save(state, checkpoint_id=temporary, **self.options)
         self.pending = (future, temporary, final)
 
     def publish_when_written(self) -> None:

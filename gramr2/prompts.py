@@ -198,10 +198,7 @@ def template_for(directory: str | Path, prompt_file: str | Path | None = None, k
     if card.is_file() and (template := _template_in_card(_read_text(card), kind)) is not None:
         return template, f"prompt: as shown in {card}"
     ours = {"judge": JUDGE_PROMPT, "prover": PROVER_PROMPT}[kind]
-    return (
-        ours,
-        f"warning: {directory} has no {own.name} and no model card with a prompt; using this project's",
-    )
+    return ours, f"warning: {directory} brings no {own.name} and no card with a prompt; using this project's"
 
 
 # --- targets, and where the verdict stands ---------------------------------------------------------------
@@ -217,14 +214,12 @@ def judge_target(rationale: Rationale | str, label: str) -> str:
     return f"<think>\n{rationale}\n</think>\n{label_target(label)}"
 
 
-def verdict_ids(encode: Callable[[str], list[int]], thinking: bool = True) -> tuple[int, int, list[int]]:
-    """→ (id of A, id of B, ids of the canonical ending before the letter), in a tokenizer.
+def verdict_ids(encode: Callable[[str], list[int]]) -> tuple[int, int, list[int]]:
+    """→ (id of A, id of B, the canonical answer's ids before the letter), in a tokenizer.
 
-    The watched ids are those by which the canonical renders of A and of B differ. With `thinking` the ending
-    begins at "</think>", after the rationale's newline.
+    The two ids are those by which the canonical answers of A and of B differ.
     """
-    endings = [("</think>\n" if thinking else "") + label_target(label) for label in "AB"]
-    a, b = (encode(ending) for ending in endings)
+    a, b = (encode(label_target(label)) for label in "AB")
     differ = [at for at, (one, two) in enumerate(zip(a, b, strict=False)) if one != two]
     if len(a) != len(b) or len(differ) != 1:
         raise InputError("a tokenizer in which the verdict's letters are not tokens of their own")
@@ -241,16 +236,14 @@ class Verdict(NamedTuple):
     reason: str = ""
 
 
-def _letter(answer: str, note: str = "", names: str = "") -> Verdict:
-    """An answer that is a letter and nothing else, whatever its case; `names` is a prefix it may carry."""
+def _letter(answer: str, note: str = "") -> Verdict:
+    """An answer that is a letter and nothing else, whatever its case."""
     answer = answer.strip()
+    if answer.upper() in ("A", "B"):
+        return Verdict(answer.upper(), note)
     if not answer:
         return Verdict(None, "empty answer")
-    found = re.fullmatch(rf"(?:{names})?([AB])", answer, re.IGNORECASE)
-    if found:
-        return Verdict(found[1].upper(), note)
-    named = set(re.findall(r"\b[AB]\b", answer.replace("_", " ")))
-    both = named == {"A", "B"} or re.fullmatch(r"\W*both\W*", answer, re.IGNORECASE)
+    both = {"A", "B"} <= set(re.findall(r"\b[AB]\b", answer)) or answer.lower() == "both"
     return Verdict(None, "answer names both" if both else "answer is neither A nor B")
 
 
@@ -261,28 +254,26 @@ def _after_thinking(text: str, opened: bool) -> str | None:
     abstention, and never a wrong label.
     """
     _, closed, after = text.rpartition("</think>")
-    if closed:
-        return after
     thinking, answer = text.find("<think>"), text.find("<answer>")
-    if opened or (thinking >= 0 and (answer < 0 or thinking < answer)):
+    if not closed and (opened or (thinking >= 0 and (answer < 0 or thinking < answer))):
         return None
-    return text
+    return after
 
 
-def _answer(text: str, opened: bool, read: Callable[[str, str], Verdict]) -> Verdict:
-    """Applies `read` to the last closed answer after the thinking."""
+def _read_answer(text: str, opened: bool, pattern: str) -> Verdict:
+    """Reads `pattern`'s group in the last closed answer after the thinking."""
     after = _after_thinking(text, opened)
     if after is None:
         return Verdict(None, "unfinished thinking")
     start = after.rfind("<answer>", 0, max(after.rfind("</answer>"), 0))
     if start < 0:
         return Verdict(None, "unclosed answer" if "<answer>" in after else "no answer")
-    end = after.find("</answer>", start)
-    rest = after[end + len("</answer>") :].strip()
+    answer, _, rest = after[start + len("<answer>") :].partition("</answer>")
     # Thinking that quotes "<think>…</think><answer>B</answer>" and is then cut looks finished, but for this.
-    if rest and text.count("<think>") + opened > text.count("</think>") > 0:
+    if rest.strip() and text.count("<think>") + opened > text.count("</think>") > 0:
         return Verdict(None, "unfinished thinking")
-    return read(after[start + len("<answer>") : end], "text after the answer" if rest else "")
+    found = re.fullmatch(pattern, answer.strip(), re.DOTALL)
+    return _letter(found[1] if found else "no match", "text after the answer" if rest.strip() else "")
 
 
 def parse_verdict(text: str, opened: bool = False) -> Verdict:
@@ -291,62 +282,36 @@ def parse_verdict(text: str, opened: bool = False) -> Verdict:
     `opened`: the chat template had already opened <think>. What follows the answer is ignored, and noted. A
     text that was cut by its length limit is the caller's to refuse: nothing in it need show that.
     """
-    return _answer(text, opened, _letter)
+    return _read_answer(text, opened, "(.*)")
 
 
-def _last(pattern: str, text: str, opened: bool) -> str | None:
+def _read_last(text: str, opened: bool, pattern: str) -> Verdict:
+    """Reads the last match of `pattern`'s group after any thinking; 1 and 2 are A and B."""
     after = _after_thinking(text, opened)
-    found = re.findall(pattern, after) if after is not None else []
-    return found[-1] if found else None
+    if after is None:
+        return Verdict(None, "unfinished thinking")
+    found = re.findall(pattern, after, re.DOTALL)
+    return _letter({"1": "A", "2": "B"}.get(found[-1], found[-1])) if found else Verdict(None, "no answer")
 
 
-def _parse_label(text: str, opened: bool = False) -> Verdict:
-    """GRAM: the answer is the letter and nothing else."""
-    after = _after_thinking(text, opened)
-    return Verdict(None, "unfinished thinking") if after is None else _letter(after)
+def _format(read: Callable[[str, bool, str], Verdict], pattern: str) -> Callable[..., Verdict]:
+    return lambda text, opened=False: read(text, opened, pattern)
 
 
-def _parse_brackets(text: str, opened: bool = False) -> Verdict:
-    """LLM-as-a-judge: the last [[A]] or [[B]] (or [[C]], a tie) after any thinking."""
-    found = _last(r"\[\[([^\[\]]*)\]\]", text, opened)
-    return Verdict(None, "no answer") if found is None else _letter(found)
-
-
-def _parse_rm_r1(text: str, opened: bool = False) -> Verdict:
-    """RM-R1: [[A]] or [[B]] and nothing else inside the last closed <answer>…</answer>."""
-
-    def bracketed(answer: str, note: str) -> Verdict:
-        found = re.fullmatch(r"\s*\[\[([^\[\]]*)\]\]\s*", answer)
-        return _letter(found[1], note) if found else Verdict(None, "answer is neither [[A]] nor [[B]]")
-
-    return _answer(text, opened, bracketed)
-
-
-def _parse_boxed(text: str, opened: bool = False) -> Verdict:
-    r"""RRM: the last \boxed{A} or \boxed{Assistant 1} after any thinking."""
-    found = _last(r"\\boxed\{(?:\\text\{)?([^{}]*)\}", text, opened)
-    if found is None:
-        return Verdict(None, "no answer")
-    numbered = re.sub(r"(?<=Assistant )[12]$", lambda digit: "AB"[int(digit[0]) - 1], found.strip())
-    return _letter(numbered, names="Assistant ")
-
-
-def _parse_arena(text: str, opened: bool = False) -> Verdict:
-    """Arena: the last [[A>>B]], [[A>B]], [[A=B]], [[B>A]] or [[B>>A]] after any thinking, boxed or not."""
-    found = _last(r"(?:\[\[|\\boxed\{)\s*([AB](?:>>?|=)[AB])\s*(?:\]\]|\})", text, opened)
-    if found is None:
-        return Verdict(None, "no answer")
-    return Verdict(None, "answer names both") if "=" in found else Verdict(found[0])
-
-
-# The formats of published judges, by name; each parser's docstring states its format.
+# How published judges write their verdicts. All may think first.
 VERDICTS: dict[str, Callable[..., Verdict]] = {
+    # GRAM-R²: <answer>A</answer>
     "think": parse_verdict,
-    "label": _parse_label,
-    "brackets": _parse_brackets,
-    "rm-r1": _parse_rm_r1,
-    "boxed": _parse_boxed,
-    "arena": _parse_arena,
+    # GRAM: the letter and nothing else; asked in both orders
+    "label": _format(_read_last, r"\A(.*)\Z"),
+    # LLM-as-a-judge: the last [[A]] or [[B]]; [[C]] is a tie
+    "brackets": _format(_read_last, r"\[\[([^\[\]]*)\]\]"),
+    # RM-R1: <answer>[[A]]</answer>
+    "rm-r1": _format(_read_answer, r"\[\[([^\[\]]*)\]\]"),
+    # RRM: the last \boxed{A} or \boxed{Assistant 1}
+    "boxed": _format(_read_last, r"\\boxed\{(?:\\text\{)?(?:Assistant )?([^{}]*)\}"),
+    # Arena: the last [[A>>B]], [[A>B]], [[A=B]], [[B>A]] or [[B>>A]], or one of them boxed
+    "arena": _format(_read_last, r"(?:\[\[|\\boxed\{)([AB](?=>)|[AB]=[AB])>{0,2}[AB]?(?:\]\]|\})"),
 }
 
 # --- rationales and proofs -------------------------------------------------------------------------------
@@ -367,12 +332,6 @@ class Rationale:
         return (
             f"Feedback:\n{self.feedback}\n\nComparison:\n{self.comparison}\n\nConclusion:\n{self.conclusion}"
         )
-
-    @property
-    def by_response(self) -> dict[str, str]:
-        """{"A": …, "B": …} in the order of the text, where each response has its own; otherwise empty."""
-        found = _FEEDBACK.fullmatch(self.feedback)
-        return {found[1].strip("⟦⟧"): found[2], found[3].strip("⟦⟧"): found[4]} if found else {}
 
 
 class Reading(NamedTuple):

@@ -41,6 +41,7 @@ _MENTION = re.compile(
 _STORED = re.compile(r"⟦(?:⟦|([AB])⟧)")
 _UNMARKED = re.compile(
     r"\b(?i:assistant|answer|output|model|completion|reply|chatbot|responses?|candidate)[ _#-]?[AB12]\b"
+    r"|\b(?i:responses?|assistant) (?:is )?[\"'*(\[]{0,2}[AB12]\b"
     r"|\b(?i:first|second|1st|2nd) (?i:response|answer|assistant|reply|output|completion|one)\b"
     r"|(?<![\w'’.-])[AB](?:['’]s|,? (?:is|was|has|had|does|did|gives|provides|fails|offers|wins|seems|over|"
     r"and [AB]|or [AB])\b)"
@@ -191,7 +192,7 @@ class Pair:
             domain=_optional(row, "domain", str) or "",
             margin=_optional(row, "margin", (int, float)),
             meta=_optional(row, "meta", dict) or {},
-            id=str(row.get("id") or ""),
+            id="" if row.get("id") is None else str(row["id"]),
         )
 
 

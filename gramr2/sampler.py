@@ -362,18 +362,13 @@ class Scheduler:
 # What the device does: the cache's tensors, the two kinds of pass, and the choice of a token
 
 
-class _Rows:
-    """The decode batch as tensors, in the form that a pass or a graph takes. All int64."""
-
-    def __init__(self, slots, positions, writes, streams, prefix: kernels.Reads, own: kernels.Reads):
-        self.slots_R, self.positions_R, self.writes_S, self.streams_R = slots, positions, writes, streams
-        self.prefix, self.own = prefix, own
+QUERY_ROWS = 64  # of one item, on CUDA: what a program of the kernel takes; the CPU takes any number
 
 
 class Engine:
     """A model, its pool of pages, and the options of one call."""
 
-    def __init__(self, model, blocks: int, limits: Limits, options: _Options):
+    def __init__(self, model, blocks: int, longest: int, limits: Limits, options: _Options):
         config, weight = model.config, model.head_weight
         self.model, self.limits, self.options, self.device = model, limits, options, weight.device
         shape = config.num_layers, blocks, config.num_kv_heads, limits.block_size, config.head_size
@@ -383,129 +378,231 @@ class Engine:
         # One more than there are slots: what rows that only pad a batch read and write.
         self.last_S = torch.zeros(limits.running + 1, dtype=torch.int64, device=self.device)
         self.streams_S = np.zeros(limits.running + 1, np.int64)
+        self.pages = longest // limits.block_size + 2  # of the longest table
         self.version, self.batch = None, None
         self.project = _projection(weight)
+        self.cuda = self.device.type == "cuda"
+        self.members = QUERY_ROWS * config.num_kv_heads // config.num_heads if self.cuda else None
+        self.graphs = _Graphs(self) if self.cuda and kernels.backend(self.device) == "triton" else None
 
     @torch.inference_mode()
-    def launch(self, step: _Step, scheduler: Scheduler) -> Tensor | None:
-        if step.fresh:
+    def launch(self, step: _Step, scheduler: Scheduler) -> Callable[[], np.ndarray] | None:
+        """Starts a step; -> what waits for the decoded rows' outputs, if there are any."""
+        if step.fresh and not self.cuda:
             # Probabilities of 0 meet what stands in places not yet written, so that must not be NaN.
             self.values_LNGPK[:, step.fresh] = 0
         if step.chunks:
             self._prefill(step.chunks)
         if step.copies:
-            origin, copy = map(list, zip(*step.copies, strict=True))
-            self.keys_LNGPK[:, copy] = self.keys_LNGPK[:, origin]
-            self.values_LNGPK[:, copy] = self.values_LNGPK[:, origin]
-        for sample in step.joined:
-            self.last_S[sample.slot] = sample.ids[-1]
-            self.streams_S[sample.slot] = stream(self.options.seed, sample.prompt.key, sample.number)
-        return self._decode(self._rows(step, scheduler)) if len(step.slots) else None
+            origin, copy = (self._upload(blocks) for blocks in zip(*step.copies, strict=True))
+            for pool in (self.keys_LNGPK, self.values_LNGPK):
+                pool[:, copy] = pool[:, origin]
+        if step.joined:
+            slots = [sample.slot for sample in step.joined]
+            self.last_S[self._upload(slots)] = self._upload([sample.ids[-1] for sample in step.joined])
+            keys = [(self.options.seed, sample.prompt.key, sample.number) for sample in step.joined]
+            self.streams_S[slots] = [stream(*key) for key in keys]
+        if not len(step.slots):
+            return None
+        arrays = self._arrays(step, scheduler)
+        if self.graphs:
+            return self.graphs.launch(arrays)
+        for name, fill in ("slots", self.limits.running), ("positions", 0), ("streams", 0):
+            arrays[name] = _pad(arrays[name], fill)
+        outputs_RC = self.decode({name: self._upload(array) for name, array in arrays.items()})
+        return lambda: outputs_RC.cpu().numpy()
+
+    def _upload(self, values) -> Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(values, np.int64))
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.cuda else tensor
 
     def _prefill(self, chunks: list[_Chunk]) -> None:
-        size, ids, positions, writes, reads = self.limits.block_size, [], [], [], []
+        size, ids, positions, writes, prefix, own = self.limits.block_size, [], [], [], [], []
         for sequence, start, stop, blocks in chunks:
-            split, place = sequence.prompt.split(size), np.arange(start, stop)
-            row = torch.arange(len(ids), len(ids) + stop - start)
-            blocks = np.asarray(blocks)
+            split, place, blocks = sequence.prompt.split(size), np.arange(start, stop), np.array(blocks)
+            rows = np.arange(len(ids), len(ids) + stop - start)
             ids += sequence.ids[start:stop]
             positions.append(place)
             writes.append(blocks[place // size] * size + place % size)
             first = 0 if start < split else split
             if first:
-                reads.append(
-                    _reads(row[None], np.full((1, len(place)), first), blocks[None, : first // size])
-                )
-            own = blocks[None, first // size : -(-stop // size)]
-            reads.append(_reads(row[None], place[None] - first + 1, own))
-        pad = -len(ids) % kernels.ROWS
-        ids_T = torch.tensor(ids + [0] * pad)
-        positions_T = torch.from_numpy(np.concatenate([*positions, np.zeros(pad, np.int64)]))
-        writes_T = torch.from_numpy(np.concatenate(writes))
-        self.model(ids_T, positions_T, self._attend(writes_T, reads))
+                prefix += self._items(rows, np.full(len(rows), first), blocks[: first // size])
+            own += self._items(rows, place - first + 1, blocks[first // size : -(-stop // size)])
+        # On CUDA all items of a kind are one launch; on the CPU there is nothing to gain from padding.
+        batches = [prefix, own] if self.cuda else [[item] for item in prefix + own]
+        reads = [self._reads(items) for items in batches if items]
+        ids_T, positions_T = (self._upload(_pad(x, 0)) for x in (np.array(ids), np.concatenate(positions)))
+        self.model(ids_T, positions_T, self._attend(self._upload(np.concatenate(writes)), reads))
 
-    def _attend(self, writes_T: Tensor, reads: list):
+    def _reads(self, items: list[tuple]) -> kernels.Reads:
+        return kernels.Reads(*map(self._upload, _columns(items)))
+
+    def _items(self, rows: np.ndarray, visible: np.ndarray, blocks: np.ndarray) -> list[tuple]:
+        step = self.members or len(rows)
+        return [(rows[i : i + step], visible[i : i + step], blocks) for i in range(0, len(rows), step)]
+
+    def _attend(self, writes_S: Tensor, reads: list[kernels.Reads]):
         def attend(layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
             pools = self.keys_LNGPK[layer], self.values_LNGPK[layer]
-            kernels.write_kv(k_TGK, v_TGK, *pools, writes_T)
-            return kernels.paged_attention(q_THK, *pools, reads)
+            kernels.write_kv(k_TGK, v_TGK, *pools, writes_S)
+            return kernels.attend_pages(q_THK, *pools, reads)
 
         return attend
 
-    def _rows(self, step: _Step, scheduler: Scheduler) -> _Rows:
-        size = self.limits.block_size
-        if self.version != scheduler.version or self.batch is None or len(self.batch[0]) != len(step.slots):
-            self.batch = _batch(
-                [scheduler.running[slot] for slot in step.slots], size, self.limits.share_prefix
-            )
-            self.version = scheduler.version
-        split_R, blocks_RM, prefix = self.batch
-        slots, positions = step.slots, step.positions
-        behind = positions - split_R
-        writes = blocks_RM[np.arange(len(slots)), behind // size] * size + behind % size
-        pad = -len(slots) % kernels.ROWS
-        spare = np.full(pad, self.limits.running)
-        own = _reads(torch.arange(len(slots))[:, None], behind[:, None] + 1, blocks_RM)
-        padded = np.concatenate([slots, spare])
-        return _Rows(
-            torch.from_numpy(padded),
-            torch.from_numpy(np.concatenate([positions, np.zeros(pad, np.int64)])),
-            torch.from_numpy(writes),
-            torch.from_numpy(self.streams_S[padded]),
-            prefix,
-            own,
-        )
+    def _arrays(self, step: _Step, scheduler: Scheduler) -> dict[str, np.ndarray]:
+        """The decode batch. What a prompt's samples share is rebuilt only when the batch changes."""
+        size, slots = self.limits.block_size, step.slots
+        if self.version != (scheduler.version, len(slots)):
+            self.batch = self._batch([scheduler.running[slot] for slot in slots])
+            self.version = scheduler.version, len(slots)
+        split_R, own_RM, prefix = self.batch
+        behind = step.positions - split_R
+        return {
+            "slots": slots,
+            "positions": step.positions,
+            "streams": self.streams_S[slots],
+            "writes": own_RM[np.arange(len(slots)), behind // size] * size + behind % size,
+            "own rows": np.arange(len(slots))[:, None],
+            "own visible": behind[:, None] + 1,
+            "own pages": own_RM,
+            **prefix,
+        }
 
-    def _decode(self, rows: _Rows) -> Tensor:
-        ids_R = self.last_S[rows.slots_R]
-        reads = [rows.own] if rows.prefix is None else [rows.prefix, rows.own]
-        hidden_RD = self.model(ids_R, rows.positions_R, self._attend(rows.writes_S, reads))
+    def _batch(self, samples: list[_Sequence]):
+        """-> (where each sample's own part begins, its pages from there, reads of what is shared)."""
+        size, groups = self.limits.block_size, {}
+        split_R = np.array([sample.prompt.split(size) for sample in samples])
+        own_RM = _stack(
+            [s.table.blocks[split // size :] for s, split in zip(samples, split_R, strict=True)], NULL
+        )
+        for row, (sample, split) in enumerate(zip(samples, split_R, strict=True)):
+            if split:
+                alone = () if self.limits.share_prefix else (row,)
+                groups.setdefault((tuple(sample.table.blocks[: split // size]), alone), []).append(row)
+        items = [
+            (rows, np.full(len(rows), split_R[rows[0]]), blocks)
+            for (blocks, _), members in groups.items()
+            for rows, _, blocks in self._items(np.array(members), np.array(members), blocks)
+        ]
+        names = "prefix rows", "prefix visible", "prefix pages"
+        return split_R, own_RM, dict(zip(names, _columns(items), strict=True)) if items else {}
+
+    def decode(self, batch: dict[str, Tensor]) -> Tensor:
+        """One token for each row -> outputs of `choose`; also kept as what the row reads next."""
+        reads = [
+            kernels.Reads(*(batch[f"{part} {field}"] for field in ("rows", "visible", "pages")))
+            for part in ("prefix", "own")
+            if f"{part} rows" in batch
+        ]
+        ids_R = self.last_S[batch["slots"]]
+        hidden_RD = self.model(ids_R, batch["positions"], self._attend(batch["writes"], reads))
         logits_RV = self.project(hidden_RD).float()
-        outputs_RC = choose(logits_RV, uniforms(rows.streams_R, rows.positions_R), self.options)
-        self.last_S[rows.slots_R] = outputs_RC[:, 0].long()
+        outputs_RC = choose(logits_RV, uniforms(batch["streams"], batch["positions"]), self.options)
+        self.last_S[batch["slots"]] = outputs_RC[:, 0].long()
         return outputs_RC
 
 
-def _projection(weight_VD: Tensor) -> Callable[[Tensor], Tensor]:
-    """hidden -> logits. On the CPU the weight is laid out for it once, which makes few rows 1.5 times faster."""
-    if (
-        weight_VD.device.type != "cpu"
-        or weight_VD.dtype != torch.float32
-        or not torch.backends.mkldnn.is_available()
-    ):
-        return lambda hidden_RD: F.linear(hidden_RD, weight_VD)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight_VD.detach(), kernels.ROWS)
-    return lambda hidden_RD: torch.ops.mkldnn._linear_pointwise(hidden_RD, packed, None, "none", [], "")
+class _Graphs:
+    """Decode on CUDA: a graph per batch size over fixed buffers, captured when first met.
+
+    A step is one copy to the device, one graph, one copy back; the host waits for none of them until it
+    collects. Three sets of host buffers take turns, since at most two steps are in flight.
+    """
+
+    def __init__(self, engine: Engine):
+        self.engine, self.pool, self.graphs, self.turn = engine, torch.cuda.graph_pool_handle(), {}, 0
+
+    def launch(self, arrays: dict[str, np.ndarray]) -> Callable[[], np.ndarray]:
+        rows = len(arrays["slots"])
+        size = min(_bucket(rows), self.engine.limits.running)
+        if size not in self.graphs:
+            self.graphs[size] = self._capture(size)
+        graph, device, hosts, outputs_RC, returned = self.graphs[size]
+        self.turn = (self.turn + 1) % len(hosts)
+        host, back_RC = hosts[self.turn], returned[self.turn]
+        for name, buffer in self._views(host.numpy(), size).items():
+            buffer[...] = self._fill(name)
+            if name in arrays:
+                buffer[tuple(map(slice, arrays[name].shape))] = arrays[name]
+        device.copy_(host, non_blocking=True)
+        graph.replay()
+        back_RC.copy_(outputs_RC, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+
+        def wait() -> np.ndarray:
+            done.synchronize()
+            return back_RC.numpy()[:rows].copy()
+
+        return wait
+
+    def _fill(self, name: str) -> int:
+        """Rows that pad a batch sit in the spare slot, write to the null page and see nothing."""
+        return {"slots": self.engine.limits.running, "prefix rows": -1, "own rows": -1}.get(name, 0)
+
+    def _views(self, flat, size: int) -> dict:
+        """The arrays of a batch of this size, in a row in a flat buffer; for None, where each ends."""
+        shapes = dict.fromkeys(("slots", "positions", "streams", "writes"), (size,))
+        shapes |= {"own rows": (size, 1), "own visible": (size, 1), "own pages": (size, self.engine.pages)}
+        shapes |= dict.fromkeys(("prefix rows", "prefix visible"), (size, self.engine.members))
+        shapes |= {"prefix pages": (size, self.engine.pages)}
+        views, start = {}, 0
+        for name, shape in shapes.items():
+            stop = start + int(np.prod(shape))
+            views[name] = stop if flat is None else flat[start:stop].reshape(shape)
+            start = stop
+        return views
+
+    def _capture(self, size: int):
+        length = self._views(None, size)["prefix pages"]
+        hosts = [torch.empty(length, dtype=torch.int64, pin_memory=True) for _ in range(3)]
+        device = torch.empty(length, dtype=torch.int64, device=self.engine.device)
+        batch = self._views(device, size)
+        for name, buffer in batch.items():
+            buffer.fill_(self._fill(name))
+        # The first run compiles and allocates, on a batch of padding, which leaves no trace.
+        stream = torch.cuda.Stream(self.engine.device)
+        stream.wait_stream(torch.cuda.current_stream(self.engine.device))
+        with torch.cuda.stream(stream):
+            self.engine.decode(batch)
+        torch.cuda.current_stream(self.engine.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            outputs_RC = self.engine.decode(batch)
+        returned = [torch.empty(outputs_RC.shape, dtype=outputs_RC.dtype, pin_memory=True) for _ in hosts]
+        return graph, device, hosts, outputs_RC, returned
 
 
-def _reads(rows_IJ: Tensor, visible_IJ: np.ndarray, pages_IM: np.ndarray) -> kernels.Reads:
-    return kernels.Reads(
-        rows_IJ, torch.from_numpy(visible_IJ), torch.from_numpy(np.ascontiguousarray(pages_IM))
-    )
+def _bucket(rows: int) -> int:
+    """The batch size that a graph is made for: few graphs, and at most a quarter of a batch is padding."""
+    step = max(1, 1 << (rows - 1).bit_length() >> 2)
+    return -(-rows // step) * step
 
 
-def _batch(samples: list[_Sequence], size: int, share: bool):
-    """What stays the same while nobody joins, leaves or grows: -> (splits, own pages, prefix reads)."""
-    split_R = np.array([s.prompt.split(size) for s in samples])
-    own = [s.table.blocks[split // size :] for s, split in zip(samples, split_R, strict=True)]
-    groups: dict[tuple, list[int]] = {}
-    for row, (sample, split) in enumerate(zip(samples, split_R, strict=True)):
-        if split:
-            key = tuple(sample.table.blocks[: split // size])
-            groups.setdefault(key if share else (row, *key), []).append(row)
-    if not groups:
-        return split_R, _padded(own, NULL), None
-    rows_IJ = _padded(list(groups.values()), -1)
-    visible_IJ = np.repeat(split_R[rows_IJ[:, :1]], rows_IJ.shape[1], axis=1)
-    pages_IM = _padded([key if share else key[1:] for key in groups], NULL)
-    return split_R, _padded(own, NULL), _reads(torch.from_numpy(rows_IJ), visible_IJ, pages_IM)
+def _pad(array: np.ndarray, fill: int) -> np.ndarray:
+    return np.pad(array, (0, -len(array) % kernels.ROWS), constant_values=fill)
 
 
-def _padded(lists: list, fill: int) -> np.ndarray:
+def _stack(lists: Sequence, fill: int) -> np.ndarray:
     array = np.full((len(lists), max(map(len, lists))), fill, np.int64)
     for row, values in zip(array, lists, strict=True):
         row[: len(values)] = values
     return array
+
+
+def _columns(items: list[tuple]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(rows, visible, blocks) of each item, as the three arrays of `kernels.Reads`."""
+    rows, visible, blocks = zip(*items, strict=True)
+    return _stack(rows, -1), _stack(visible, 0), _stack(blocks, NULL)
+
+
+def _projection(weight_VD: Tensor) -> Callable[[Tensor], Tensor]:
+    """hidden -> logits. On the CPU the weight is laid out for it once: few rows are 1.5 times faster then."""
+    cpu = weight_VD.device.type == "cpu" and weight_VD.dtype == torch.float32
+    if not cpu or not torch.backends.mkldnn.is_available():
+        return lambda hidden_RD: F.linear(hidden_RD, weight_VD)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight_VD.detach(), kernels.ROWS)
+    return lambda hidden_RD: torch.ops.mkldnn._linear_pointwise(hidden_RD, packed, None, "none", [], "")
 
 
 # Noise: a 64-bit stream per sample, hashed once; a position's number by splitmix64's finishing steps,
@@ -657,13 +754,14 @@ def generate_iter(
     stop_ids = tuple(getattr(model, "stop_ids", ()) if stop_ids is None else stop_ids)
     _check_options(model, n, temperature, top_p, top_k, stop_texts, tokenizer, watch, keys, prompts)
     allowed = _Allowed(max_new_tokens, len(prompts), n)
-    blocks = _check_sizes(model, prompts, n, allowed, limits)
+    blocks, longest = _check_sizes(model, prompts, n, allowed, limits)
     device = model.head_weight.device
     watch_W = torch.tensor(list(watch), dtype=torch.int64, device=device)
     options = _Options(temperature, top_p, top_k, watch_W, seed)
     stops = _Stops(np.array(stop_ids, np.int64), tuple(stop_texts), tokenizer)
     queue = _intake(prompts, keys, allowed)
-    return _run(model, queue, blocks, limits, options, stops, n * len(prompts), progress)
+    engine = Engine(model, blocks, longest, limits, options)
+    return _run(engine, queue, blocks, stops, n * len(prompts), progress)
 
 
 class _Allowed:
@@ -710,8 +808,8 @@ def _check_options(model, n, temperature, top_p, top_k, stop_texts, tokenizer, w
         raise InputError(f"keys has {len(keys)} entries for {len(prompts)} prompts")
 
 
-def _check_sizes(model, prompts, n: int, allowed: _Allowed, limits: Limits) -> int:
-    """Every prompt, against vocabulary, model and cache; -> how many blocks the cache has."""
+def _check_sizes(model, prompts, n: int, allowed: _Allowed, limits: Limits) -> tuple[int, int]:
+    """Every prompt, against vocabulary, model and cache; -> (blocks of the cache, longest sequence)."""
     config, size = model.config, limits.block_size
     if kernels.KEYS % size:
         raise InputError(f"block_size is {size}; it must divide {kernels.KEYS}")
@@ -719,7 +817,7 @@ def _check_sizes(model, prompts, n: int, allowed: _Allowed, limits: Limits) -> i
         2 * config.num_layers * config.num_kv_heads * config.head_size * size * model.head_weight.itemsize
     )
     affordable = limits.cache_bytes // bytes_per_block
-    wanted = 1  # the null block
+    wanted, most = 1, 0  # the null block
     for index, ids in enumerate(prompts):
         if len(ids) == 0:
             raise InputError(f"prompt {index} is empty; it needs at least one id")
@@ -742,8 +840,8 @@ def _check_sizes(model, prompts, n: int, allowed: _Allowed, limits: Limits) -> i
                 f"prompt {index} has {len(ids)} tokens and may get {max(row)} more, which takes "
                 f"{(needed + 1) * bytes_per_block:,} bytes of cache; the limit is {limits.cache_bytes:,}"
             )
-        wanted += n * needed
-    return min(affordable, max(wanted, 2))
+        wanted, most = wanted + n * needed, max(most, longest)
+    return min(affordable, max(wanted, 2)), most
 
 
 def _intake(prompts, keys, allowed: _Allowed) -> Iterator[_Prompt]:
@@ -771,28 +869,31 @@ class _Stops:
         return any(stop in text for stop in self.texts)
 
 
-def _run(model, queue, blocks, limits, options, stops, total, progress):
-    engine = Engine(model, blocks, limits, options)
-    flying: deque[tuple[_Step, Tensor]] = deque()
+def _run(engine: Engine, queue: Iterator[_Prompt], blocks: int, stops: _Stops, total: int, progress: bool):
+    flying: deque[tuple[_Step, Callable[[], np.ndarray]]] = deque()
     finished: list[tuple[int, int, Sample]] = []
 
     def collect() -> None:
-        step, outputs = flying.popleft()
-        finished.extend(_collect(scheduler, step, outputs.numpy(), stops))
+        step, wait = flying.popleft()
+        finished.extend(_collect(scheduler, step, wait(), stops))
 
     def settle() -> None:
         while flying:
             collect()
 
-    pool = BlockPool(blocks, limits.block_size)
-    scheduler = Scheduler(queue, pool, limits, settle)
+    lag = 1 if engine.graphs else 0  # steps that the host is behind the device
+    pool = BlockPool(blocks, engine.limits.block_size)
+    scheduler = Scheduler(queue, pool, engine.limits, settle)
     with _Progress(total, progress) as bar:
         while scheduler.busy:
             step = scheduler.plan()
-            outputs = engine.launch(step, scheduler)
-            if outputs is not None:
-                flying.append((step, outputs))
-            settle()
+            wait = engine.launch(step, scheduler)
+            if wait:
+                flying.append((step, wait))
+            elif not flying and not step.chunks:
+                raise RuntimeError("work is left, but none of it can run")
+            while len(flying) > (lag if wait else 0):
+                collect()
             for item in finished:
                 bar.add(item[2], pool)
                 yield item

@@ -2,7 +2,7 @@
 
 - `sequence_logprob`: per-token log-probs over the vocabulary, without the logits; differentiable.
 - `sequence_logprob_sum`: their weighted sum for a training step, cheaper where the weights are known.
-- `write_kv`, `paged_attention`: the sampler's cache, written and read through tables of pages.
+- `write_kv`, `attend_pages`: the sampler's cache, written and read through tables of pages.
 - `backend`: "triton" or "reference", for a device.
 
 Each has a readable meaning in reference.py, which is what a device without a kernel runs. Importing
@@ -117,8 +117,7 @@ def _checked(hidden_TD, weight_VD, targets_T):
     fits = weight_VD.ndim == 2 and weight_VD.shape[1] == shape[1] and len(weight_VD) > 0
     fits &= weight_VD.dtype == dtype and weight_VD.device == device and weight_VD.is_contiguous()
     _expect(fits, "weight_VD", f"contiguous {dtype} [V, {shape[1]}] on {device}", weight_VD)
-    fits = targets_T.shape == shape[:1] and targets_T.dtype == torch.int64
-    fits &= targets_T.device == device
+    fits = targets_T.shape == shape[:1] and targets_T.dtype == torch.int64 and targets_T.device == device
     _expect(fits, "targets_T", f"torch.int64 [{shape[0]}] on {device}", targets_T)
     bad_T = ((targets_T < 0) & (targets_T != IGNORE)) | (targets_T >= len(weight_VD))
     if bad_T.any():
@@ -131,9 +130,9 @@ def _paged(keys_NGPK):
     """The module that reads and writes pages of this kind on this device."""
     trusted = keys_NGPK.is_cuda or keys_NGPK.dtype != torch.bfloat16
     if trusted and backend(keys_NGPK.device) == "triton":
-        from . import paged_attention as triton_paged
+        from . import paged_attention
 
-        return triton_paged
+        return paged_attention
     return reference
 
 
@@ -142,6 +141,6 @@ def write_kv(k_TGK, v_TGK, keys_NGPK, values_NGPK, slots_S):
     _paged(keys_NGPK).write_kv(k_TGK, v_TGK, keys_NGPK, values_NGPK, slots_S)
 
 
-def paged_attention(q_THK, keys_NGPK, values_NGPK, reads):
+def attend_pages(q_THK, keys_NGPK, values_NGPK, reads):
     """Attention of each row over what a list of `Reads` lets it see of the pools -> [T, H, K]."""
-    return _paged(keys_NGPK).paged_attention(q_THK, keys_NGPK, values_NGPK, reads)
+    return _paged(keys_NGPK).attend_pages(q_THK, keys_NGPK, values_NGPK, reads)

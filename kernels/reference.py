@@ -119,7 +119,7 @@ def write_kv(k_TGK, v_TGK, keys_NGPK, values_NGPK, slots_S):
         pool_NGPK.view(-1, size).index_copy_(0, place, x_TGK[: len(slots_S)].reshape(-1, size))
 
 
-def paged_attention(q_THK, keys_NGPK, values_NGPK, reads):
+def attend_pages(q_THK, keys_NGPK, values_NGPK, reads):
     """softmax(q k / sqrt(K)) v over all that `reads` lets each row see; 0 where that is nothing.
 
     In fp32 a row's result is bitwise a function of its own query, keys, values and reads: whatever the

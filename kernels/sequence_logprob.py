@@ -19,6 +19,7 @@ per chunk, in fp32. One product costs 2TdV operations, so the floor is 6TdV: Z, 
 
 Both hand dW to autograd as the gradient of the weight that they were given, and write to no `.grad`:
 tied embeddings, accumulation over micro-batches and FSDP2's reduce-scatter work as for a linear layer.
+Products of fp32 obey torch's own switch for TF32 here, as any matmul does; scoring never uses TF32.
 
 `implementation` is the module whose `score`, `logits_to_gradient_` and `rows_per_chunk` are used:
 reference.py or sequence_logprob_triton.py. Legend of suffixes: see reference.py.
@@ -42,10 +43,9 @@ class LogProb(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_logp_T, d_lse_T):
-        _, d_hidden_TD, d_weight_VD = _gradients(
-            ctx.implementation, *ctx.saved_tensors, d_logp_T, d_lse_T, *ctx.needs_input_grad[:2]
-        )
-        return d_hidden_TD, d_weight_VD, None, None
+        operands = *ctx.saved_tensors, d_logp_T, d_lse_T
+        _, *gradients = _gradients(ctx.implementation, *operands, *ctx.needs_input_grad[:2])
+        return *gradients, None, None
 
 
 class LogProbSum(torch.autograd.Function):

@@ -150,8 +150,7 @@ def logits_to_gradient_(logits_CV, targets_C, d_logp_C, d_lse_C):
     vectors = targets_C, d_logp_C.contiguous(), d_lse_C.contiguous(), logp_C
     constants, options = GRADIENT
     with torch.cuda.device_of(logits_CV):
-        launch = _gradient_kernel[(len(logits_CV),)]
-        launch(logits_CV, *vectors, logits_CV.shape[1], **constants, **options)
+        _gradient_kernel[(len(logits_CV),)](logits_CV, *vectors, logits_CV.shape[1], **constants, **options)
     return logp_C
 
 

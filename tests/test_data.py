@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gramr2.data import Shard, Store, fitting, order, pack
+from gramr2.data import Shard, Store, order, pack
 from gramr2.files import InputError
 from gramr2.records import Pair
 
@@ -112,8 +112,7 @@ def test_packs_hold_every_example_once_and_no_more_than_the_budget(lengths, budg
     assert len(full) < 2 or full[0] + full[1] > budget
 
 
-def test_over_long_examples_are_dropped_and_counted_and_never_packed():
-    assert fitting([3, 9, 4, 10], 9) == ([0, 1, 2], 1)
+def test_an_over_long_example_is_never_cut():
     with pytest.raises(InputError, match="example 1 has 10 tokens"):
         pack([3, 10], 9)
 

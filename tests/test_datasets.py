@@ -125,12 +125,13 @@ def test_every_format_is_tried_and_names_a_missing_field(name, tmp_path):
     optional = {"input", "language", "models", "comparison_id", "id", "num_turns", "source", "original_id",
                 "domain", "response_model", "qid", "better_response_id", "safer_response_id"}  # fmt: skip
     source = Source(written(tmp_path / "x.jsonl", []))
-    for wrong in (
-        {key: value for key, value in row.items() if key != gone} for gone in row.keys() - optional
-    ):
-        with pytest.raises(InputError, match="field"):
+    needed = row.keys() - optional
+    for gone in needed:
+        wrong = {key: value for key, value in row.items() if key != gone}
+        said = "question|response_[ab]" if name == "pairs" else gone  # pairs: the field it is a spelling of
+        with pytest.raises(InputError, match=f'no field "({said})"'):
             FORMATS[name].items(wrong, source)
-    for key in row.keys() - optional:
+    for key in needed:
         for value in (None, 7, "\ud800", [None], [[]], {}, float("nan")):
             with contextlib.suppress(InputError, UnicodeEncodeError):
                 FORMATS[name].items(row | {key: value}, source)
@@ -141,7 +142,7 @@ def test_helpsteer3_rationale_is_the_agreeing_annotators(tmp_path):
     source = Source(written(tmp_path / "x.jsonl", []))
     pair = FORMATS["helpsteer3"].items(helpsteer(-2, (3, -3, -2)), source)[0]
     z = parse_rationale(pair.rationale).rationale
-    assert z.by_response == {"A": "Response ⟦A⟧ is short.", "B": "It is not like Response ⟦A⟧."}
+    assert z.feedback == ("Response ⟦A⟧: Response ⟦A⟧ is short.\nResponse ⟦B⟧: It is not like Response ⟦A⟧.")
     assert z.comparison == "Response ⟦A⟧ is better than Response ⟦B⟧."
     assert show(z.conclusion) == "Response A is better than Response B." and pair.swappable
     assert "Response B is better than Response A" in show(pair.swapped().rationale)
@@ -159,6 +160,12 @@ def test_html_becomes_text_with_its_code():
     assert plain(markup) == (
         "Use `a<b` and this:\n\n```\nif a  < b:\n    <p>\n```\n\n- one\n- two & three\n\nEnd\nnow"
     )
+
+
+@pytest.mark.parametrize("markup", ["<![if x]>", "<p", "<!", "&#xffffffff;", "</pre></p>", "<pre><p>a", ""])
+def test_odd_html_is_text_or_a_malformed_row(markup):
+    with contextlib.suppress(InputError):
+        assert isinstance(plain(markup), str)
 
 
 def test_stack_exchange_draws_pairs_without_labels(tmp_path):
@@ -287,6 +294,20 @@ def test_overlap_with_a_benchmark_is_removed(tmp_path):
     assert {row["question"] for row in read(tmp_path / "o.jsonl")} == {"q1", "q3"}
 
 
+def test_any_benchmark_file_can_be_kept_clear_of(tmp_path):
+    """Each format is known by its rows, also RM-Bench's files by domain under another name."""
+    row = dict(next(row for name, row, _ in ROWS if name == "rm-bench"))
+    del row["domain"]
+    listed = {"question_id": 1, "prompt": "q2", "scores": [1], "response_1": "x"}
+    benches = [written(tmp_path / "rm.jsonl", [row]), written(tmp_path / "ppe.jsonl", [listed]),
+               written(tmp_path / "ours.jsonl", [pair_row(3) | {"prompt": "q3"}])]  # fmt: skip
+    path = written(tmp_path / "x.jsonl", [pair_row(i) | {"prompt": f"q{i}".strip("0")} for i in range(5)])
+    account = convert("pairs", path, tmp_path / "o.jsonl", against=benches)
+    assert account.dropped == {f"overlap with {one}.jsonl": 1 for one in ("rm", "ppe", "ours")}
+    with pytest.raises(InputError, match='no field "domain"'):
+        convert("rm-bench", benches[0], tmp_path / "o.jsonl")
+
+
 def test_a_rationale_that_cannot_be_swapped_stays_in_its_order(tmp_path):
     rows = [pair_row(i, rationale="The first response is better.") for i in range(20)]
     account = convert("pairs", written(tmp_path / "x.jsonl", rows), tmp_path / "o.jsonl")
@@ -332,8 +353,8 @@ BROKEN = {
     "cut.json": (b'[{"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "q', "cut in the middle"),
     "cut2.json": (b'[{"prompt": "q", "chosen": "a", "rejected": "b"}', "cut in the middle"),
     "cut3.json": (b'[{"prompt": "q", "chosen": "a", "rejected": "b"},', "cut in the middle"),
-    "comma.json": (b'[{"prompt": "q", "chosen": "a", "rejected": "b"} {}]', 'no "," or'),
-    "more.json": (b"[] []", "more text"),
+    "comma.json": (b'[{"prompt": "q", "chosen": "a", "rejected": "b"} {}]', 'expected ","'),
+    "more.json": (b"[] []", 'expected "," or the end'),
     "object.json": (b'{"prompt": "q"}', "named .jsonl"),
     "syntax.json": (b'[{"prompt": nope, "chosen": "a and much more text than that"}]', "not JSON"),
     "deep.json": (b"[" * 200_000, "too deep"),
@@ -374,7 +395,7 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("arguments, said", [
     (["helpsteer"], "no format \"helpsteer\"; there are pairs, helpsteer3"), (["pairs"], "name an input"),
-    (["pairs", "x.jsonl", "out.txt"], "ends in .jsonl"), (["pairs", "a.jsonl", "o.jsonl", "--frob"], "--frob"),
+    (["pairs", "a.jsonl", "o.jsonl", "--frob"], "--frob"), (["pairs", "x.jsonl", "out.txt"], "in .jsonl"),
     (["pairs", "absent.jsonl", "o.jsonl"], "absent.jsonl"),
     (["rm-bench", "a.json", "o.jsonl", "--against", "b.json"], "benchmark, and converted whole"),
 ])  # fmt: skip

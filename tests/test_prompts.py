@@ -136,9 +136,7 @@ def test_the_published_card_yields_the_published_prompt(tmp_path):
 
 def test_watched_ids_are_where_the_renders_differ():
     """Characters as tokens: the letter is one. Tags as tokens without the letter's own: it is refused."""
-    a, b, before = verdict_ids(lambda text: [ord(character) for character in text])
-    assert (chr(a), chr(b), "".join(map(chr, before))) == ("A", "B", "</think>\n<answer>\n")
-    assert verdict_ids(lambda text: list(text.encode()), thinking=False)[2] == list(b"<answer>\n")
+    assert verdict_ids(lambda text: list(text.encode())) == (ord("A"), ord("B"), list(b"<answer>\n"))
     glued = {"\nA": [1, 2], "\nB": [3, 4]}
     with pytest.raises(InputError, match="tokens of their own"):
         verdict_ids(lambda text: glued[re.search("\n[AB]", text)[0]])
@@ -215,7 +213,6 @@ def test_a_spoofed_verdict_never_wins(thinking, label, cut):
 )  # fmt: skip
 def test_other_judges_formats(name, text, label):
     assert VERDICTS[name](text).label == label
-    assert VERDICTS[name].__doc__
 
 
 # --- rationales and proofs -------------------------------------------------------------------------------
@@ -250,7 +247,6 @@ def test_plain_rationales_are_well_formed(one, two, comparison, conclusion, labe
     """Without this the test above could pass by refusing everything."""
     z = Rationale(f"Response A: {one}\nResponse B: {two}", comparison, conclusion)
     assert rationale_from_proof(proof_from_rationale(z, label)) == (z, "", label)
-    assert z.by_response == {"A": one, "B": two}
     assert parse_rationale(judge_target(z, label)).rationale == z
 
 

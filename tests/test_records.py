@@ -86,7 +86,8 @@ def test_mentions_as_people_write_them(text, shown):
 @pytest.mark.parametrize(
     "text",
     ["Assistant B is", "the first response", "A is better", "I prefer B.", "Answer 2", "B's list",
-     "`Response A` is quoted", "the second one fails"],
+     "`Response A` is quoted", "the second one fails", "Response (A) is", "Response **1**",
+     "The better response is B."],
 )  # fmt: skip
 def test_unmarked_mentions_are_seen(text):
     """A swap would make such a rationale argue for the wrong response."""
@@ -94,7 +95,8 @@ def test_unmarked_mentions_are_seen(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["Response 1 beats @Response 2", "vitamin B", "a better answer", "Option (B)"]
+    "text",
+    ["Response 1 beats @Response 2", "vitamin B", "a better answer", "Option (B) is", "the answer is B"],
 )
 def test_marked_texts_may_be_swapped(text):
     assert not unmarked(mark(text))

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from gramr2.config import resolve, setting
 from gramr2.files import InputError, publish_file
-from gramr2.prompts import judge_prompt, parse_rationale
+from gramr2.prompts import judge_prompt, label_target, parse_rationale, proof_from_rationale
 from gramr2.records import Pair, mark, show
 
 SPLITS = ("human", "labelled", "unlabelled", "dev", "test")
@@ -63,7 +63,7 @@ WORDS = (
     " better",
     " price",
 )
-WORDS += ("price", "Prices", " of", ":", ",", ".", "?", *(f" {digit}" for digit in range(10)))
+WORDS += ("price", "Prices", " Prices", " of", ":", ",", ".", "?", *(f" {digit}" for digit in range(10)))
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,8 @@ def rationale(goods: tuple[str, ...], prices: dict[str, int], lists: dict[str, d
     )
 
 
-_LINE = re.compile(r"(\w+) costs (\d): Response A (\d) (yes|no), Response B (\d) (yes|no)\.")
-_COUNT = re.compile(r"Response A (\d) right, Response B (\d) right\.")
+_LINE = re.compile(r"(\w+) costs (\d): Response ([AB]) (\d) (yes|no), Response ([AB]) (\d) (yes|no)\.")
+_COUNT = re.compile(r"Response ([AB]) (\d) right, Response ([AB]) (\d) right\.")
 
 
 def coherent(pair: Pair, written: str, settings: object = None) -> str | None:
@@ -134,20 +134,25 @@ def coherent(pair: Pair, written: str, settings: object = None) -> str | None:
     reading = parse_rationale(show(written)).rationale
     if reading is None:
         return "not in the three parts"
-    listed = [dict(re.findall(r"(\w+) (\d)", text)) for text in (pair.response_a, pair.response_b)]
+    listed = {
+        "A": dict(re.findall(r"(\w+) (\d)", pair.response_a)),
+        "B": dict(re.findall(r"(\w+) (\d)", pair.response_b)),
+    }
     right = {"A": 0, "B": 0}
     lines = _LINE.findall(reading.feedback)
-    if [line[0] for line in lines] != list(listed[0]):
+    if [line[0] for line in lines] != list(listed["A"]):
         return "does not go through the goods that were asked for"
     for good, price, *said in lines:
-        for letter, known, quote, flag in zip("AB", listed, said[::2], said[1::2], strict=True):
-            if quote != known.get(good):
+        if {said[0], said[3]} != {"A", "B"}:
+            return "speaks of one response twice"
+        for letter, quote, flag in (said[:3], said[3:]):
+            if quote != listed[letter].get(good):
                 return "quotes what the responses do not say"
             if flag != ("yes" if quote == price else "no"):
                 return "a flag contradicts its price"
             right[letter] += flag == "yes"
     counted = _COUNT.search(reading.comparison)
-    if not counted or [int(n) for n in counted.groups()] != list(right.values()):
+    if not counted or {counted[1]: int(counted[2]), counted[3]: int(counted[4])} != right:
         return "the count contradicts the flags"
     if right["A"] == right["B"]:
         return "the count decides nothing"
@@ -172,19 +177,30 @@ def _make_pair(goods: tuple[str, ...], prices: dict[str, int], rng: random.Rando
     )
 
 
+_CONCLUSION, _THEREFORE = "\n\nConclusion:\n", "\n\nTherefore: "
+
+
 def _fragments(names: list[str], asked: int, count: int, rng: random.Random) -> Iterator[dict[str, str]]:
     """Skills without knowledge: prices are made up anew in each fragment, and none is a judgment."""
     for _ in range(count):
         goods = tuple(rng.sample(names, asked))
         prices = {good: rng.randint(1, 9) for good in goods}
         pair = _make_pair(goods, prices, rng, "human")
-        lines, _, conclusion = show(pair.rationale).partition("\n\nConclusion:\n")
-        counts = lines.partition("\n\nComparison:\n")[2]
-        if rng.random() < 0.8:  # copy, compare and count
-            yield {"prompt": judge_prompt(pair, JUDGE_TEMPLATE), "response": f"<think>\n{lines}"}
-        else:  # conclude from counts
-            answer = f"Conclusion:\n{conclusion}\n</think>\n<answer>\n{pair.label}\n</answer>"
-            yield {"prompt": counts, "response": answer}
+        if rng.random() < 0.5:
+            pair = pair.swapped()  # the statements about B come first then
+        written = show(pair.rationale)
+        proof = show(proof_from_rationale(pair.rationale, pair.label))
+        copied, kind = judge_prompt(pair, JUDGE_TEMPLATE), rng.random()
+        if kind < 0.4:  # copy, compare and count
+            yield {"prompt": copied, "response": f"<think>\n{written.partition(_CONCLUSION)[0]}"}
+        elif kind < 0.8:  # the same in a proof's words, for a choice that is stated
+            yield {"prompt": copied, "response": proof.partition(_THEREFORE)[0]}
+        elif kind < 0.9:  # conclude from counts
+            counts, _, rest = written.partition("Comparison:\n")[2].partition(_CONCLUSION)
+            yield {"prompt": counts, "response": f"Conclusion:\n{rest}\n</think>\n{label_target(pair.label)}"}
+        else:
+            counts, _, rest = proof.partition("Comparing the two: ")[2].partition(_THEREFORE)
+            yield {"prompt": counts, "response": f"Therefore: {rest}"}
 
 
 def tokenizer_files(names: list[str]) -> dict[str, bytes]:

@@ -1,0 +1,66 @@
+"""Kills runs with SIGKILL, continues them, and compares the end with an uninterrupted run, bit by bit.
+
+    python benchmarks/kills.py training [--kills 20]
+
+Each cut run is killed at a moment drawn at random over the time that it takes, continued by the same call,
+perhaps killed again, and so on to its end. Equal means: every tensor of the final model has the
+same bits, and metrics.jsonl has the same losses. The result is benchmarks/results/kills_PART.json.
+
+Left out: kills around each single rename, which the tests do.
+"""
+
+import argparse
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+import common
+
+sys.path.insert(0, str(common.ROOT / "tests"))
+
+
+def training(kills: int) -> dict:
+    """The reward stage on a model of 52 thousand parameters, a resume point every second step."""
+    from trainings import curve, drive, job, make, same_bits
+
+    rng = random.Random(0)
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
+        model, data = make(place)
+        config = {"steps": 24, "save_steps": 2, "batch_size": 4}
+        whole = drive([job(place / "whole", model, data, config=config)])[0]
+        assert whole["statuses"] == [0], whole["log"]
+        done = equal = runs = 0
+        while done < kills:
+            out, runs, cut = place / f"run{runs}", runs + 1, True
+            while cut:
+                more = {}
+                if done < kills and rng.random() < 0.8:
+                    more["kill_after"] = rng.uniform(0.05, whole["seconds"])
+                result = drive([job(out, model, data, config=config, **more)])[0]
+                cut = result["statuses"] == [-9]
+                done += cut
+            same = same_bits(place / "whole", out) and curve(place / "whole") == curve(out)
+            equal += result["statuses"] == [0] and same
+    return {"kills": done, "runs": runs, "runs_equal": equal, "level": "bitwise, float32, one thread"}
+
+
+PARTS = {"training": training}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=[*PARTS])
+    parser.add_argument("--kills", type=int, default=20)
+    arguments = parser.parse_args()
+    result = PARTS[arguments.part](arguments.kills)
+    common.write_result(f"kills_{arguments.part}", result)
+    print(f"{result['kills']} kills, {result['runs_equal']} of {result['runs']} runs equal", file=sys.stderr)
+    return 0 if result["runs_equal"] == result["runs"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

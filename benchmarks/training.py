@@ -1,0 +1,196 @@
+"""Training steps beside transformers + AdamW, in one run: tokens/s, memory and, on a GPU, the MFU.
+
+    python benchmarks/training.py                  a small model on the CPU, ours beside transformers
+    python benchmarks/training.py --device cuda    the published shapes, random weights, if they fit
+
+A step is everything that a step is: the batch as tensors, forward, loss, backward, clipping, fused AdamW.
+Both train the same float32 weights on the same sequences, all of whose tokens are targets; transformers
+pads them to the longest, as its collators do. Useful tokens are those of the sequences, without padding.
+Memory is each way's own process. On a GPU what is measured is ours alone: bf16 compute, fp32 weights,
+activations recomputed; its MFU is a share of the matmul rate that the same run measured.
+
+Left out: several GPUs, and the time that reading and tokenizing take (they run beside the steps).
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import gc
+import multiprocessing
+import random
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import common
+import torch
+from torch import nn
+
+from gramr2 import fit, loss, parallel, weights
+from gramr2.config import TrainConfig
+from gramr2.loss import Row, Trainee
+from gramr2.model import Decoder, ModelConfig
+from gramr2.records import Example
+
+SMALL = ModelConfig(
+    vocab_size=32000,
+    hidden_size=256,
+    intermediate_size=688,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=4,
+    head_size=64,
+    max_positions=1024,
+    tie_embeddings=True,
+)
+LARGE = {
+    "LLaMA-3.2-3B": ModelConfig(128256, 3072, 8192, 28, 24, 8, 128, 131072, 1e-5, 5e5, tie_embeddings=True),
+    "LLaMA-3.1-8B": ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, 131072, 1e-5, 5e5),
+}
+CONFIG = TrainConfig(max_length=512, token_budget=4096, lr=1e-5, warmup=0.0)
+REPEATS = 5
+
+
+def sequences(case: str) -> list[list[int]]:
+    """Four of 512 tokens, or eight of any length from 8 to 512."""
+    rng = random.Random(3)
+    lengths = [512] * 4 if case == "equal" else [rng.randint(8, 512) for _ in range(8)]
+    return [[rng.randrange(SMALL.vocab_size) for _ in range(n)] for n in lengths]
+
+
+def ours(case: str, model_dir: Path):
+    rows = [Row((Example(tuple(ids), 1),)) for ids in sequences(case)]
+    here = parallel.World(0, 1, torch.device("cpu"))
+    trainee = fit.make_trainee("pretrain", CONFIG, SMALL, model_dir, here)
+    loop = fit.Loop(trainee, CONFIG, here, model_dir, 10**6)
+    return lambda: loop.step(rows)
+
+
+def theirs(case: str, model_dir: Path):
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=CONFIG.lr, fused=True)
+    batch = sequences(case)
+    longest = max(map(len, batch))
+
+    def step():
+        ids, mask, labels = (torch.full((len(batch), longest), fill) for fill in (0, 0, -100))
+        for n, row in enumerate(batch):
+            ids[n, : len(row)] = labels[n, : len(row)] = torch.tensor(row)
+            mask[n, : len(row)] = 1
+        model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CONFIG.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+WAYS = {"ours": ours, "transformers": theirs}
+
+
+def peak_rss(way: str, case: str, model_dir: Path) -> float:
+    """MiB that a process of its own came to hold in three steps."""
+    torch.set_num_threads(1)
+    step = WAYS[way](case, model_dir)
+    for _ in range(3):
+        step()
+    scale = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
+
+
+def on_cpu() -> dict:
+    torch.set_num_threads(1)
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        model_dir = Path(directory) / "model"
+        weights.save(Decoder(SMALL), None, model_dir)
+        for case in ("equal", "ragged"):
+            steps = {name: make(case, model_dir) for name, make in WAYS.items()}
+            timings = common.compare(steps, REPEATS)
+            useful = sum(map(len, sequences(case)))
+            for name, timing in timings.items():
+                with fresh_process() as pool:
+                    peak = pool.submit(peak_rss, name, case, model_dir).result()
+                speed = {"tokens_per_second": useful / timing["seconds"], "speedup": 1 / timing["ratio"]}
+                rows.append({"case": case, "way": name, **timing, **speed, "peak_mib": peak})
+    parameters = fit.count_parameters(SMALL)
+    return {"rows": rows, "repeats": REPEATS, "parameters": parameters, "dtype": "float32"}
+
+
+def fresh_process():
+    return concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+
+# ---------------------------------------------------------------------------------- on a GPU
+
+
+def on_cuda(names: list[str], compile_blocks: bool) -> dict:
+    rows = []
+    with parallel.world(TrainConfig(device="cuda")) as here:
+        rate = fit.matmul_rate(here.device)
+        for name in names:
+            for length in (2048, 8192):
+                try:
+                    rows.append(measure(name, length, here, rate, compile_blocks))
+                except torch.cuda.OutOfMemoryError:
+                    rows.append({"shape": name, "length": length, "not_run": "does not fit in memory"})
+                gc.collect()
+                torch.cuda.empty_cache()
+    return {"rows": rows, "matmul_tflops": rate / 1e12, "dtype": "bfloat16", "compiled": compile_blocks}
+
+
+def measure(name: str, length: int, here: parallel.World, rate: float, compile_blocks: bool) -> dict:
+    """The median of five steps of 32,768 tokens in packs of 16,384."""
+    config = dataclasses.replace(
+        CONFIG, max_length=length, token_budget=16384, checkpointing=True, compile=compile_blocks
+    )
+    with torch.device("meta"):
+        trainee = Trainee(Decoder(LARGE[name]), loss.likelihood)
+    parallel.shard(trainee, config, here)
+    with torch.no_grad():
+        for parameter in trainee.parameters():
+            parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
+    draw = lambda: tuple(torch.randint(0, LARGE[name].vocab_size, (length,)).tolist())  # noqa: E731
+    rows = [Row((Example(draw(), 1),)) for _ in range(32768 // length)]
+    loop = fit.Loop(trainee, config, here, Path(tempfile.gettempdir()), 10**6)
+    torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(7):
+        start = time.perf_counter()
+        loop.step(rows)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    median = statistics.median(seconds[2:])
+    return {
+        "shape": name,
+        "length": length,
+        "seconds": median,
+        "tokens_per_second": 32768 / median,
+        "of_matmul": fit.step_flops(LARGE[name], rows) / median / rate,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--shapes", nargs="+", choices=[*LARGE], default=[*LARGE], help="on a GPU")
+    parser.add_argument("--compile", action="store_true", help="compile each block (on a GPU)")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda":
+        common.write_result("training_cuda", on_cuda(arguments.shapes, arguments.compile))
+    else:
+        common.write_result("training_cpu", on_cpu())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""Runs trainings for tests in forked children, killed where a test asks; one JSON line per job.
+
+A process of its own that imports torch once and computes nothing itself, so that every fork is as good as
+a fresh start and costs no import. Jobs come as a JSON list on stdin:
+    stage, config {}, data [], model, out       what gramr2.fit.train takes
+    ranks       processes (default 1)
+    kill        ["before" | "after", n]: SIGKILL around the n-th publication (os.rename or os.replace)
+    kill_after  seconds until SIGKILL; stop_at: SIGTERM as soon as that many steps are in metrics.jsonl
+    die_at      [rank, step]: that rank SIGKILLs itself
+    nan_at      steps whose loss is made not a number
+    file_limit  bytes that a file may have (a full disk)
+    sgd         one plain gradient step of rate 1 instead of AdamW
+"""
+
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+import torch._dynamo  # a step imports it, in every fork anew if it is not here
+
+from gramr2 import fit, parallel
+from gramr2.config import TrainConfig
+
+
+def count_publications(kill, written: Path) -> None:
+    """Patches the two calls by which anything is published, and dies around the n-th of them."""
+    seen = 0
+    for name in ("rename", "replace"):
+        original = getattr(os, name)
+
+        def patched(*arguments, original=original, **named):
+            nonlocal seen
+            seen += 1
+            written.write_text(str(seen))
+            if kill == ["before", seen]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = original(*arguments, **named)
+            if kill == ["after", seen]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(os, name, patched)
+
+
+def patch_steps(job: dict, rank: int) -> None:
+    original = fit.Loop.step
+
+    def step(self, rows):
+        if job.get("die_at") == [rank, self.at.step]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        bad = self.at.step in job.get("nan_at", ())
+        objective = self.trainee.objective
+        if bad:
+            self.trainee.objective = lambda *arguments: objective(*arguments) * float("nan")
+        try:
+            return original(self, rows)
+        finally:
+            self.trainee.objective = objective
+
+    fit.Loop.step = step
+
+
+def child(job: dict, rank: int, port: int) -> int:
+    if job.get("ranks", 1) > 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank))
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(job["ranks"]))
+    if "file_limit" in job:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], job["file_limit"]))
+    if rank == 0:
+        count_publications(job.get("kill"), Path(job["out"] + ".publications"))
+    patch_steps(job, rank)
+    if job.get("sgd"):
+        fit.make_optimizer = lambda trainee, config: torch.optim.SGD(trainee.parameters(), lr=1.0)
+        fit.scheduled = lambda *arguments: 1.0
+        parallel.training_state = lambda trainee, optimizer: {}
+    try:
+        figures = fit.train(
+            job["stage"], TrainConfig(**job["config"]), job["data"], job["model"], Path(job["out"]), False
+        )
+        if rank == 0:
+            Path(job["out"] + ".figures").write_text(json.dumps(figures))
+        return 0
+    except fit.InputError as error:
+        if rank == 0:
+            Path(job["out"] + ".error").write_text(str(error))
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def fork(job: dict, rank: int, port: int) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        status = child(job, rank, port)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def lines(path: Path) -> int:
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def run(job: dict) -> dict:
+    out = job["out"]
+    for name in ("figures", "error"):
+        Path(f"{out}.{name}").unlink(missing_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = time.monotonic()
+    children = [fork(job, rank, port) for rank in range(job.get("ranks", 1))]
+    if "kill_after" in job:
+        time.sleep(job["kill_after"])
+        for pid in children:
+            os.kill(pid, signal.SIGKILL)
+    if "stop_at" in job:
+        while lines(Path(out) / "metrics.jsonl") < job["stop_at"] and time.monotonic() < started + 60:
+            time.sleep(0.002)
+        for pid in children:
+            os.kill(pid, signal.SIGTERM)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    result = {"statuses": statuses, "seconds": time.monotonic() - started}
+    for name in ("figures", "error", "publications"):
+        path = Path(f"{out}.{name}")
+        text = path.read_text() if path.exists() else None
+        result[name] = text if name == "error" or text is None else json.loads(text)
+    return result
+
+
+if __name__ == "__main__":
+    for each in json.load(sys.stdin):
+        print(json.dumps(run(each)), flush=True)

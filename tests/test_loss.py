@@ -1,0 +1,137 @@
+"""Every loss against an oracle in float64 that is written out naively and shares no code with it."""
+
+import math
+
+import pytest
+import torch
+from checkpoints import random_model
+
+from gramr2 import loss
+from gramr2.loss import Row, Trainee, collate
+from gramr2.records import Example
+
+
+def examples(seed: int = 0, sizes=((9, 4), (23, 2), (5, 5), (23, 20))) -> list[Example]:
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda n: tuple(torch.randint(0, 300, (n,), generator=generator).tolist())  # noqa: E731
+    return [Example(draw(prompt + target), prompt) for prompt, target in sizes]
+
+
+def states_alone(model, example: Example) -> torch.Tensor:
+    """The hidden states of one sequence by itself, with plain attention."""
+
+    def attend(layer, q_THK, k_TGK, v_TGK):
+        groups = q_THK.shape[1] // k_TGK.shape[1]
+        k_THK, v_THK = (x.repeat_interleave(groups, 1) for x in (k_TGK, v_TGK))
+        scores_HTT = torch.einsum("thk,shk->hts", q_THK, k_THK) / math.sqrt(q_THK.shape[-1])
+        future = torch.ones(len(q_THK), len(q_THK)).triu(1).bool()
+        return torch.einsum("hts,shk->thk", scores_HTT.masked_fill(future, -math.inf).softmax(-1), v_THK)
+
+    return model(torch.tensor(example.ids), torch.arange(len(example.ids)), attend)
+
+
+def log_p(model, example: Example) -> list[torch.Tensor]:
+    """log p of each target token, one after the other."""
+    states = states_alone(model, example)
+    values = []
+    for place in range(example.start, len(example.ids)):
+        logits = model.head_weight @ states[place - 1]
+        values.append(logits[example.ids[place]] - torch.log(torch.exp(logits).sum()))
+    return values
+
+
+def compare(model, rows, objective, oracle, scale: float) -> None:
+    """Value, and the gradient of every weight."""
+    mine = Trainee(model, objective)
+    value = mine(collate(rows, scale, "cpu"))
+    value.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.double()
+    expected = oracle(model)
+    expected.backward()
+    assert value.item() == pytest.approx(expected.item(), rel=2e-5)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            error = (gradients[name].double() - parameter.grad).norm() / parameter.grad.norm().clamp_min(
+                1e-12
+            )
+            assert error < 1e-4, (name, error)
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen3"])  # tied, and a head of its own
+def test_likelihood_of_a_pack_is_the_sum_over_its_sequences_alone(family):
+    """Equations 1, 2 and 4: prompt tokens do not count, sequences do not see each other."""
+    rows = [Row((example,)) for example in examples()]
+    units = sum(row.units for row in rows)
+
+    def oracle(model):
+        return -sum(sum(log_p(model, row.sequences[0])) for row in rows) / units
+
+    compare(random_model(family), rows, loss.likelihood, oracle, 1 / units)
+
+
+def test_per_token_coefficients_weigh_the_tokens_they_stand_for():
+    """What a policy gradient trains with; a shift by one token would not show in a plain mean."""
+    rows = []
+    for n, example in enumerate(examples()):
+        count = len(example.ids) - example.start
+        rows.append(Row((example,), coefficients=tuple((k - 1.5) * (n + 1) for k in range(count))))
+
+    def oracle(model):
+        pairs = [zip(row.coefficients, log_p(model, row.sequences[0]), strict=True) for row in rows]
+        return -sum(c * value for row in pairs for c, value in row)
+
+    compare(random_model("llama3"), rows, loss.likelihood, oracle, 1.0)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.3])
+def test_smoothed_label_is_cross_entropy_over_two_letters(smoothing):
+    """GRAM: the wrong letter gets `smoothing` itself, not half of it; the frame's tokens stay as they are."""
+    rows = [Row((e,), rival=(e.start + 1, (e.ids[e.start + 1] + 7) % 300)) for e in examples()]
+
+    def oracle(model):
+        total = 0
+        for row in rows:
+            example, (place, other) = row.sequences[0], row.rival
+            values = log_p(model, example)
+            total = total - sum(values[:1]) - sum(values[2:])
+            logits = model.head_weight @ states_alone(model, example)[place - 1]
+            p = torch.stack([logits[example.ids[place]], logits[other]]).softmax(0)
+            total = total - (1 - smoothing) * torch.log(p[0]) - smoothing * torch.log(p[1])
+        return total / 31
+
+    compare(random_model("qwen2"), rows, loss.smoothed_label(smoothing), oracle, 1 / 31)
+
+
+def test_smoothing_is_least_where_the_closed_form_says():
+    """At a gap of log((1 - e) / e) the two-way loss is the entropy of (1 - e, e), and its slope is 0."""
+    for e in (0.05, 0.1, 0.4):
+        gap = torch.tensor(math.log((1 - e) / e), dtype=torch.float64, requires_grad=True)
+        value = loss.two_way_loss(gap, torch.zeros((), dtype=torch.float64), e)
+        value.backward()
+        assert value.item() == pytest.approx(-(1 - e) * math.log(1 - e) - e * math.log(e))
+        assert float(gap.grad) == pytest.approx(0, abs=1e-12)
+
+
+def test_preference_is_bradley_terry_on_the_last_tokens_with_its_margin():
+    """A sign or an order exchanged trains the opposite; a score read elsewhere trains noise."""
+    sequences = [Example(e.ids, len(e.ids)) for e in examples()]
+    rows = [Row(tuple(sequences[:2]), margin=0.0), Row(tuple(sequences[2:]), margin=1.5)]
+
+    def oracle(model):
+        r = [(model.score.weight @ states_alone(model, s)[-1]).squeeze() for s in sequences]
+        gaps = [r[0] - r[1], r[2] - r[3] - 1.5]
+        return -sum(torch.log(1 / (1 + torch.exp(-gap))) for gap in gaps) / 2
+
+    compare(random_model("qwen3", num_labels=1), rows, loss.preference, oracle, 1 / 2)
+
+
+@pytest.mark.parametrize("objective", [loss.likelihood, loss.smoothed_label(0.1), loss.preference])
+def test_an_empty_pack_adds_nothing_and_has_a_gradient(objective):
+    """Ranks with nothing left must still take part in every reduction."""
+    model = random_model("llama3", num_labels=int(objective is loss.preference))
+    value = Trainee(model, objective)(collate([], 1.0, "cpu"))
+    value.backward()
+    assert value.item() == 0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())

@@ -1,0 +1,191 @@
+"""The paged cache's kernels: against float64 in Triton's interpreter, in torch, and compiled for sm_90.
+
+Triton reads TRITON_INTERPRET when a kernel is defined, so each way runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+from kernels import reference
+
+ROOT = Path(__file__).parents[1]
+
+
+def exact(q_THK, keys_NGPK, values_NGPK, reads):
+    """Attention in float64, query by query and key by key, as the tables say."""
+    out = torch.zeros(q_THK.shape, dtype=torch.float64)
+    _, groups, page, size = keys_NGPK.shape
+    heads = q_THK.shape[1]
+    for row in range(len(q_THK)):
+        for head in range(heads):
+            places = []
+            for batch in reads:
+                for item, rows in enumerate(batch.rows_IJ.tolist()):
+                    for member, token in enumerate(rows):
+                        if token == row:
+                            seen = range(int(batch.visible_IJ[item, member]))
+                            places += [(int(batch.pages_IM[item, p // page]), p % page) for p in seen]
+            if places:
+                group = head // (heads // groups)
+                k = torch.stack([keys_NGPK[n, group, p].double() for n, p in places])
+                v = torch.stack([values_NGPK[n, group, p].double() for n, p in places])
+                out[row, head] = (k @ q_THK[row, head].double() * size**-0.5).softmax(0) @ v
+    return out
+
+
+def case(dtype, heads, groups, size, page, device="cpu"):
+    """Rows 0-4 share a prefix unevenly and have own pages, 5 has own pages only, 6 and 7 are padding."""
+    torch.manual_seed(size + page)
+    pool = torch.randn(2, 40, groups, page, size, dtype=torch.float32)
+    poison = torch.full_like(pool[:, :1], torch.nan)
+    pool = torch.cat([pool, poison], dim=1).to(dtype)  # page 40 is never visible, and is NaN
+    q_THK = torch.randn(8, heads, size).to(dtype)
+    order = torch.randperm(39) + 1
+    prefix = kernels.Reads(
+        torch.tensor([[0, 1, 2], [3, 4, -1]]),
+        torch.tensor([[5 * page] * 3, [2 * page] * 3]),
+        order[:10].view(2, 5),
+    )
+    own_IM = torch.cat([order[10:28].view(6, 3), torch.full((6, 1), 40)], dim=1)
+    own = kernels.Reads(
+        torch.arange(6)[:, None], torch.tensor([1, 3, page, page + 1, 2, 3 * page])[:, None], own_IM
+    )
+    reads = [kernels.Reads(*(getattr(b, f).to(device) for f in ("rows_IJ", "visible_IJ", "pages_IM")))
+             for b in (prefix, own)]  # fmt: skip
+    return q_THK.to(device), *pool.to(device), reads
+
+
+SHAPES = [(4, 2, 8, 16), (6, 2, 40, 16), (3, 3, 64, 4), (8, 1, 128, 64)]
+
+
+def check(implementation, dtype, shape, device="cpu"):
+    q_THK, keys, values, reads = case(dtype, *shape, device)
+    wanted = exact(*(x.cpu() for x in (q_THK, keys, values)), case(dtype, *shape)[-1])
+    got = implementation.attend_pages(q_THK, keys, values, reads).cpu()
+    bound = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    torch.testing.assert_close(got.double(), wanted, atol=bound, rtol=bound)
+    k_TGK, v_TGK = torch.randn(2, 5, *keys.shape[1::2], device=device).to(dtype)
+    slots = torch.tensor([7, 0, 3 * shape[3] + 1], device=device)
+    expected = keys.clone(), values.clone()
+    for token, slot in enumerate(slots.tolist()):
+        for pool, x in zip(expected, (k_TGK, v_TGK), strict=True):
+            pool[slot // shape[3], :, slot % shape[3]] = x[token]
+    implementation.write_kv(k_TGK, v_TGK, keys, values, slots)
+    for pool, want in zip((keys, values), expected, strict=True):
+        torch.testing.assert_close(pool, want, atol=0, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+def test_the_torch_way_is_the_softmax_over_the_listed_keys(shape, dtype):
+    # NaN in the page behind the last visible key is not for the torch way, whose owner clears pages.
+    q_THK, keys, values, reads = case(dtype, *shape)
+    values[40] = 0
+    wanted = exact(q_THK, keys, values, reads)
+    got = reference.attend_pages(q_THK, keys, values, reads)
+    bound = 2e-6 if dtype == torch.float32 else 1.6e-2
+    torch.testing.assert_close(got.double(), wanted, atol=bound, rtol=bound)
+
+
+def run(code: str, **environment) -> str:
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process.stdout
+
+
+def test_the_kernels_agree_with_float64_in_the_interpreter():
+    """Also: keys beyond what is visible are not looked at, and a prefix is the same for all its readers."""
+    pytest.importorskip("triton")
+    code = """
+import torch, test_paged_attention as t
+from kernels import paged_attention
+for shape in t.SHAPES:
+    for dtype in torch.float32, torch.float16:
+        t.check(paged_attention, dtype, shape)
+"""
+    run(code, TRITON_INTERPRET="1")
+
+
+def test_the_kernels_compile_for_hopper_without_spilling():
+    """For the 8B shape in bf16: decode rows, a prefix of 16 samples, and the merge; tensor cores in use."""
+    pytest.importorskip("triton")
+    lines = run("import test_paged_attention as t; t.compile_all()").splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        name, registers, spilled, tensor = line.split()
+        assert int(spilled) == 0, line
+        assert int(registers) <= 255, line
+        assert "read" not in name or int(tensor) > 0, line
+
+
+def compile_all():
+    import re
+    import tempfile
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
+    from triton.compiler import ASTSource
+
+    from kernels import paged_attention as paged
+
+    read = dict.fromkeys(("q_ptr", "keys_ptr", "values_ptr"), "*bf16")
+    read |= dict.fromkeys(("rows_ptr", "visible_ptr", "pages_ptr"), "*i64")
+    read |= dict.fromkeys(("o_ptr", "max_ptr", "sum_ptr"), "*fp32")
+    read |= dict.fromkeys(("T", "G", "J", "M", "first_slot"), "i32") | {"scale": "fp32"}
+    shape = {
+        "K": 128,
+        "PAGE": 64,
+        "HEADS": 4,
+        "SPLITS": 4,
+        "LOWEST": reference.LOWEST,
+        "BLOCK_W": 64,
+        "BLOCK_K": 128,
+    }
+    write = dict.fromkeys(("k_ptr", "v_ptr", "keys_ptr", "values_ptr"), "*bf16")
+    merge = {"o_ptr": "*fp32", "max_ptr": "*fp32", "sum_ptr": "*fp32", "out_ptr": "*bf16", "TH": "i32"}
+    jobs = [
+        (paged._read_kernel, read, shape | {"BLOCK_R": 16}, {"num_warps": 4, "num_stages": 3}),
+        (paged._read_kernel, read, shape | {"BLOCK_R": 64}, {"num_warps": 4, "num_stages": 3}),
+        (paged._write_kernel, write | {"slots_ptr": "*i64", "GK": "i32"},
+         {"K": 128, "PAGE": 64, "BLOCK": 1024}, {}),
+        (paged._merge_kernel, merge,
+         {"K": 128, "SLOTS": 8, "LOWEST": reference.LOWEST, "BLOCK_S": 8, "BLOCK_K": 128}, {}),
+    ]  # fmt: skip
+    for fn, signature, constants, options in jobs:
+        index = fn.arg_names.index
+        types = {n: "constexpr" if n in constants else signature[n] for n in fn.arg_names}
+        aligned = {(index(n),): [["tt.divisibility", 16]] for n in signature if n.endswith("_ptr")}
+        source = ASTSource(fn, types, {(index(n),): v for n, v in constants.items()}, aligned)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        ptx = compiled.asm["ptx"]
+        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+            file.write(ptx)
+            file.flush()
+            target = re.search(r"\.target (\w+)", ptx)[1]
+            command = [get_ptxas(90).path, "-v", f"--gpu-name={target}", file.name, "-o", os.devnull]
+            log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        figures = (re.search(p, log)[1] for p in (r"Used (\d+) reg", r"(\d+) bytes spill stores"))
+        print(fn.__name__, *figures, ptx.count("mma.sync") + ptx.count("wgmma.mma_async"))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_kernels_agree_with_float64_on_the_device(dtype):
+    for shape in SHAPES:
+        check(kernels, dtype, shape, device="cuda")

@@ -1,0 +1,115 @@
+"""Ranks and accumulation change rounding and nothing else; one rank's death ends all."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from trainings import curve, distance, drive, job, make
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_one_sgd_step_is_the_same_on_1_2_and_3_ranks_and_in_one_pack_or_four(tmp_path):
+    """Level 2, 1e-5 of each tensor's norm. A mean of means, a lost pack or a wrong divisor breaks it."""
+    model, data = make(tmp_path, 21)
+    one_step = {"batch_size": 21, "steps": 1, "save_steps": 0, "clip": 0.0}
+    whole, split = one_step | {"token_budget": 8000}, one_step | {"token_budget": 1500, "max_length": 1400}
+    shapes = [(1, whole), (1, split), (2, whole), (2, split), (3, whole), (3, split)]
+    jobs = [
+        job(tmp_path / f"out{n}", model, data, config=config, ranks=ranks, sgd=True)
+        for n, (ranks, config) in enumerate(shapes)
+    ]
+    for result in drive(jobs):
+        assert set(result["statuses"]) == {0}, result
+    assert [distance(tmp_path / "out0", tmp_path / f"out{n}") for n in range(1, 6)] == pytest.approx(
+        [0] * 5, abs=1e-5
+    )
+    (tmp_path / "begin").mkdir()
+    (tmp_path / "begin" / "model").symlink_to(model)
+    assert distance(tmp_path / "out0", tmp_path / "begin") > 1e-3  # the step was one
+
+
+def test_adamw_curves_agree_over_ranks_with_recomputation_hybrid_sharding_and_tied_or_free_heads(tmp_path):
+    """Level 2, 1e-4 over 20 steps; what FSDP wraps must train as what it does not wrap."""
+    model, data = make(tmp_path, 48, "llama3")  # tied
+    settings = {"steps": 20, "save_steps": 0, "token_budget": 1500}
+    shapes = {
+        "one": (1, {}),
+        "two": (2, {"checkpointing": True}),
+        "three": (3, {}),
+        "hybrid": (4, {"shard": 2}),
+    }
+    (tmp_path / "free").mkdir()
+    other, _ = make(tmp_path / "free", 2, "qwen3")  # a head of its own, biases none, norms on q and k
+    jobs = [
+        job(tmp_path / name, model, data, "prover", settings | extra, ranks=ranks)
+        for name, (ranks, extra) in shapes.items()
+    ]
+    scores = {"max_length": 1400}
+    for name, ranks in (("score-1", 1), ("score-2", 2)):
+        jobs.append(job(tmp_path / name, other, data, "discriminative", settings | scores, ranks=ranks))
+    for result in drive(jobs):
+        assert set(result["statuses"]) == {0}, result
+    for name in ("two", "three", "hybrid"):
+        assert curve(tmp_path / name) == pytest.approx(curve(tmp_path / "one"), abs=1e-4)
+    assert curve(tmp_path / "score-2") == pytest.approx(curve(tmp_path / "score-1"), abs=1e-4)
+
+
+def test_a_run_on_two_ranks_continues_on_one_and_on_three(tmp_path):
+    """Level 2; a resume point that remembers its number of ranks could not."""
+    model, data = make(tmp_path)
+    settings = {"steps": 16, "save_steps": 4}
+    whole = job(tmp_path / "whole", model, data, config=settings, ranks=2)
+    cut = [job(tmp_path / f"to{n}", model, data, config=settings, ranks=2, stop_at=6) for n in (1, 3)]
+    rest = [job(tmp_path / f"to{n}", model, data, config=settings, ranks=n) for n in (1, 3)]
+    results = drive([whole, *cut, *rest])
+    assert [set(result["statuses"]) for result in results] == [{0}, {130}, {130}, {0}, {0}], results
+    for n in (1, 3):
+        assert curve(tmp_path / f"to{n}") == pytest.approx(curve(tmp_path / "whole"), abs=1e-4)
+        assert distance(tmp_path / "whole", tmp_path / f"to{n}") < 1e-3
+
+
+def test_one_rank_dying_ends_all_within_a_minute(tmp_path):
+    """A rank that waits for ever holds a node."""
+    model, data = make(tmp_path)
+    died = drive([job(tmp_path / "out", model, data, ranks=3, die_at=[1, 3])])[0]
+    assert died["statuses"][1] == -9 and 0 not in died["statuses"] and died["seconds"] < 60
+
+
+def test_torchrun_trains_and_says_where_the_model_is(tmp_path):
+    """The command line of the documentation, on two ranks; bad input is said once."""
+    model, data = make(tmp_path)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[train]\nbatch_size = 8\nmax_length = 700\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "train.py")]
+    command += ["--recipe", str(recipe), "--model", str(model), "--data", str(data), "--stage", "generative"]
+
+    def run(*more: str):
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [*command, *more], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+
+    done = run("--steps", "3")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "model: runs/train-generative/model"
+    assert "generative (equation 1" in done.stderr and "parameters" in done.stderr
+    refused = run("--token-budget", "100")
+    assert refused.returncode != 0 and refused.stderr.count("error: token_budget") == 1
+
+
+def test_compiled_blocks_train_the_same(tmp_path):
+    """Level 2, 1e-4; attention is an argument that changes from pack to pack, and must not recompile."""
+    if not shutil.which("g++") and not shutil.which("clang++"):
+        pytest.skip("torch.compile finds no C++ compiler here")
+    model, data = make(tmp_path)
+    settings = {"steps": 6, "save_steps": 0, "token_budget": 1500}
+    jobs = [job(tmp_path / "plain", model, data, config=settings)]
+    jobs.append(job(tmp_path / "compiled", model, data, config=settings | {"compile": True}))
+    for result in drive(jobs):
+        assert result["statuses"] == [0], result
+        assert "recompile_limit" not in result["log"]
+    assert curve(tmp_path / "compiled") == pytest.approx(curve(tmp_path / "plain"), abs=1e-4)
