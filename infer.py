@@ -2,28 +2,36 @@
 
     python infer.py --pair a.json                       verdict, probability, rationale, votes
     python infer.py --pair a.json --json --votes 16     the same as one JSON object
+    python infer.py --rank b.json --method knockout     the best, the full ranking, comparisons used
     python infer.py --pairs in.jsonl --out judged.jsonl --votes 4     many pairs; the same command goes on
+    python infer.py --bench judgebench FILE --out judged.jsonl        a benchmark, and its table
+    python infer.py --score judgebench judged.jsonl     the table again, without a model
+    python infer.py --calibrate judged.jsonl --model DIR    labelled pairs make DIR's probabilities honest
+    python infer.py --formats                           what can be judged with, and how it is read
 
-A pair file: {"question": "…", "response_a": "…", "response_b": "…"}, or "messages" instead of "question".
-Without --model the newest run of selftrain.py under runs/ judges. One vote is greedy and in the given order;
-an even number of votes is sampled, half of them with the responses exchanged. Exit status: 0 done, 2 bad
-input, 130 interrupted.
+A pair file: {"question": "…", "response_a": "…", "response_b": "…"}, or "messages" instead of "question"; a
+list file has "responses" instead. Without --model the newest run of selftrain.py under runs/ judges. One vote
+is greedy and in the given order; an even number of votes is sampled, half of them with the responses
+exchanged. A benchmark takes votes per order: 1 is greedy in both. Benchmarks: rm-bench, judgebench, ppe,
+helpsteer3, pairs. Exit status: 0 done, 2 bad input, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from gramr2.files import InputError, exit_status, read_json
-from gramr2.records import Judgment, Pair, show
+from gramr2.records import Pair, show
 
-VOTES = 16  # what the paper's best figures use
-BULK_VOTES = 4
+VOTES = {"pair": 16, "rank": 4, "pairs": 4, "bench": 1}  # 16 is what the paper's best figures use
+METHODS = ("linear", "knockout", "merge", "selection")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -32,114 +40,228 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--pair", type=Path, metavar="FILE", help="one pair, a JSON file")
+    what.add_argument("--rank", type=Path, metavar="FILE", help="one list of responses, a JSON file")
     what.add_argument("--pairs", type=Path, metavar="IN.jsonl", help="many pairs, one a line; needs --out")
-    parser.add_argument("--out", type=Path, metavar="OUT.jsonl", help="where the judgments of --pairs go")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="a model directory [the newest run's]")
-    parser.add_argument(
-        "--prompt", type=Path, metavar="FILE", help="a judge prompt instead of the model's own"
+    what.add_argument("--bench", nargs=2, metavar=("NAME", "FILE"), help="a published benchmark; needs --out")
+    what.add_argument(
+        "--score", nargs="+", metavar=("NAME", "FILE"), help="a benchmark's table from judged files"
     )
-    votes = f"1, or an even number [{VOTES}; {BULK_VOTES} for --pairs]"
-    parser.add_argument("--votes", type=int, metavar="N", help=votes)
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="the same seed gives the same votes [0]"
+    what.add_argument(
+        "--calibrate", type=Path, metavar="FILE", help="fit --model's calibration on judged pairs"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=4096, metavar="N", help="longest answer [4096]")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto [auto]")
-    parser.add_argument("--dtype", default="auto", help="float32 or bfloat16 [bfloat16 on CUDA]")
-    parser.add_argument("--json", action="store_true", help="nothing but JSON on standard output")
+    what.add_argument("--formats", action="store_true", help="list the kinds of judges")
+    add = parser.add_argument
+    add("--out", type=Path, metavar="OUT.jsonl", help="where the judgments of --pairs or --bench go")
+    add("--model", type=Path, metavar="DIR", help="a model directory [the newest run's]")
+    add("--prompt", type=Path, metavar="FILE", help="a judge prompt instead of the model's own")
+    add("--format", metavar="NAME", help="the kind of judge, see --formats [think; scalar with such a head]")
+    add("--method", choices=METHODS, default="merge", help="how --rank compares [merge]")
+    add(
+        "--votes",
+        type=int,
+        metavar="N",
+        help="1, or an even number [16; 4 for --pairs and --rank; --bench: 1]",
+    )
+    add("--seed", type=int, default=0, metavar="S", help="the same seed gives the same votes [0]")
+    add("--max-new-tokens", type=int, default=4096, metavar="N", help="longest answer [4096]")
+    add("--device", default="auto", help="cpu, cuda, or auto [auto]")
+    add("--dtype", default="auto", help="float32 or bfloat16 [bfloat16 on CUDA]")
+    add("--json", action="store_true", help="nothing but JSON on standard output")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str]) -> int:
     arguments = parse(argv)
-    if (arguments.pairs is None) != (arguments.out is None):
-        raise InputError("--pairs IN.jsonl and --out OUT.jsonl go together")
-    votes = arguments.votes or (VOTES if arguments.pair else BULK_VOTES)
-    if votes < 1 or (votes > 1 and votes % 2):
-        raise InputError(f"--votes {votes}: expected 1, or an even number (half in each order)")
-    return one(arguments, votes) if arguments.pair else many(arguments, votes)
+    if arguments.formats:
+        from gramr2.judge import FORMATS
 
+        readings = {name: each.reading for name, each in FORMATS.items()}
+        lines = (f"{name:9} {reading}" for name, reading in readings.items())
+        print(json.dumps(readings, indent=2) if arguments.json else "\n".join(lines))
+    elif arguments.score:
+        tell_score(arguments.score[0], [Path(each) for each in arguments.score[1:]], arguments.json)
+    elif arguments.calibrate:
+        from gramr2.extras.evaluate import calibrate
 
-def one(arguments: argparse.Namespace, votes: int) -> int:
-    pair = read_pair(arguments.pair)
-    ((_, judgment),) = judgments(arguments, [pair], votes, progress=False)
-    if isinstance(judgment, InputError):
-        raise judgment
-    if arguments.json:
-        print(json.dumps({"id": pair.id, **judgment.to_json()}, ensure_ascii=False, indent=2))
+        path, fitted = calibrate(arguments.calibrate, arguments.model or newest_model())
+        said = f"calibrated on {fitted['pairs']} pairs of {fitted['votes']} votes: {path}"
+        print(json.dumps(fitted) if arguments.json else said)
     else:
-        print(readable(pair, judgment))
+        judge(arguments)
     return 0
 
 
-def many(arguments: argparse.Namespace, votes: int) -> int:
-    """Appends a row per pair as it is judged. What succeeded before stays, what failed is tried again."""
-    from gramr2.data import Shard, Store
+def judge(arguments: argparse.Namespace) -> None:
+    """--pair, --rank, --pairs and --bench. What goes in is read before the model, which takes its time."""
+    kind = next(name for name in VOTES if getattr(arguments, name) is not None)
+    if (kind in ("pairs", "bench")) != (arguments.out is not None):
+        raise InputError(
+            "--out OUT.jsonl goes with --pairs IN.jsonl and with --bench NAME FILE, which need it"
+        )
+    votes = VOTES[kind] if arguments.votes is None else arguments.votes
+    if votes < 1 or (votes > 1 and votes % 2 and kind != "bench"):
+        raise InputError(f"--votes {votes}: expected 1, or an even number (half in each order)")
+    if kind == "pair":
+        pair = read_one(arguments.pair, Pair.from_json)
+        ((_, judgment),) = Judge(arguments, votes).rows([pair])
+        if "error" in judgment:
+            raise InputError(judgment["error"])
+        del judgment["pair"]
+        print(
+            json.dumps(judgment, ensure_ascii=False, indent=2) if arguments.json else readable(pair, judgment)
+        )
+    elif kind == "rank":
+        asked = read_one(arguments.rank, as_list)
+        judge = Judge(arguments, votes)
+        ranking = judge.model.rank(*asked, arguments.method, **judge.sampling, progress=False)
+        tell_ranking(ranking, asked[1], arguments.json)
+    elif kind == "pairs":
+        from gramr2.data import Store
 
-    store = Store(arguments.pairs)
-    done = keep_finished(arguments.out)
+        counts = bulk(arguments, votes, Store(arguments.pairs))
+        said = "{judged} judged, {before} were there before, {failed} failed: {out}"
+        print(json.dumps(counts) if arguments.json else said.format(**counts, out=arguments.out))
+    else:
+        from gramr2.extras.evaluate import read_benchmark
+
+        name, path = arguments.bench
+        bulk(arguments, 2 * votes, list(read_benchmark(name, Path(path))))
+        tell_score(name, [arguments.out], arguments.json)
+
+
+class Judge:
+    """The model that the command line names, with the settings that go into every row."""
+
+    def __init__(self, arguments: argparse.Namespace, votes: int):
+        directory = arguments.model or newest_model()
+        import torch
+
+        from gramr2.judge import RewardModel
+
+        cuda = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
+        dtype = arguments.dtype if arguments.dtype != "auto" else "bfloat16" if cuda else "float32"
+        device, prompt = "cuda" if cuda else "cpu", arguments.prompt
+        self.model = RewardModel.load(directory, device, dtype, prompt, arguments.format)
+        self.sampling = {"votes": votes, "seed": arguments.seed, "max_new_tokens": arguments.max_new_tokens}
+        if arguments.bench and votes == 2:
+            self.sampling["temperature"] = 0.0
+        self.settings = {"model": str(directory), "format": self.model.format, **self.sampling}
+        self.settings |= {"prompt": prompt and str(prompt), "calibrated": self.model.calibrates(votes)}
+        if self.model.calibration and not self.settings["calibrated"]:
+            fitted = self.model.calibration["votes"]
+            print(f"warning: not calibrated: the calibration is for {fitted} votes", file=sys.stderr)
+
+    def rows(self, items: Sequence[Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """(item, its row) of pairs, or of a benchmark's lists: a failure is a row with the reason."""
+        if isinstance(items[0], Pair):
+            found = (each for _, each in self.model.judge_many(items, **self.sampling, progress=False))
+        else:
+            lists = [(item["question"], item["responses"]) for item in items]
+            found = self.model.contests(lists, "linear", False, **self.sampling, progress=False)
+        for item, each in zip(items, found, strict=True):
+            about = (
+                {"id": item["id"], "scores": item["scores"]} if isinstance(item, dict) else {"id": item.id}
+            )
+            row = (
+                {"error": str(each)}
+                if isinstance(each, InputError)
+                else each.to_json() | {"judge": self.settings}
+            )
+            yield item, about | row | ({"pair": item.to_json()} if isinstance(item, Pair) else {})
+
+
+def bulk(arguments: argparse.Namespace, votes: int, source: Sequence[Any]) -> dict[str, int]:
+    """Appends rows shard by shard. What succeeded before stays, what failed is tried again."""
+    from tqdm import tqdm
+
+    from gramr2.data import Shard
+    from gramr2.judge import SHARD
+
+    judge = Judge(arguments, votes)
+    done = keep_finished(arguments.out, judge.settings)
     bad: list[dict[str, Any]] = []
-    failed = judged = 0
-    with Shard(arguments.out) as out:
-        for pair, judgment in judgments(arguments, pending(store, done, bad), votes, progress=True):
-            failure = isinstance(judgment, InputError)
-            failed += failure
-            judged += not failure
-            row = {"error": str(judgment)} if failure else judgment.to_json()
-            out.write({"id": pair.id, **row, "pair": pair.to_json()})
+    waiting, counts = pending(source, done, bad), {"judged": 0, "before": len(done), "failed": 0}
+    with Shard(arguments.out) as out, tqdm(total=len(source), unit="pair", disable=None) as bar:
+        bar.update(len(done))
+        while shard := list(islice(waiting, SHARD)):
+            rows = [row for _, row in judge.rows(shard)]
+            for row in rows:
+                out.write(row)
+                counts["failed" if "error" in row else "judged"] += 1
+            out.sync()
+            bar.update(len(rows))
         for row in bad:
             out.write(row)
-    counts = {"judged": judged, "before": len(done), "failed": failed + len(bad)}
-    if arguments.json:
-        print(json.dumps(counts))
-    else:
-        print(f"{judged} judged, {len(done)} were there before, {counts['failed']} failed: {arguments.out}")
-    return 0
+    return counts | {"failed": counts["failed"] + len(bad)}
 
 
-def keep_finished(path: Path) -> set[str]:
-    """Ids that an earlier call has judged; its failures are taken out, to be tried again."""
+def key_of(item: Pair | dict) -> bytes:
+    """What makes an item the same in another call: a pair's whole row, for ids may repeat; a list's id."""
+    content = item.to_json() if isinstance(item, Pair) else item["id"]
+    try:
+        text = json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise InputError("text that is not Unicode (half of a surrogate pair)") from None
+    return hashlib.blake2b(text, digest_size=16).digest()
+
+
+def keep_finished(path: Path, settings: dict[str, Any]) -> set[bytes]:
+    """Keys of what an earlier call has judged; its failures are taken out, to be tried again."""
     if not path.is_file():
         return set()
     from gramr2.data import Store
     from gramr2.steps import write_rows
 
-    rows = [row for row in Store(path) if "error" not in row]
-    write_rows(path, rows)
-    return {row["id"] for row in rows}
+    done, failed, rows = set(), False, Store(path)
+    for number, row in enumerate(rows, 1):
+        if "error" in row:
+            failed = True
+            continue
+        was = row.get("judge") or {}
+        other = [f"{k} {was.get(k)}, now {settings[k]}" for k in settings if was.get(k) != settings[k]]
+        if other:
+            raise InputError(f"{path}: row {number} was judged with {'; '.join(other)}; give another --out")
+        done.add(key_of(Pair.from_json(row["pair"]) if "pair" in row else row))
+    if failed:
+        write_rows(path, (row for row in rows if "error" not in row))
+    return done
 
 
-def pending(store, done: set[str], bad: list[dict[str, Any]]) -> Iterator[Pair]:
-    """Pairs that are still to be judged; rows that are none go to `bad` with the reason."""
-    for place in range(len(store)):
+def pending(source: Sequence[Any], done: set[bytes], bad: list[dict[str, Any]]) -> Iterator[Any]:
+    """What is still to be judged, each once; rows that are no pairs go to `bad` with the reason."""
+    for place in range(len(source)):
         try:
-            pair = Pair.from_json(store[place])
+            item = source[place]
+            item = Pair.from_json(item) if not isinstance(item, Pair) and "responses" not in item else item
+            key = key_of(item)
         except InputError as error:
             bad.append({"id": f"row {place + 1}", "error": str(error)})
             continue
-        if pair.id not in done:
-            yield pair
+        if key not in done:
+            done.add(key)
+            yield item
 
 
-def read_pair(path: Path) -> Pair:
+def read_one(path: Path, make) -> Any:
+    row = read_json(path)
     try:
-        return Pair.from_json(read_json(path))
+        item = make(row)
+        key_of(item if isinstance(item, Pair) else {"id": item})
     except InputError as error:
-        raise InputError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
+        raise InputError(f"{path}: {error}") from None
+    return item
 
 
-def judgments(arguments: argparse.Namespace, pairs: Iterable[Pair], votes: int, progress: bool) -> Iterator:
-    """(pair, judgment) from the model that the command line names."""
-    directory = arguments.model or newest_model()
-    import torch
-
-    from gramr2.judge import RewardModel
-
-    cuda = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
-    dtype = arguments.dtype if arguments.dtype != "auto" else "bfloat16" if cuda else "float32"
-    model = RewardModel.load(directory, "cuda" if cuda else "cpu", dtype, arguments.prompt)
-    longest = arguments.max_new_tokens
-    return model.judge_many(pairs, votes, arguments.seed, max_new_tokens=longest, progress=progress)
+def as_list(row: Any) -> tuple[tuple[tuple[str, str], ...], list[str]]:
+    """A list file's conversation and responses: a pair file's fields, with "responses"."""
+    responses = row.get("responses") if isinstance(row, dict) else None
+    if (
+        not isinstance(responses, list)
+        or len(responses) < 2
+        or not all(isinstance(r, str) for r in responses)
+    ):
+        raise InputError('field "responses" should be a list of two texts or more')
+    return Pair.from_json({**row, "response_a": "", "response_b": "", "label": None}).messages, responses
 
 
 def newest_model() -> Path:
@@ -154,24 +276,45 @@ def newest_model() -> Path:
     return model
 
 
-def readable(pair: Pair, judgment: Judgment) -> str:
-    votes = judgment.votes
-    lines = []
+def tell_score(name: str, paths: list[Path], as_json: bool) -> None:
+    from gramr2.extras import evaluate
+
+    if not paths:
+        raise InputError(f"--score {name}: give a judged file as well")
+    result = evaluate.score(name, paths)
+    print(json.dumps(result, indent=2) if as_json else evaluate.readable(result))
+
+
+def tell_ranking(ranking, responses: list[str], as_json: bool) -> None:
+    if as_json:
+        counts = {
+            name: getattr(ranking, name) for name in ("comparisons", "rounds", "undecided", "overruled")
+        }
+        print(json.dumps({"best": ranking.best, "order": ranking.order, **counts}))
+        return
+    print(f"The best is response {ranking.best + 1}.")
+    for place, index in enumerate(ranking.order, 1):
+        print(f"{place:4}. response {index + 1}: {' '.join(responses[index].split())[:80]}")
+    said = f"{ranking.comparisons} comparisons in {ranking.rounds} batches, {ranking.undecided}"
+    print(f"{said} without a preference")
+    for i, j, p in ranking.overruled:
+        print(f"intransitive: {i + 1} was preferred to {j + 1} (p {p:.2f}), which surer answers overrule")
+
+
+def readable(pair: Pair, judgment: dict[str, Any]) -> str:
+    label, votes, sure = judgment["label"], judgment["votes"], max(judgment["p_a"], 1 - judgment["p_a"])
     if pair.response_a == pair.response_b:
-        lines.append("No preference: the two responses are identical.")
-    elif judgment.label is None:
-        lines.append("No verdict: none of the answers could be read.")
-    elif judgment.orders_agree is False:
-        lines.append(
-            f"Leaning to {judgment.label}, but the verdict changes with the order: no clear preference."
-        )
+        lines = ["No preference: the two responses are identical."]
+    elif label is None:
+        lines = ["No verdict: none of the answers could be read."]
+    elif judgment["orders_agree"] is False:
+        lines = [f"Leaning to {label}, but the verdict changes with the order: no clear preference."]
     else:
-        sure = max(judgment.p_a, 1 - judgment.p_a)
-        lines.append(f"Response {judgment.label} is better (probability {sure:.2f})")
+        lines = [f"Response {label} is better (probability {sure:.2f})"]
     if sum(votes.values()):
         lines.append(f"votes: {votes['A']} for A, {votes['B']} for B, {votes['none']} unreadable")
-    if judgment.rationale:
-        lines += ["", show(judgment.rationale)]
+    if judgment["rationale"]:
+        lines += ["", show(judgment["rationale"])]
     return "\n".join(lines)
 
 

@@ -152,6 +152,43 @@ def kills(read):
     return grid(("what was killed", "kills", "runs that ended equal", "level"), lines)
 
 
+@table("sampling-cpu")
+def sampling_cpu(read):
+    result = read("sampling_cpu")
+    if result is None:
+        return "Unmeasured: `python benchmarks/sampling.py --device cpu` has not been run."
+    lines, absent = [], {}
+    for row in result["rows"]:
+        absent |= row["absent"]
+        for way, figure in row["ways"].items():
+            lines.append(
+                (f"{row['workload']}: {way}", f"{figure['tokens_per_s']:,.0f}", f"{figure['ratio']:.2f}")
+            )
+    parts = [where(result["environment"]), grid(("workload: way", "tokens/s", "time / ours"), lines)]
+    if absent:
+        parts.append("Not run: " + "; ".join(f"{way} ({why})" for way, why in absent.items()) + ".")
+    return "\n\n".join(parts)
+
+
+@table("sampling-cuda")
+def sampling_cuda(read):
+    result = read("sampling_cuda")
+    if result is None:
+        return "Unmeasured: `python benchmarks/sampling.py` has not been run on such a device."
+    lines = []
+    for row in result["rows"]:
+        name = f"{row['prompts']} x {row['k']}" + (f", {row['shared']:,} shared" if row["shared"] else "")
+        gain = f"{row['ungrouped_over_grouped']:.2f}" if "ungrouped_over_grouped" in row else ""
+        figures = f"{row['step_ms']:.2f}", f"{row['tokens_per_s']:,.0f}", f"{row['of_floor']:.0%}", gain
+        lines.append((name, *figures))
+    header = "prompts x samples", "ms a step", "tokens/s", "of the floor", "time ungrouped / grouped"
+    beside = result["continuous"]
+    ways = ", ".join(f"{way} {f['tokens_per_s']:,.0f} tokens/s" for way, f in beside["ways"].items())
+    ways += "".join(f"; {way} not run ({why})" for way, why in beside["absent"].items())
+    about = f"{where(result['environment'])} {result['bandwidth'] / 1e12:.2f} TB/s measured."
+    return "\n\n".join([about, grid(header, lines), f"End to end, {beside['workload']}: {ways}."])
+
+
 # ---------------------------------------------------------------------------------- rewriting
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import tomllib
-import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -192,19 +191,12 @@ def _coerce(value: Any, kind: Any, where: str) -> Any:
     """A TOML value as its field's type: a whole number will do as a float, and nothing else is bent."""
     if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
         return tuple(_coerce(each, typing.get_args(kind)[0], where) for each in value)
-    if isinstance(kind, types.UnionType):
-        return value if value is None else _coerce(value, typing.get_args(kind)[0], where)
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise InputError(f"{where}: expected {_kind_name(kind)}, got {value!r}")
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+        raise InputError(f"{where}: expected {names.get(kind, 'a list')}, got {value!r}")
     return value
-
-
-def _kind_name(kind: Any) -> str:
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}.get(
-        kind, "a list"
-    )
 
 
 # ---------------------------------------------------------------------------------- command line
@@ -217,15 +209,16 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
     for each in dataclasses.fields(cls):
         flag, kind = "--" + each.name.replace("_", "-"), kinds[each.name]
         options: dict[str, Any] = {"dest": each.name, "default": argparse.SUPPRESS}
-        text = each.metadata.get("help", "").replace("%", "%%")
-        options["help"] = f"{text} [{_shown(each.default)}]"
+        text = each.metadata["help"].replace("%", "%%")
+        options["help"] = f"{text} [{str(each.default).lower() if each.default not in ('', ()) else 'none'}]"
         if typing.get_origin(kind) is tuple:
             options |= {"nargs": "*", "type": typing.get_args(kind)[0]}
         elif kind is bool:
-            group.add_argument(f"--no-{flag[2:]}", dest=each.name, action="store_false", **_silent())
+            silent = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+            group.add_argument(f"--no-{flag[2:]}", dest=each.name, action="store_false", **silent)
             options |= {"nargs": "?", "const": True, "type": _boolean}
         else:
-            options["type"] = typing.get_args(kind)[0] if isinstance(kind, types.UnionType) else kind
+            options["type"] = kind
         group.add_argument(flag, metavar=each.name.upper().rpartition("_")[2], **options)
 
 
@@ -235,17 +228,7 @@ def given(cls: type, arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(arguments).items() if name in names}
 
 
-def _silent() -> dict[str, Any]:
-    return {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-
-
 def _boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
     return text.lower() == "true"
-
-
-def _shown(default: Any) -> str:
-    if default in ("", (), None):
-        return "none"
-    return str(default).lower() if isinstance(default, bool) else str(default)

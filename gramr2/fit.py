@@ -63,10 +63,8 @@ EQUATION = {
     "pretrain": "language modelling",
 }
 # Settings that a run may be continued under with other values: they change how, not what, it computes.
-FREE = {"device", "dtype", "save_dtype", "threads", "shard", "checkpointing", "compile", "token_budget"}
+FREE = {"device", "dtype", "threads", "shard", "checkpointing", "compile", "token_budget"}
 FREE |= {"save_steps", "save_minutes"}
-
-
 Flops = Callable[[list[Row]], float] | None  # of a batch, as a share of what the device does in a second
 
 
@@ -358,7 +356,8 @@ class Loop:
                     metrics.flush()
                 share = f", {flops(rows) / elapsed:.0%} MFU" if flops else ""
                 rate = f"{figures['tokens'] / elapsed:,.0f} tokens/s"
-                bar.set_postfix_str(f"loss {figures['loss'] or math.nan:.4f}, {rate}{share}", refresh=False)
+                value = math.nan if figures["loss"] is None else figures["loss"]
+                bar.set_postfix_str(f"loss {value:.4f}, {rate}{share}", refresh=False)
                 bar.update()
                 # One clock decides for all ranks, and a signal that reached one of them stops them all.
                 due = first and 0 < config.save_minutes <= (clock - saved) / 60
@@ -643,10 +642,9 @@ def train(
             check_identity(record["run"], now, out)
             return record["figures"]
         plan = make_plan(curriculum, config, here)
-        if here.first:
-            open_run(out, now)
-            if progress:
-                say(describe(stage, plan, curriculum, model_dir, model))
+        open_run(out, now, here)
+        if here.first and progress:
+            say(describe(stage, plan, curriculum, model_dir, model))
         trainee = make_trainee(stage, config, model, model_dir, here)
         loop = Loop(trainee, config, here, out, plan.steps, curriculum.tokenizer.decode)
         loop.restore()
@@ -656,12 +654,13 @@ def train(
         return figures
 
 
-def open_run(out: Path, now: dict[str, str]) -> None:
+def open_run(out: Path, now: dict[str, str], here: parallel.World) -> None:
     """Writes down what the run is, or holds what is there to it. A run without a state yet is made anew."""
     record = out / "resume" / "run.json"
-    if any(record.parent.glob("step-*")) and record.exists():
+    begun = any(record.parent.glob("step-*")) and record.exists()
+    if here.gather(begun)[0]:
         check_identity(read_json(record), now, out)
-    else:
+    elif here.first:
         write_json(record, now)
 
 
@@ -706,5 +705,5 @@ def publish_model(
     if failure:
         raise InputError(failure)
     if loop.here.first:
-        for state in loop.resume.points():
+        for state in (path for path in loop.resume.directory.iterdir() if path.is_dir()):
             shutil.rmtree(state)

@@ -1,4 +1,4 @@
-"""The reward model at work: pairs in, verdicts with reasons and probabilities out.
+"""The reward model at work: pairs in, verdicts with reasons and probabilities out; lists in, rankings out.
 
 A judge's answer is sampled several times, half of the votes with the responses exchanged. After a rationale
 the softmax of one answer says what that rationale concluded, almost always above 0.99; how sure the model is
@@ -8,43 +8,78 @@ false, and the label is only the side to which the votes lean.
 
 Verdicts are parsed strictly (prompts.py): what cannot be read is an abstention, counted, and never A or B.
 The softmax is read where the letter stands among the sampled ids. Where a sample writes its verdict in
-another way than the canonical one, the canonical ending is scored after its rationale instead.
+another way than the canonical one, the canonical ending is scored after its rationale instead. `FORMATS`
+lists the kinds of judges; two of them score a response by itself, and have no votes to count.
 
-A model with a scalar head judges too, by the difference of its two scores, and has no votes to count.
+Lists: the paper's linear search for the best and its divide and conquer (a knockout), its full ranking by
+repeated selection and, ours, a merge sort. Each is a generator that stops where it needs answers, so that
+whatever waits at the same time, in one list or in many, is one batch (`Contest`).
 
-It leaves out: rankings, benchmarks (extras/evaluate.py), filters (denoise.py), sampling itself (sampler.py).
+It leaves out: benchmarks (extras/evaluate.py), filters (denoise.py), sampling itself (sampler.py).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from gramr2 import prompts
-from gramr2.files import InputError
+from gramr2.files import InputError, read_json
 from gramr2.model import Decoder, packed_causal, packed_positions
-from gramr2.records import OTHER, Judgment, Pair, Vote
-from gramr2.sampler import Sample, generate
+from gramr2.records import OTHER, UNDECIDED, Judgment, Pair, Vote
+from gramr2.sampler import Sample, generate, stream
 from gramr2.scoring import logprobs
 from gramr2.tokenizer import Tokenizer
 from gramr2.weights import load
 
 SHARD = 64  # pairs of one generate call: enough to fill a batch, little to do again after a kill
 MAX_NEW_TOKENS = 4096
+CALIBRATION = "calibration.json"  # in the model directory
 
 
-@dataclass(frozen=True)
-class _Asked:
+class Format(NamedTuple):
+    """A kind of judge: its canonical verdicts for A and for B, and how any of its verdicts begins."""
+
+    endings: tuple[str, str] | None
+    opening: str
+    reading: str  # how verdict and probability are read, in words
+
+
+_P = "p is the softmax over the two letters there, mean over votes, then over orders"
+_P1 = "p is the softmax over A and B at the first token, mean over both orders; nothing is sampled"
+_BT = "p is the sigmoid of the difference of the two (Bradley-Terry)"
+_THINK = (prompts.label_target("A"), prompts.label_target("B"))
+_R1 = ("<answer>[[A]]</answer>", "<answer>[[B]]</answer>")
+_BOXES = (r"\boxed{Assistant 1}", r"\boxed{Assistant 2}")
+FORMATS = {
+    "think": Format(_THINK, "<answer>", f"GRAM-R²: <answer>A</answer> after the thinking; {_P}"),
+    "label": Format(("A", "B"), "", f"GRAM: the likelier letter, asked in both orders; {_P1}"),
+    "brackets": Format(("[[A]]", "[[B]]"), "[[", f"an instruct model as a judge: the last [[A]]; {_P}"),
+    "rm-r1": Format(_R1, "<answer>", f"RM-R1: {_R1[0]}; {_P}"),
+    "boxed": Format(_BOXES, r"\boxed{", f"RRM: the last {_BOXES[0]}; {_P}"),
+    "arena": Format(("[[A>B]]", "[[B>A]]"), "[[", f"Arena: the last [[A>B]] or [[A>>B]]; {_P}"),
+    "scalar": Format(None, "", f"a discriminative model: the response with the higher scalar; {_BT}"),
+    "logit": Format(
+        None, "", f"Nemotron-Reward: the higher logit of id 0 as the answer's first token; {_BT}"
+    ),
+}
+
+
+class _Asked(NamedTuple):
     """One prompt: a pair in one order."""
 
-    pair: Pair
+    place: int  # of the pair in its shard
+    key: str  # names the prompt to the noise
     order: str  # "AB" as given, "BA" exchanged
     ids: list[int]
 
@@ -52,31 +87,47 @@ class _Asked:
 class RewardModel:
     """A judge: a model, its tokenizer and the prompt that belongs to it."""
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer, template: str = prompts.JUDGE_PROMPT):
-        self.model, self.tokenizer, self.template = model, tokenizer, template
-        self.scalar = bool(model.config.num_labels)
-        if not self.scalar:
-            self.letters = prompts.verdict_ids(tokenizer.encode)[:2]
+    def __init__(self, model: Decoder, tokenizer: Tokenizer, template=prompts.JUDGE_PROMPT, format="think"):
+        self.model, self.tokenizer, self.template, self.format = model, tokenizer, template, format
+        self.calibration: dict[str, Any] | None = None  # fitted by extras/evaluate.py
+        self.endings = FORMATS[format].endings
+        if self.endings:
+            a, b = map(tokenizer.encode, self.endings)
+            differ = next(i for i, (one, two) in enumerate(zip(a, b, strict=False)) if one != two)
+            self.letters, self.head = (a[differ], b[differ]), tokenizer.decode(a[:differ])
             self.opened = tokenizer.opened_thinking([{"role": "user", "content": ""}])
 
     @classmethod
     def load(
-        cls, directory: str | Path, device="cpu", dtype="float32", prompt: str | Path | None = None
-    ) -> RewardModel:
-        """`prompt`: a template file that takes the place of the checkpoint's own."""
+        cls, directory: str | Path, device="cpu", dtype="float32", prompt=None, format: str | None = None
+    ):
+        """`prompt`: a template file in place of the checkpoint's own. `format`: a name in `FORMATS`."""
+        if format not in (None, *FORMATS):
+            raise InputError(f"no format {format}; there are {', '.join(FORMATS)}")
         model, tokenizer = load(directory, device, dtype)
-        template, note = prompts.template_for(directory, prompt)
-        if note.startswith("warning"):
-            print(note, file=sys.stderr)
-        return cls(model, tokenizer, template)
+        has_head = model.config.num_labels > 0
+        format = format or ("scalar" if has_head else "think")
+        if has_head != (format == "scalar"):
+            head = "a scalar head" if has_head else "no scalar head"
+            raise InputError(f"{directory}: has {head}, and cannot be read as {format}")
+        template = prompts.JUDGE_PROMPT
+        if FORMATS[format].endings:
+            template, note = prompts.template_for(directory, prompt)
+            if note.startswith("warning"):
+                print(note, file=sys.stderr)
+                template = prompts.LABEL_PROMPT if format == "label" else template
+                if format != "think":
+                    form = " or ".join(FORMATS[format].endings)
+                    template = template.replace(prompts.label_target("A or B"), form)
+        judge = cls(model, tokenizer, template, format)
+        if (Path(directory) / CALIBRATION).is_file():
+            judge.calibration = read_json(Path(directory) / CALIBRATION)
+        return judge
 
     def judge(self, question: str, a: str, b: str, votes: int = 16, seed: int = 0) -> Judgment:
         """One pair. An answer that could not be had is an InputError."""
         pair = Pair((("user", question),), a, b)
-        judgment = next(self.judge_many([pair], votes, seed, progress=False))[1]
-        if isinstance(judgment, InputError):
-            raise judgment
-        return judgment
+        return _had(next(self.judge_many([pair], votes, seed, progress=False))[1])
 
     def judge_many(
         self,
@@ -96,150 +147,355 @@ class RewardModel:
             raise InputError(f"votes: {votes}; expected 1, or an even number (half in each order)")
         if temperature is None:
             temperature = float(votes > 1)
+        if self.format == "label":  # its distribution is known without drawing from it
+            votes, temperature, max_new_tokens = 2, 0.0, 1
+        calibrated = self.calibrates(votes)
         pairs = iter(pairs)
         while shard := list(islice(pairs, SHARD)):
-            if self.scalar:
-                yield from zip(shard, self._compare_scores(shard), strict=True)
-                continue
-            asked, refused = self._ask(shard, votes)
-            ballots = self._vote(asked, votes, seed, temperature, max_new_tokens, progress)
-            for pair in shard:
-                if pair.id in refused:
-                    yield pair, refused[pair.id]
-                else:
-                    yield pair, Judgment.from_votes(ballots.get(pair.id, []))
+            if self.endings:
+                judgments = self._vote(shard, votes, seed, temperature, max_new_tokens, progress)
+            else:
+                judgments = [self._compare_scores(pair) for pair in shard]
+            for pair, judgment in zip(shard, judgments, strict=True):
+                if calibrated and isinstance(judgment, Judgment) and judgment.p_a != UNDECIDED:
+                    known = self.calibration["p"], self.calibration["calibrated"]
+                    judgment = dataclasses.replace(judgment, p_a=float(np.interp(judgment.p_a, *known)))
+                yield pair, judgment
+
+    def calibrates(self, votes: int) -> bool:
+        """Whether the directory's calibration holds: another number of votes has another distribution."""
+        taken = 0 if not self.endings else 2 if self.format == "label" else votes
+        return self.calibration is not None and self.calibration["votes"] == taken
 
     # ------------------------------------------------------------------ generative
 
-    def _ask(self, shard: Sequence[Pair], votes: int) -> tuple[list[_Asked], dict[str, InputError]]:
-        """The prompts of a shard, each pair once, and the pairs that are too long for the model."""
-        asked, refused, limit = [], {}, self.model.config.max_positions
-        for pair in {pair.id: pair for pair in shard}.values():
-            if pair.response_a == pair.response_b:
-                continue  # nothing to prefer: no votes, and p_a stays 0.5
-            for order in ("AB", "BA")[: 1 + (votes > 1)]:
-                shown = pair if order == "AB" else _exchanged(pair)
-                content = prompts.judge_prompt(shown, self.template)
-                ids = self.tokenizer.chat([{"role": "user", "content": content}])
-                if len(ids) >= limit:
-                    refused[pair.id] = InputError(
-                        f"pair {pair.id}: its prompt has {len(ids)} tokens, the model {limit} positions"
-                    )
-                asked.append(_Asked(pair, order, ids))
-        return [each for each in asked if each.pair.id not in refused], refused
-
-    def _vote(
-        self,
-        asked: list[_Asked],
-        votes: int,
-        seed: int,
-        temperature: float,
-        max_new_tokens: int,
-        progress: bool,
-    ) -> dict[str, list[Vote]]:
-        """Samples the answers to a shard's prompts in one call and reads them."""
-        if not asked:
-            return {}
-        room = self.model.config.max_positions
+    def _vote(self, shard: Sequence[Pair], votes: int, seed: int, temperature: float, longest: int, progress):
+        """The judgments of a shard: its prompts in both orders are one generate call."""
+        asked, room = [], self.model.config.max_positions
+        results: list[Any] = [Judgment.from_votes([])] * len(shard)  # what identical responses keep
+        for place, pair in enumerate(shard):
+            if pair.response_a != pair.response_b:
+                both = [self._ask(place, pair, order) for order in ("AB", "BA")[: 1 + (votes > 1)]]
+                tokens = max(len(each.ids) for each in both)
+                results[place] = [] if tokens < room else _too_long(pair, tokens, room)
+                asked += both if tokens < room else []
         answers = generate(
             self.model,
             [each.ids for each in asked],
             n=max(1, votes // 2),
-            max_new_tokens=[min(max_new_tokens, room - len(each.ids)) for each in asked],
+            max_new_tokens=[min(longest, room - len(each.ids)) for each in asked],
             temperature=temperature,
             watch=self.letters,
             seed=seed,
-            keys=[f"{each.pair.id} {each.order}" for each in asked],
+            keys=[each.key for each in asked],
             progress=progress,
         )
-        ballots: dict[str, list[Vote]] = {}
         for each, samples in zip(asked, answers, strict=True):
-            for sample in samples:
-                ballots.setdefault(each.pair.id, []).append(self._read(each, sample, seed))
-        return ballots
+            for number, sample in enumerate(samples):
+                results[each.place].append(self._read(each, sample, stream(seed, each.key, number)))
+        return [Judgment.from_votes(each) if isinstance(each, list) else each for each in results]
+
+    def _ask(self, place: int, pair: Pair, order: str) -> _Asked:
+        """A prompt; neither label nor rationale is shown to a judge."""
+        responses = (pair.response_a, pair.response_b)[:: 1 if order == "AB" else -1]
+        content = prompts.judge_prompt(Pair(pair.messages, *responses), self.template)
+        ids = self.tokenizer.chat([{"role": "user", "content": content}])
+        return _Asked(place, f"{pair.id} {order}", order, ids)
 
     def _read(self, asked: _Asked, sample: Sample, seed: int) -> Vote:
         """One sampled answer as a vote in the pair's own order."""
-        text = self.tokenizer.decode(sample.ids)
-        if sample.finish == "stop":
-            label, reason = prompts.parse_verdict(text, self.opened)
+        text, p_a = self.tokenizer.decode(sample.ids), None
+        if self.format == "label" and sample.watched:
+            p_a = _sigmoid(sample.watched[0][0] - sample.watched[0][1])
+            label, reason = "A" if p_a > UNDECIDED else "B", ""
+        elif sample.finish == "stop":
+            label, reason = prompts.VERDICTS[self.format](text, self.opened)
         else:
             label, reason = None, {"length": "cut at the length limit"}.get(sample.finish, "no finite logits")
-        p_a = None
-        if label is not None:
+        if label is not None and p_a is None:
             p_a = self._softmax_at_letter(sample, text)
             if p_a is None:
                 p_a = self._softmax_after(asked.ids, text)
         if asked.order == "BA":
             label, p_a = OTHER[label], None if p_a is None else 1 - p_a
-        return Vote(label, asked.order, p_a, reason, text, seed)
+        return Vote(label, asked.order, p_a, reason, text, seed, len(sample.ids))
 
     def _softmax_at_letter(self, sample: Sample, text: str) -> float | None:
-        """p(A) among {A, B} where the verdict's letter was sampled as a token of its own."""
+        """p(A) among {A, B} where the verdict was sampled in its canonical form."""
         for place in range(len(sample.ids) - 1, -1, -1):
             if sample.ids[place] in self.letters:
                 before = self.tokenizer.decode(sample.ids[:place])
-                if before.endswith("<answer>\n") and text[len(before) + 1 :].startswith("\n</answer>"):
-                    a, b = (float(value) for value in sample.watched[place])
-                    return 1 / (1 + math.exp(min(b - a, 700)))
+                ending = self.endings[self.letters.index(sample.ids[place])]
+                if before.endswith(self.head) and text.startswith(ending, len(before) - len(self.head)):
+                    return _sigmoid(sample.watched[place][0] - sample.watched[place][1])
         return None
 
     def _softmax_after(self, prompt_ids: list[int], text: str) -> float:
-        """p(A) among {A, B} in the canonical ending, scored after what was written before the answer."""
-        thinking, closed, _ = text.rpartition("</think>")
-        start = f"{thinking}{closed}\n" if closed else ""
-        endings = [self.tokenizer.encode(start + prompts.label_target(label)) for label in "AB"]
-        differ = next(i for i, (a, b) in enumerate(zip(*endings, strict=True)) if a != b)
+        """p(A) among {A, B} in the canonical ending, scored after what was written before the verdict.
+
+        A pass of its own: what else is judged beside it must not change its last bits.
+        """
+        start = text[: text.rfind(FORMATS[self.format].opening)]
+        endings = [self.tokenizer.encode(start + ending) for ending in self.endings]
+        differ = next(i for i, (a, b) in enumerate(zip(*endings, strict=False)) if a != b)
         scored = logprobs(self.model, [prompt_ids + ending[: differ + 1] for ending in endings])
-        a, b = (float(values[-1]) for values in scored)
-        return 1 / (1 + math.exp(min(b - a, 700)))
+        return _sigmoid(float(scored[0][-1] - scored[1][-1]))
 
     # ------------------------------------------------------------------ discriminative
 
-    def _compare_scores(self, shard: Sequence[Pair]) -> list[Judgment | InputError]:
-        sequences, limit = [], self.model.config.max_positions
-        for pair in shard:
-            turns = [{"role": role, "content": text} for role, text in pair.messages]
-            sequences += [
-                self.tokenizer.example(turns, each)[0] for each in (pair.response_a, pair.response_b)
-            ]
-        fits = [len(ids) <= limit for ids in sequences]
-        scores = iter(self.scores([ids for ids, fit in zip(sequences, fits, strict=True) if fit]))
-        judgments: list[Judgment | InputError] = []
-        for place, pair in enumerate(shard):
-            a, b = (next(scores) if fit else None for fit in fits[2 * place : 2 * place + 2])
-            if a is None or b is None:
-                longest = max(len(ids) for ids in sequences[2 * place : 2 * place + 2])
-                judgments.append(
-                    InputError(f"pair {pair.id}: it has {longest} tokens, the model {limit} positions")
-                )
-                continue
-            p_a = 1 / (1 + math.exp(min(b - a, 700)))
-            label = None if a == b else "A" if a > b else "B"
-            judgments.append(Judgment(label, p_a, {"A": 0, "B": 0, "none": 0}))
-        return judgments
+    def _compare_scores(self, pair: Pair) -> Judgment | InputError:
+        if pair.response_a == pair.response_b:
+            return Judgment.from_votes([])
+        try:
+            sequences = [self._sequence(pair.messages, each) for each in (pair.response_a, pair.response_b)]
+        except InputError as error:  # a template may refuse a conversation's roles
+            return InputError(f"pair {pair.id}: {error}")
+        tokens, room = max(map(len, sequences)), self.model.config.max_positions
+        if tokens > room:
+            return _too_long(pair, tokens, room)
+        a, b = self.scores(sequences)
+        label = None if a == b else "A" if a > b else "B"
+        return Judgment(label, _sigmoid(a - b), {"A": 0, "B": 0, "none": 0})
+
+    def _sequence(self, messages: Sequence[tuple[str, str]], response: str) -> list[int]:
+        turns = [{"role": role, "content": text} for role, text in messages]
+        return self.tokenizer.example(turns, response)[0]
 
     @torch.no_grad()
-    def scores(self, sequences: Sequence[Sequence[int]], token_budget: int = 8192) -> list[float]:
-        """The scalar head at each sequence's last token."""
-        results, start = [], 0
-        while start < len(sequences):
-            stop, tokens = start, 0
-            while stop < len(sequences) and (stop == start or tokens + len(sequences[stop]) <= token_budget):
-                tokens += len(sequences[stop])
-                stop += 1
-            results += self._score_pack(sequences[start:stop]).tolist()
-            start = stop
+    def scores(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """The scalar head at each sequence's last token; of a language model, its logit of id 0.
+
+        A pass for each: a response is long enough to fill a device, and its score is its own to the bit.
+        """
+        weight_D = (self.model.score.weight if self.format == "scalar" else self.model.head_weight)[0].float()
+        results, device = [], weight_D.device
+        for ids in sequences:
+            lengths = [len(ids)]
+            ids_T = torch.tensor(ids, device=device)
+            hidden_TD = self.model(ids_T, packed_positions(lengths, device), packed_causal(lengths, device))
+            results.append(float(hidden_TD[-1].float() @ weight_D))
         return results
 
-    def _score_pack(self, pack: Sequence[Sequence[int]]) -> Tensor:
-        device, lengths = self.model.embed.weight.device, [len(ids) for ids in pack]
-        ids_T = torch.tensor([token for ids in pack for token in ids], device=device)
-        hidden_TD = self.model(ids_T, packed_positions(lengths, device), packed_causal(lengths, device))
-        ends = torch.tensor(lengths, device=device).cumsum(0) - 1
-        return self.model.score(hidden_TD[ends])[:, 0].float()
+    # ------------------------------------------------------------------ lists, and rewards
+
+    def best_of(self, question: str, responses: Sequence[str], method: str = "linear", **options) -> Ranking:
+        """The best of n in n - 1 comparisons: one after the other, or in rounds that are a batch each."""
+        return _had(self.contests([(question, responses)], method, full=False, **options)[0])
+
+    def rank(self, question: str, responses: Sequence[str], method: str = "merge", **options) -> Ranking:
+        """All n in order. "linear" and "knockout" find the best first, and merge the others."""
+        return _had(self.contests([(question, responses)], method, **options)[0])
+
+    def contests(self, lists, method, full=True, votes=4, seed=0, **options) -> list[Ranking | InputError]:
+        """A ranking of each (question, or its turns; responses).
+
+        What all of them wait for at one time is one batch.
+        """
+        contests = [Contest(len(responses)) for _, responses in lists]
+        waiting = {k: contest.run(method, full) for k, contest in enumerate(contests)}
+        results: list[Any] = [None] * len(lists)
+        while waiting:
+            wanted: list[tuple[int, Duel]] = []
+            for k, generator in list(waiting.items()):
+                try:
+                    wanted += [(k, duel) for duel in next(generator) if duel not in contests[k].p]
+                except StopIteration as stop:
+                    results[k] = stop.value
+                    del waiting[k]
+            pairs = [_duel(*lists[k], *duel) for k, duel in wanted]
+            judged = self.judge_many(pairs, votes, seed, **options)
+            for (k, duel), (_, judgment) in zip(wanted, judged, strict=True):
+                if isinstance(judgment, InputError):
+                    results[k] = judgment
+                    waiting.pop(k, None)
+                else:
+                    contests[k].note(duel, judgment)
+            for k in {k for k, _ in wanted}:
+                contests[k].rounds += 1
+        return results
+
+    def reward(
+        self, prompts: Sequence[str], completions: Sequence[str], references: Sequence[str] | None = None,
+        *, votes: int = 2, seed: int = 0, log: list | None = None, **options,
+    ) -> list[float]:  # fmt: skip
+        """Rewards of rollouts, from one batch of comparisons.
+
+        With references: the probability that a completion is better than its own, the mean over both orders
+        and all votes. Without: a scoring model's score; else a round-robin among the completions of the same
+        prompt, and the share that each has won. Whatever cannot be judged counts one half. `log` is given
+        every (pair, judgment).
+        """
+        if len(prompts) != len(completions) or len(completions) != len(references or completions):
+            raise InputError("reward: prompts, completions and references must be as many")
+        asked = [(("user", prompt),) for prompt in prompts]
+        if references is None and not self.endings:
+            return self.scores([self._sequence(*each) for each in zip(asked, completions, strict=True)])
+        if references is not None:
+            duels = [(i, None) for i in range(len(prompts))]
+            pairs = [Pair(*each) for each in zip(asked, completions, references, strict=True)]
+        else:
+            duels = [(i, j) for i, j in combinations(range(len(prompts)), 2) if prompts[i] == prompts[j]]
+            pairs = [Pair(asked[i], completions[i], completions[j]) for i, j in duels]
+        shares: list[list[float]] = [[] for _ in prompts]
+        for (i, j), each in zip(duels, self.judge_many(pairs, votes, seed, **options), strict=True):
+            p = preference(each[1])
+            if j is not None:
+                p = 0.5 + 0.5 * ((p > UNDECIDED) - (p < UNDECIDED))
+                shares[j].append(1 - p)
+            shares[i].append(p)
+            if log is not None:
+                log.append(each)
+        return [fmean(each) if each else UNDECIDED for each in shares]
 
 
-def _exchanged(pair: Pair) -> Pair:
-    """The pair in the other order, for a prompt: neither label nor rationale is shown to a judge."""
-    return Pair(pair.messages, pair.response_b, pair.response_a, id=pair.id)
+# ---------------------------------------------------------------------------------- rankings
+
+Duel = tuple[int, int]  # (shown as A, shown as B)
+Asking = Generator[list[Duel], None, Any]  # yields the comparisons that it waits for, then returns its result
+METHODS = ("linear", "knockout", "merge", "selection")
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Indices of responses, best first; of a search for the best, that one alone."""
+
+    order: list[int]
+    rounds: int  # batches
+    answers: dict[Duel, Judgment]
+    overruled: list[tuple[int, int, float]]  # (i, j, p): i was preferred to j, which the order puts first
+
+    @property
+    def best(self) -> int:
+        return self.order[0]
+
+    @property
+    def comparisons(self) -> int:
+        return len(self.answers)
+
+    @property
+    def undecided(self) -> int:
+        return sum(answer.p_a == UNDECIDED for answer in self.answers.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Every comparison, in the order in which they were made."""
+        rows = [
+            {"a": a, "b": b, "p": preference(each), **each.to_json()} for (a, b), each in self.answers.items()
+        ]
+        return {"order": self.order, "comparisons": rows}
+
+
+class Contest:
+    """One list of responses, and what was answered about it: a comparison is made once and serves both ways.
+
+    Where there is no preference, the response that came first stays ahead.
+    """
+
+    def __init__(self, size: int):
+        if not size:
+            raise InputError("no responses to choose from")
+        self.size, self.rounds = size, 0
+        self.p: dict[Duel, float] = {}
+        self.answers: dict[Duel, Judgment] = {}
+
+    def note(self, duel: Duel, judgment: Judgment) -> None:
+        self.answers[duel] = judgment
+        self.p[duel] = preference(judgment)
+        self.p[duel[::-1]] = 1 - self.p[duel]
+
+    def better(self, i: int, j: int) -> bool:
+        return self.p[i, j] > UNDECIDED
+
+    def run(self, method: str, full: bool) -> Asking:
+        """The search for the best, or the full ranking.
+
+        A sort asks so little that it never contradicts itself. So a ranking ends with one batch more, of all
+        neighbours and next neighbours that were not compared: a circle of three shows there.
+        """
+        if method not in METHODS or not (full or method in ("linear", "knockout")):
+            raise InputError(f"method {method}: give one of {', '.join(METHODS)}; best-of-n: the first two")
+        order, rest = [], list(range(self.size))
+        if method in ("linear", "knockout"):
+            order = [(yield from self._linear(rest) if method == "linear" else self._knockout(rest))]
+            rest.remove(order[0])
+        if full:
+            order += yield from self._selection(rest) if method == "selection" else self._merge_sort(rest)
+            yield [(i, j) for at, i in enumerate(order) for j in order[at + 1 : at + 3]]
+            order = self._settled(order)
+        ahead = {(i, j) for at, j in enumerate(order) for i in order[at + 1 :]}
+        overruled = [(*duel, p) for duel, p in self.p.items() if p > UNDECIDED and duel in ahead]
+        return Ranking(order, self.rounds, self.answers, overruled)
+
+    def _linear(self, items: list[int]) -> Asking:
+        """The paper's search: the best so far is response B, its challenger A."""
+        best = items[0]
+        for challenger in items[1:]:
+            yield [(challenger, best)]
+            best = challenger if self.better(challenger, best) else best
+        return best
+
+    def _knockout(self, items: list[int]) -> Asking:
+        """The paper's divide and conquer: a round's duels are one batch; the odd one out goes on."""
+        while len(items) > 1:
+            duels = list(zip(items[::2], items[1::2], strict=False))
+            yield duels
+            items = [j if self.better(j, i) else i for i, j in duels] + items[2 * len(duels) :]
+        return items[0]
+
+    def _selection(self, items: list[int]) -> Asking:
+        """The paper's full ranking: the best, then the best of the others, and so on."""
+        order: list[int] = []
+        while len(order) < len(items):
+            order.append((yield from self._linear([i for i in items if i not in order])))
+        return order
+
+    def _merge_sort(self, items: list[int]) -> Asking:
+        """From runs of one: the next comparison of every merge of a level is one batch."""
+        runs = [[i] for i in items]
+        while len(runs) > 1:
+            merges = [(left, right, []) for left, right in zip(runs[::2], runs[1::2], strict=False)]
+            while open := [merge for merge in merges if merge[0] and merge[1]]:
+                yield [(left[0], right[0]) for left, right, _ in open]
+                for left, right, merged in open:
+                    merged.append((right if self.better(right[0], left[0]) else left).pop(0))
+            runs = [merged + left + right for left, right, merged in merges] + runs[2 * len(merges) :]
+        return runs[0] if runs else []
+
+    def _settled(self, order: list[int]) -> list[int]:
+        """Ranked pairs: answers hold from the surest down, but for those that would close a circle."""
+        below = {i: {i} for i in order}  # whom each is ahead of, itself among them
+        for (i, j), p in sorted(self.p.items(), key=lambda answer: -answer[1]):
+            if p > UNDECIDED and i not in below[j]:
+                for k in order:
+                    below[k] |= below[j] if i in below[k] else set()
+        return sorted(order, key=lambda i: -len(below[i]))
+
+
+def preference(judgment: Judgment | InputError) -> float:
+    """p that A is better: also where the orders disagree, which `p_a` reads as 0.5; 0.5 after a failure."""
+    if isinstance(judgment, InputError):
+        return UNDECIDED
+    by_order = [
+        [vote.p_a for vote in judgment.details if vote.order == order and vote.p_a is not None]
+        for order in ("AB", "BA")
+    ]
+    means = [fmean(each) for each in by_order if each]
+    return fmean(means) if means else judgment.p_a
+
+
+def _had(result: Any) -> Any:
+    if isinstance(result, InputError):
+        raise result
+    return result
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(min(-x, 700)))
+
+
+def _too_long(pair: Pair, tokens: int, room: int) -> InputError:
+    return InputError(f"pair {pair.id}: {tokens} tokens are too many for the model's {room} positions")
+
+
+def _duel(question: str | Sequence[tuple[str, str]], responses: Sequence[str], i: int, j: int) -> Pair:
+    messages = (("user", question),) if isinstance(question, str) else tuple(question)
+    return Pair(messages, responses[i], responses[j])

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-import re
 import shutil
 import sys
 import warnings
@@ -90,7 +89,9 @@ def world(config: TrainConfig) -> Iterator[World]:
     torch.set_num_threads(config.threads)
     owned = not dist.is_initialized() and ("WORLD_SIZE" in os.environ or cuda)
     if owned:
-        _initialise("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        launched = "WORLD_SIZE" in os.environ
+        alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE, **alone)
     groups = []
     try:
         if dist.is_initialized():
@@ -105,13 +106,6 @@ def world(config: TrainConfig) -> Iterator[World]:
         else:
             for group in groups:
                 dist.destroy_process_group(group)
-
-
-def _initialise(backend: str) -> None:
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=PATIENCE)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def _mesh(config: TrainConfig, device: torch.device) -> DeviceMesh:
@@ -140,7 +134,8 @@ def shard(trainee: Trainee, config: TrainConfig, here: World) -> None:
         _wrap_forward(block, config)
     dtype = compute_dtype(config, here.device)
     if here.mesh is not None:
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        # Inputs stay as they are: a batch's coefficients and margins are fp32 whatever the weights are.
+        policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for module in (*trainee.decoder.blocks, trainee):
             fully_shard(module, mesh=here.mesh, mp_policy=policy)
     elif dtype != torch.float32:
@@ -215,7 +210,8 @@ class ResumePoints:
     """The directory `resume/`: step-N/ holds a whole state; what is being written begins with a dot.
 
     A state is copied, then written by a thread while training goes on. It is published by a rename once
-    every rank has written its part. A failure to write leaves the earlier points as they are.
+    every rank has written its part. A failure to write leaves the earlier points as they are. On several
+    nodes the directory has to be one that all of them see.
     """
 
     def __init__(self, directory: Path, here: World):
@@ -224,8 +220,7 @@ class ResumePoints:
         self.pending: tuple[Future, Path, Path] | None = None
 
     def points(self) -> list[Path]:
-        found = [p for p in self.directory.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
-        return sorted(found, key=lambda path: int(path.name[5:]))
+        return sorted(self.directory.glob("step-*"))  # their numbers have leading zeros
 
     def load(self, state: dict[str, Tensor]) -> dict[str, Any] | None:
         """Fills `state` in place from the newest point and returns its cursor; None where there is none."""
@@ -278,5 +273,3 @@ class ResumePoints:
             if self.here.first:
                 reason = " ".join(str(error).split())[-200:]
                 print(f"warning: a resume point was not saved ({reason}); {stands}", file=sys.stderr)
-
-

@@ -42,6 +42,7 @@ _STORED = re.compile(r"⟦(?:⟦|([AB])⟧)")
 _UNMARKED = re.compile(
     r"\b(?i:assistant|answer|output|model|completion|reply|chatbot|responses?|candidate)[ _#-]?[AB12]\b"
     r"|\b(?i:responses?|assistant) (?:is )?[\"'*(\[]{0,2}[AB12]\b"
+    r"|⟦,? ?(?:and|or|vs\.?|versus|&|/) ?[12AB]\b"
     r"|\b(?i:first|second|1st|2nd) (?i:response|answer|assistant|reply|output|completion|one)\b"
     r"|(?<![\w'’.-])[AB](?:['’]s|,? (?:is|was|has|had|does|did|gives|provides|fails|offers|wins|seems|over|"
     r"and [AB]|or [AB])\b)"
@@ -51,7 +52,7 @@ _UNMARKED = re.compile(
 
 def _mark_mention(found: re.Match) -> str:
     one, two = _LETTER[found["one"]], found["two"] and _LETTER[found["two"]]
-    # A single digit after a joined pair ("response 1 and 2 examples") is a count; the plural is not.
+    # "Response 1 and 2" may go on with "examples": only the plural is sure. `unmarked` sees what is left.
     if two and found["two"].isdigit() and not (found["word"] or "").lower().endswith("s"):
         return f"Response ⟦{one}⟧{found['join']}{found['two']}"
     return f"Response ⟦{one}⟧" + (f"{found['join'].rstrip('@')}Response ⟦{two}⟧" if two else "")
@@ -247,7 +248,8 @@ class Vote(_Record):
     p_a: float | None  # softmax over {A, B} where the verdict stands; None where there is none
     reason: str = ""
     text: str = ""  # what the model wrote, in the order that was asked
-    seed: int = 0
+    seed: int = 0  # of the vote's own noise
+    tokens: int = 0  # sampled
 
     @property
     def thinking(self) -> str:

@@ -25,6 +25,7 @@ heads, K head size, N pages, P tokens of a page, I items, J queries of an item, 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 from collections import Counter, deque
@@ -34,14 +35,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 import kernels
-
-from .cache import NULL, BlockPool, Growth, Table
-from .files import InputError
+from gramr2.cache import NULL, BlockPool, Growth, Table
+from gramr2.files import InputError
+from kernels.choice import Options, choose, uniforms
 
 CPU_CACHE_BYTES = 1 << 30
 CUDA_CACHE_SHARE = 0.8  # of the memory that is free when generate is called
@@ -147,9 +147,9 @@ class _Step:
     chunks: list[_Chunk] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)  # pages to copy: from, to
     joined: list[_Sequence] = field(default_factory=list)  # new in the running batch
-    slots: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # the rows to decode,
-    positions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # of the tokens they feed,
-    tenants: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # and whose they were
+    slots: np.ndarray | None = None  # the rows to decode,
+    positions: np.ndarray | None = None  # where the tokens they feed stand,
+    tenants: np.ndarray | None = None  # and whose slots they were
 
     def add(self, growth: Growth) -> None:
         self.fresh += growth.fresh
@@ -175,9 +175,8 @@ class Scheduler:
         self.last = np.zeros(limits.running, np.int64)  # position that feeds the last token
         self.tenant = np.zeros(limits.running, np.int64)  # changes when a slot's sample leaves
         self.count = np.zeros(limits.running, np.int64)  # of outputs collected
-        self.outputs = np.zeros((limits.running, 0, 0))
+        self.outputs = np.zeros((limits.running, 0, 3))
         self.version = 0  # of the running batch's members and tables
-        self.preemptions = 0
 
     @property
     def busy(self) -> bool:
@@ -238,7 +237,6 @@ class Scheduler:
         return [*self.running.values(), *self.filling, *self.sources]
 
     def _preempt(self, sequence: _Sequence) -> None:
-        self.preemptions += 1
         if sequence.slot >= 0:
             self._leave(sequence)
         else:
@@ -368,9 +366,10 @@ QUERY_ROWS = 64  # of one item, on CUDA: what a program of the kernel takes; the
 class Engine:
     """A model, its pool of pages, and the options of one call."""
 
-    def __init__(self, model, blocks: int, longest: int, limits: Limits, options: _Options):
+    def __init__(self, model, blocks: int, longest: int, limits: Limits, options: Options, seed: int):
         config, weight = model.config, model.head_weight
-        self.model, self.limits, self.options, self.device = model, limits, options, weight.device
+        self.model, self.limits, self.options, self.seed = model, limits, options, seed
+        self.device = weight.device
         shape = config.num_layers, blocks, config.num_kv_heads, limits.block_size, config.head_size
         self.keys_LNGPK = torch.empty(shape, dtype=weight.dtype, device=self.device)
         self.values_LNGPK = torch.empty(shape, dtype=weight.dtype, device=self.device)
@@ -400,8 +399,7 @@ class Engine:
         if step.joined:
             slots = [sample.slot for sample in step.joined]
             self.last_S[self._upload(slots)] = self._upload([sample.ids[-1] for sample in step.joined])
-            keys = [(self.options.seed, sample.prompt.key, sample.number) for sample in step.joined]
-            self.streams_S[slots] = [stream(*key) for key in keys]
+            self.streams_S[slots] = [stream(self.seed, s.prompt.key, s.number) for s in step.joined]
         if not len(step.slots):
             return None
         arrays = self._arrays(step, scheduler)
@@ -600,112 +598,15 @@ def _projection(weight_VD: Tensor) -> Callable[[Tensor], Tensor]:
     """hidden -> logits. On the CPU the weight is laid out for it once: few rows are 1.5 times faster then."""
     cpu = weight_VD.device.type == "cpu" and weight_VD.dtype == torch.float32
     if not cpu or not torch.backends.mkldnn.is_available():
-        return lambda hidden_RD: F.linear(hidden_RD, weight_VD)
+        return lambda hidden_RD: torch.nn.functional.linear(hidden_RD, weight_VD)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight_VD.detach(), kernels.ROWS)
     return lambda hidden_RD: torch.ops.mkldnn._linear_pointwise(hidden_RD, packed, None, "none", [], "")
 
 
-# Noise: a 64-bit stream per sample, hashed once; a position's number by splitmix64's finishing steps,
-# in wrapping int64, which every device computes alike.
-
-_STEP, _MIX = -7046029254386353131, ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1))
-
-
 def stream(seed: int, key: str, number: int) -> int:
+    """The 64 bits that a sample's noise is made of, hashed once; positions are mixed in by `uniforms`."""
     digest = hashlib.blake2b(f"{seed}\n{number}\n{key}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
-
-
-def uniforms(streams_R: Tensor, positions_R: Tensor) -> Tensor:
-    """One fp32 number in (0, 1) for each (sample, position), with 23 random bits."""
-    x = streams_R + (positions_R + 1) * _STEP
-    for shift, factor in _MIX:
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    return (((x >> 41) & ((1 << 23) - 1)).float() + 0.5) * 2.0**-23
-
-
-@dataclass(frozen=True)
-class _Options:
-    temperature: float
-    top_p: float
-    top_k: int
-    watch: Tensor
-    seed: int
-
-
-CDF_BLOCK = 128
-
-
-def choose(logits_RV: Tensor, uniform_R: Tensor, options: _Options) -> Tensor:
-    """Draws a token per row; -> fp64 [R, 3 + W]: id, log-prob, 1 if logits are not finite, the watched."""
-    low_R, high_R = logits_RV.amin(-1), logits_RV.amax(-1)
-    weight_RV = (logits_RV - high_R[:, None]).exp_()
-    lse_R = high_R + _sums(weight_RV).log()
-    if options.temperature == 0:
-        id_R = logits_RV.argmax(-1)
-    else:
-        if options.temperature != 1:
-            weight_RV = ((logits_RV - high_R[:, None]) / options.temperature).exp_()
-        if options.top_k:
-            weight_RV = _keep(weight_RV, weight_RV.new_full((len(weight_RV),), options.top_k), counted=True)
-        if options.top_p < 1:
-            weight_RV = _keep(weight_RV, options.top_p * _sums(weight_RV), counted=False)
-        id_R = _draw(weight_RV, uniform_R)
-    bad_R = ~(low_R.isfinite() & high_R.isfinite())
-    logprob_R = logits_RV.gather(1, id_R[:, None])[:, 0] - lse_R
-    watched_RW = logits_RV[:, options.watch] - lse_R[:, None]
-    parts = id_R[:, None], logprob_R[:, None], bad_R[:, None], watched_RW
-    return torch.cat([part.double() for part in parts], dim=1)
-
-
-def _sums(weight_RV: Tensor) -> Tensor:
-    return _blocks(weight_RV).sum(-1).sum(-1)
-
-
-def _blocks(weight_RV: Tensor) -> Tensor:
-    return F.pad(weight_RV, (0, -weight_RV.shape[1] % CDF_BLOCK)).unflatten(1, (-1, CDF_BLOCK))
-
-
-def _draw(weight_RV: Tensor, uniform_R: Tensor) -> Tensor:
-    """The inverse of the cumulative distribution at uniform_R: first the block it falls into, then the token.
-
-    Only a block, and in it a token, of positive weight is ever taken, whatever the sums' rounding.
-    """
-    blocks_RBC = _blocks(weight_RV)
-    total_RB = blocks_RBC.sum(-1)
-    upto_RB = total_RB.cumsum(-1)
-    aim_R = uniform_R * upto_RB[:, -1]
-    block_R = _first(upto_RB, total_RB, aim_R)
-    row_R = torch.arange(len(block_R), device=block_R.device)
-    chosen_RC = blocks_RBC[row_R, block_R]
-    aim_R = aim_R - (upto_RB - total_RB)[row_R, block_R]
-    return block_R * CDF_BLOCK + _first(chosen_RC.cumsum(-1), chosen_RC, aim_R)
-
-
-def _first(upto_RC: Tensor, weight_RC: Tensor, aim_R: Tensor) -> Tensor:
-    """The first column of positive weight whose sum passes the aim; the last such if rounding left none."""
-    positive_RC = weight_RC > 0
-    passed_RC = positive_RC & (upto_RC > aim_R[:, None])
-    column_C = torch.arange(upto_RC.shape[1], device=upto_RC.device)
-    last_R = (positive_RC * column_C).amax(-1)
-    return torch.where(passed_RC, column_C, last_R[:, None]).amin(-1)
-
-
-def _keep(weight_RV: Tensor, target_R: Tensor, counted: bool) -> Tensor:
-    """Zeroes all but the largest weights that together reach the target, in number or in sum.
-
-    The threshold is found by bisection over the bits of a float (as integers, they are in the same order),
-    which needs neither a sort nor a look at the data. Tokens equal to the last one kept are kept too.
-    """
-    bits_RV = weight_RV.view(torch.int32)
-    low_R = torch.zeros(len(weight_RV), dtype=torch.int32, device=weight_RV.device)  # keeps enough
-    high_R = bits_RV.amax(-1) + 1  # keeps nothing
-    for _ in range(31):
-        middle_R = low_R + (high_R - low_R) // 2
-        kept_RV = bits_RV >= middle_R[:, None]
-        enough_R = (kept_RV.float() if counted else weight_RV * kept_RV).sum(-1) >= target_R
-        low_R, high_R = torch.where(enough_R, middle_R, low_R), torch.where(enough_R, high_R, middle_R)
-    return weight_RV * (bits_RV >= low_R[:, None])
 
 
 def _ids(outputs: np.ndarray) -> list[int]:
@@ -714,15 +615,6 @@ def _ids(outputs: np.ndarray) -> list[int]:
 
 # ---------------------------------------------------------------------------------------------------------
 # The two functions that callers use
-
-
-def generate(model, prompts, **options) -> list[list[Sample]]:
-    """`generate_iter`, collected: for each prompt its samples, in order."""
-    iterator = generate_iter(model, prompts, **options)
-    results: list[list] = [[None] * options.get("n", 1) for _ in prompts]
-    for prompt, number, sample in iterator:
-        results[prompt][number] = sample
-    return results
 
 
 def generate_iter(
@@ -750,101 +642,77 @@ def generate_iter(
     and may span several. keys: one string per prompt, which names it to the noise; the default is a hash of
     its ids and of how often they came before. Everything is checked before anything is generated.
     """
-    limits = (limits or Limits()).for_device(model.head_weight.device)
-    stop_ids = tuple(getattr(model, "stop_ids", ()) if stop_ids is None else stop_ids)
-    _check_options(model, n, temperature, top_p, top_k, stop_texts, tokenizer, watch, keys, prompts)
-    allowed = _Allowed(max_new_tokens, len(prompts), n)
-    blocks, longest = _check_sizes(model, prompts, n, allowed, limits)
-    device = model.head_weight.device
-    watch_W = torch.tensor(list(watch), dtype=torch.int64, device=device)
-    options = _Options(temperature, top_p, top_k, watch_W, seed)
-    stops = _Stops(np.array(stop_ids, np.int64), tuple(stop_texts), tokenizer)
-    queue = _intake(prompts, keys, allowed)
-    engine = Engine(model, blocks, longest, limits, options)
-    return _run(engine, queue, blocks, stops, n * len(prompts), progress)
-
-
-class _Allowed:
-    """How many tokens each sample may take: one number, one per prompt, or one per sample."""
-
-    def __init__(self, value, prompts: int, n: int):
-        self.value, self.n = value, n
-        if not isinstance(value, int) and len(value) != prompts:
-            raise InputError(f"max_new_tokens has {len(value)} entries for {prompts} prompts")
-        for index in range(prompts):
-            row = self[index]
-            if len(row) != n:
-                raise InputError(
-                    f"max_new_tokens of prompt {index} has {len(row)} entries for n = {n} samples"
-                )
-            if min(row) < 1:
-                raise InputError(f"max_new_tokens of prompt {index} is {min(row)}; it must be at least 1")
-            if isinstance(value, int):
-                break
-
-    def __getitem__(self, index: int) -> list[int]:
-        value = self.value if isinstance(self.value, int) else self.value[index]
-        return [value] * self.n if isinstance(value, int) else list(value)
-
-
-def _check_options(model, n, temperature, top_p, top_k, stop_texts, tokenizer, watch, keys, prompts) -> None:
-    vocabulary = model.config.vocab_size
-    if n < 1:
-        raise InputError(f"n is {n}; it must be at least 1")
-    if not 0 <= temperature < float("inf"):
-        raise InputError(f"temperature is {temperature}; it must be 0 (greedy) or positive")
-    if not 0 < top_p <= 1:
-        raise InputError(f"top_p is {top_p}; it must be in (0, 1]")
-    if top_k < 0:
-        raise InputError(f"top_k is {top_k}; it must be 0 (no limit) or positive")
-    if stop_texts and tokenizer is None:
-        raise InputError("stop_texts needs tokenizer=")
-    if any(not text for text in stop_texts):
-        raise InputError("stop_texts holds an empty text")
+    device, vocabulary = model.head_weight.device, model.config.vocab_size
+    limits = (limits or Limits()).for_device(device)
+    _need(n >= 1, f"n is {n}; it must be at least 1")
+    _need(0 <= temperature < float("inf"), f"temperature is {temperature}; it must be 0 (greedy) or positive")
+    _need(0 < top_p <= 1, f"top_p is {top_p}; it must be in (0, 1]")
+    _need(top_k >= 0, f"top_k is {top_k}; it must be 0 (no limit) or positive")
+    _need(not stop_texts or tokenizer is not None, "stop_texts needs tokenizer=")
+    _need(all(stop_texts), "stop_texts holds an empty text")
     for token in watch:
-        if not 0 <= token < vocabulary:
-            raise InputError(f"watch holds id {token}; the vocabulary has 0 to {vocabulary - 1}")
-    if keys is not None and len(keys) != len(prompts):
-        raise InputError(f"keys has {len(keys)} entries for {len(prompts)} prompts")
+        _need(0 <= token < vocabulary, f"watch holds id {token}; the vocabulary has 0 to {vocabulary - 1}")
+    for name, values in ("keys", keys), ("max_new_tokens", max_new_tokens):
+        if isinstance(values, Sequence):
+            _need(len(values) == len(prompts), f"{name} has {len(values)} entries for {len(prompts)} prompts")
+
+    def allowed(index: int) -> list[int]:
+        value = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[index]
+        return [value] * n if isinstance(value, int) else list(value)
+
+    blocks, longest = _check_prompts(model.config, model.head_weight.itemsize, prompts, n, allowed, limits)
+    options = Options(temperature, top_p, top_k, torch.tensor(list(watch), dtype=torch.int64, device=device))
+    stop_ids = getattr(model, "stop_ids", ()) if stop_ids is None else stop_ids
+    stops = _Stops(np.array(list(stop_ids), np.int64), tuple(stop_texts), tokenizer)
+    engine = Engine(model, blocks, longest, limits, options, seed)
+    return _run(engine, _intake(prompts, keys, allowed), blocks, stops, n * len(prompts), progress)
 
 
-def _check_sizes(model, prompts, n: int, allowed: _Allowed, limits: Limits) -> tuple[int, int]:
+@functools.wraps(generate_iter, assigned=(), updated=())
+def generate(model, prompts, **options) -> list[list[Sample]]:
+    """`generate_iter` with its arguments, collected: for each prompt its samples, in order."""
+    iterator = generate_iter(model, prompts, **options)
+    results: list[list] = [[None] * options.get("n", 1) for _ in prompts]
+    for prompt, number, sample in iterator:
+        results[prompt][number] = sample
+    return results
+
+
+def _need(holds: bool, message: str, *values) -> None:
+    if not holds:
+        raise InputError(message.format(*values))
+
+
+def _check_prompts(config, itemsize: int, prompts, n: int, allowed, limits: Limits) -> tuple[int, int]:
     """Every prompt, against vocabulary, model and cache; -> (blocks of the cache, longest sequence)."""
-    config, size = model.config, limits.block_size
-    if kernels.KEYS % size:
-        raise InputError(f"block_size is {size}; it must divide {kernels.KEYS}")
-    bytes_per_block = (
-        2 * config.num_layers * config.num_kv_heads * config.head_size * size * model.head_weight.itemsize
-    )
-    affordable = limits.cache_bytes // bytes_per_block
-    wanted, most = 1, 0  # the null block
+    size, last, room = limits.block_size, config.vocab_size - 1, config.max_positions
+    _need(kernels.KEYS % size == 0, f"block_size is {size}; it must divide {kernels.KEYS}")
+    per_block = 2 * config.num_layers * config.num_kv_heads * config.head_size * size * itemsize
+    affordable = limits.cache_bytes // per_block
+    wanted, most = 2, 0  # the null block, and one
+    asked = "prompt {} has {} tokens and may get {} more"
     for index, ids in enumerate(prompts):
-        if len(ids) == 0:
-            raise InputError(f"prompt {index} is empty; it needs at least one id")
-        if min(ids) < 0 or max(ids) >= config.vocab_size:
-            wrong = min(ids) if min(ids) < 0 else max(ids)
-            raise InputError(
-                f"prompt {index} holds id {wrong}; the vocabulary has 0 to {config.vocab_size - 1}"
-            )
-        row = allowed[index]
-        longest = len(ids) + max(row)
-        if longest > config.max_positions:
-            raise InputError(
-                f"prompt {index} has {len(ids)} tokens and may get {max(row)} more: {longest}, but the model "
-                f"takes at most {config.max_positions}"
-            )
+        _need(len(ids) > 0, "prompt {} is empty; it needs at least one id", index)
+        for token in (min(ids), max(ids)):
+            _need(0 <= token <= last, "prompt {} holds id {}; the vocabulary has 0 to {}", index, token, last)
+        row = allowed(index)
+        of = f"max_new_tokens of prompt {index}"
+        _need(len(row) == n, "{} has {} entries for n = {} samples", of, len(row), n)
+        _need(min(row) >= 1, "{} is {}; it must be at least 1", of, min(row))
+        longest, question = len(ids) + max(row), (index, len(ids), max(row))
+        _need(longest <= room, asked + ": {}, but the model takes at most {}", *question, longest, room)
         # One block more than it fills: the prompt's last, half full, is copied when it is forked.
         needed = -(-longest // size) + 1
-        if needed + 1 > affordable:
-            raise InputError(
-                f"prompt {index} has {len(ids)} tokens and may get {max(row)} more, which takes "
-                f"{(needed + 1) * bytes_per_block:,} bytes of cache; the limit is {limits.cache_bytes:,}"
-            )
+        _need(
+            needed + 1 <= affordable,
+            asked + ", which takes {:,} bytes of cache; the limit is {:,}",
+            *(*question, (needed + 1) * per_block, limits.cache_bytes),
+        )
         wanted, most = wanted + n * needed, max(most, longest)
-    return min(affordable, max(wanted, 2)), most
+    return min(affordable, wanted), most
 
 
-def _intake(prompts, keys, allowed: _Allowed) -> Iterator[_Prompt]:
+def _intake(prompts, keys, allowed: Callable[[int], list[int]]) -> Iterator[_Prompt]:
     seen: Counter[bytes] = Counter()
     for index, ids in enumerate(prompts):
         ids = [int(i) for i in ids]
@@ -854,7 +722,7 @@ def _intake(prompts, keys, allowed: _Allowed) -> Iterator[_Prompt]:
             seen[digest] += 1
         else:
             key = keys[index]
-        yield _Prompt(index, ids, key, allowed[index])
+        yield _Prompt(index, ids, key, allowed(index))
 
 
 @dataclass(frozen=True)
@@ -884,7 +752,8 @@ def _run(engine: Engine, queue: Iterator[_Prompt], blocks: int, stops: _Stops, t
     lag = 1 if engine.graphs else 0  # steps that the host is behind the device
     pool = BlockPool(blocks, engine.limits.block_size)
     scheduler = Scheduler(queue, pool, engine.limits, settle)
-    with _Progress(total, progress) as bar:
+    counts: Counter[str] = Counter()
+    with tqdm(total=total, unit="sample", disable=not progress, dynamic_ncols=True) as bar:
         while scheduler.busy:
             step = scheduler.plan()
             wait = engine.launch(step, scheduler)
@@ -895,7 +764,7 @@ def _run(engine: Engine, queue: Iterator[_Prompt], blocks: int, stops: _Stops, t
             while len(flying) > (lag if wait else 0):
                 collect()
             for item in finished:
-                bar.add(item[2], pool)
+                _show(bar, item[2], pool, counts)
                 yield item
             finished.clear()
 
@@ -918,25 +787,12 @@ def _collect(scheduler: Scheduler, step: _Step, outputs_RC: np.ndarray, stops: _
         yield sequence.prompt.index, sequence.number, sample
 
 
-class _Progress:
+def _show(bar: tqdm, sample: Sample, pool: BlockPool, counts: Counter) -> None:
     """A bar of samples on stderr, with tokens per second, the cache's use, and errors if there are any."""
-
-    def __init__(self, total: int, shown: bool):
-        self.bar = tqdm(total=total, unit="sample", disable=not shown, dynamic_ncols=True)
-        self.start, self.tokens, self.errors = time.perf_counter(), 0, 0
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.bar.close()
-
-    def add(self, sample: Sample, pool: BlockPool) -> None:
-        self.tokens += len(sample.ids)
-        self.errors += sample.finish == "error"
-        rate = self.tokens / (time.perf_counter() - self.start)
-        errors = f", {self.errors} with errors" if self.errors else ""
-        self.bar.set_postfix_str(
-            f"{rate:,.0f} tokens/s, cache {pool.used / pool.num_blocks:.0%}{errors}", refresh=False
-        )
-        self.bar.update()
+    counts["tokens"] += len(sample.ids)
+    counts["errors"] += sample.finish == "error"
+    rate = counts["tokens"] / max(1e-9, time.time() - bar.start_t) if not bar.disable else 0
+    errors = f", {counts['errors']} with errors" if counts["errors"] else ""
+    use = pool.used / pool.num_blocks
+    bar.set_postfix_str(f"{rate:,.0f} tokens/s, cache {use:.0%}{errors}", refresh=False)
+    bar.update()

@@ -93,9 +93,14 @@ class Reads:
         self.rows_IJ, self.visible_IJ, self.pages_IM = rows_IJ, visible_IJ, pages_IM
         self._cuts = None
 
-    def cuts(self, groups, page):
-        """What all layers share: for each block of KEYS keys, where it lies [X * M] and what is hidden."""
+    def cuts(self, keys_NGPK):
+        """What all layers share: for each block of KEYS keys, where it lies, what is hidden, and buffers.
+
+        The buffers are for the keys and the values gathered: fresh memory for every layer would cost more
+        than filling it.
+        """
         if self._cuts is None:
+            groups, page, size = keys_NGPK.shape[1:]
             device, many = self.pages_IM.device, KEYS // page
             rows = self.rows_IJ.flatten()
             ordered = torch.equal(rows, torch.arange(len(rows), device=device))
@@ -106,7 +111,9 @@ class Reads:
                 pages_X = (pages_IM[:, None] * groups + head_G1).flatten()
                 place_W = torch.arange(first * page, (first + pages_IM.shape[1]) * page, device=device)
                 hidden_IJW = place_W >= self.visible_IJ[..., None]
-                self._cuts[1].append((pages_X, hidden_IJW[:, None, :, None] if hidden_IJW.any() else None))
+                hidden_I1J1W = hidden_IJW[:, None, :, None] if hidden_IJW.any() else None
+                buffers = [keys_NGPK.new_empty(len(pages_X), page, size) for _ in range(2)]
+                self._cuts[1].append((pages_X, hidden_I1J1W, buffers))
         return self._cuts
 
 
@@ -131,7 +138,7 @@ def attend_pages(q_THK, keys_NGPK, values_NGPK, reads):
     sum_TH = o_THK.new_zeros(count + 1, heads)
     total = o_THK, max_TH, sum_TH
     for batch in reads:
-        where, cuts = batch.cuts(keys_NGPK.shape[1], keys_NGPK.shape[2])
+        where, cuts = batch.cuts(keys_NGPK)
         part = _read(q_THK.float()[where], keys_NGPK, values_NGPK, *batch.rows_IJ.shape, cuts)
         merged = _merge([x[where] for x in total], part)
         for x, y in zip(total, merged, strict=True):
@@ -148,11 +155,10 @@ def _read(q_YHK, keys_NGPK, values_NGPK, items, members, cuts):
     q_XRK = q_IGJHK.reshape(items * groups, rows, size) * size**-0.5
     q_XRK = torch.nn.functional.pad(q_XRK, (0, 0, 0, -rows % ROWS))
     total = None
-    for pages_X, hidden_I1J1W in cuts:
-        k_XWK, v_XWK = (
-            pool.flatten(0, 1).index_select(0, pages_X).view(len(q_XRK), -1, size).to(q_XRK.dtype)
-            for pool in (keys_NGPK, values_NGPK)
-        )
+    for pages_X, hidden_I1J1W, buffers in cuts:
+        for pool, buffer in zip((keys_NGPK, values_NGPK), buffers, strict=True):
+            torch.index_select(pool.flatten(0, 1), 0, pages_X, out=buffer)
+        k_XWK, v_XWK = (buffer.view(len(q_XRK), -1, size).to(q_XRK.dtype) for buffer in buffers)
         score_XRW = torch.bmm(q_XRK, k_XWK.transpose(1, 2))
         if hidden_I1J1W is not None:
             score_XRW[:, :rows].unflatten(1, shape[2:]).unflatten(0, shape[:2]).masked_fill_(

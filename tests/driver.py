@@ -137,8 +137,8 @@ def run(job: dict) -> dict:
     result = {"statuses": statuses, "seconds": time.monotonic() - started}
     for name in ("figures", "error", "publications"):
         path = Path(f"{out}.{name}")
-        text = path.read_text() if path.exists() else None
-        result[name] = text if name == "error" or text is None else json.loads(text)
+        text = (path.read_text() if path.exists() else "") or "null"  # a kill may leave it empty
+        result[name] = text if name == "error" else json.loads(text)
     return result
 
 

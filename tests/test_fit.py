@@ -177,6 +177,16 @@ def test_transformers_loads_what_training_leaves(world, tmp_path):
     assert loaded.score.weight.shape == (1, 48) and float(loaded.score.weight.abs().sum()) > 0
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_trains_near_the_cpu(world, tmp_path):
+    """bf16 compute over fp32 weights, one FSDP rank: near the CPU's curve, saving on the way."""
+    settings = {"steps": 10, "save_steps": 5}
+    train(tmp_path / "cpu", world, device="cpu", **settings)
+    train(tmp_path / "gpu", world, device="cuda", checkpointing=True, **settings)
+    assert curve(tmp_path / "gpu") == pytest.approx(curve(tmp_path / "cpu"), abs=0.1)
+
+
 # ---------------------------------------------------------------------------------- resume
 
 

@@ -194,8 +194,8 @@ def test_pinned_defaults():
 
 COMMANDS = {
     "train.py": ["--stage", "--recipe", "--data", "--model", "--out", "--limit", "--dry-run"],
-    "selftrain.py": ["--iters", "--recipe", "--human", "--labelled", "--unlabelled", "--test", "--name", "--seed",
-                     "--from", "--until", "--dry-run"],
+    "selftrain.py": ["--iters", "--recipe", "--human", "--labelled", "--unlabelled", "--test", "--name",
+                     "--seed", "--from", "--until", "--dry-run"],
     "infer.py": ["--pair", "--pairs", "--out", "--model", "--prompt", "--votes", "--seed",
                  "--max-new-tokens", "--json"],
 }  # fmt: skip
@@ -245,3 +245,22 @@ def test_every_name_in_the_readme_resolves():
         assert name in defined, f"{path}:{name}"
     for path in re.findall(r"\b((?:gramr2|kernels|recipes|benchmarks)/[\w./-]+\.(?:py|toml|md))\b", text):
         assert (ROOT / path).exists(), path
+
+
+def test_without_triton_the_choice_is_visible():
+    """macOS has no Triton: everything must import, and `backend` must say that the reference runs."""
+    code = (
+        "import sys\n"
+        "class Hidden:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] == 'triton': raise ModuleNotFoundError(name)\n"
+        "import importlib.util; found = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *a: None if name == 'triton' else found(name, *a)\n"
+        "sys.meta_path.insert(0, Hidden())\n"
+        "import kernels, gramr2, torch\n"
+        "gramr2.RewardModel, gramr2.generate\n"
+        "kernels.sequence_logprob(torch.ones(2, 16), torch.ones(5, 16), torch.tensor([1, 2]))\n"
+        "print(kernels.backend(), kernels.backend('cuda'))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert said.stdout.split() == ["reference", "reference"]

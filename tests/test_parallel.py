@@ -41,6 +41,7 @@ def test_adamw_curves_agree_over_ranks_with_recomputation_hybrid_sharding_and_ti
         "two": (2, {"checkpointing": True}),
         "three": (3, {}),
         "hybrid": (4, {"shard": 2}),
+        "half": (2, {"dtype": "bfloat16"}),
     }
     (tmp_path / "free").mkdir()
     other, _ = make(tmp_path / "free", 2, "qwen3")  # a head of its own, biases none, norms on q and k
@@ -55,6 +56,8 @@ def test_adamw_curves_agree_over_ranks_with_recomputation_hybrid_sharding_and_ti
         assert set(result["statuses"]) == {0}, result
     for name in ("two", "three", "hybrid"):
         assert curve(tmp_path / name) == pytest.approx(curve(tmp_path / "one"), abs=1e-4)
+    # What a GPU computes in: only near, and its coefficients must not be rounded with the activations.
+    assert curve(tmp_path / "half") == pytest.approx(curve(tmp_path / "one"), abs=0.1)
     assert curve(tmp_path / "score-2") == pytest.approx(curve(tmp_path / "score-1"), abs=1e-4)
 
 

@@ -1,49 +1,67 @@
-"""What a judged file is worth against labels that the judge never saw: accuracy with its interval.
+"""What judgments are worth: the benchmarks of the paper, intervals, calibration; from judged files alone.
 
-It reads judgments only, so that a table can be made again without a model. An abstention is never correct.
+A benchmark's averages are as its authors define them, each under its own name (`BENCHMARKS`). A pair that
+could not be judged, and a verdict that could not be read, count as wrong. Intervals are bootstrap, 95%: the
+units (prompts of RM-Bench, questions of PPE, else pairs) are drawn anew within each group of an average.
+
+Beside the averages stands how far the judge can be trusted (`reliability`): how often its two orders agree,
+how many votes were unreadable, and what its probabilities are worth. `fit_calibrator` maps them to observed
+frequencies by isotonic regression; judge.py applies the map that lies in a model's directory.
 
 It leaves out: judging (judge.py), and anything that trains or filters; the truth stops here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
+from gramr2.data import Store
+from gramr2.files import InputError, write_json
+from gramr2.records import OTHER, UNDECIDED, Judgment, Pair
+
 RESAMPLES = 2000
+BINS = 10  # of ECE, over confidences from 0.5 to 1
+FEWEST = 30  # labelled pairs that a calibrator can be fitted on
+Row = dict[str, Any]
 
 
-def interval(correct: Sequence[bool], seed: int = 0) -> tuple[float, float]:
-    """Bootstrap 95% interval of a mean over pairs."""
-    values = np.asarray(correct, dtype=float)
+def average(name: str, groups: Sequence[Sequence[float]], seed: int = 0) -> Row:
+    """The mean of the groups' means in per cent, with its interval."""
+    values = [np.asarray(group, dtype=float) for group in groups]
     rng = np.random.default_rng(seed)
-    means = rng.binomial(len(values), values.mean(), RESAMPLES) / len(values)  # resampling zeros and ones
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
+    drawn = np.zeros(RESAMPLES)
+    for each in values:
+        draws = (rng.integers(len(each), size=(100, len(each))) for _ in range(RESAMPLES // 100))
+        drawn += np.concatenate([each[units].mean(1) for units in draws]) / len(values)
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    mean = fmean(each.mean() for each in values)
+    figures = {"value": mean, "low": min(low, mean), "high": max(high, mean)}  # apart by rounding alone
+    count = sum(map(len, values))
+    return {"name": name, **{key: round(100 * float(value), 2) for key, value in figures.items()}, "n": count}
 
 
-def accuracy_row(name: str, judged: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def is_right(row: Row) -> bool:
+    return row.get("label") is not None and row["label"] == row["pair"]["label"]
+
+
+# ---------------------------------------------------------------------------------- results.json
+
+
+def accuracy_row(name: str, judged: Iterable[Row]) -> Row:
     """One row of results.json: accuracy in per cent over pairs that have a label, and by domain."""
-    correct: dict[str, list[bool]] = {}
+    correct = defaultdict(list)
     for row in judged:
-        domain = row["pair"].get("domain") or "all"
-        correct.setdefault(domain, []).append(row.get("label") == row["pair"]["label"])
-    every = [hit for hits in correct.values() for hit in hits]
-    low, high = interval(every)
-    return {
-        "name": name,
-        "accuracy": percent(every),
-        "low": round(100 * low, 2),
-        "high": round(100 * high, 2),
-        "n": len(every),
-        "by_domain": {domain: percent(hits) for domain, hits in sorted(correct.items())},
-    }
-
-
-def percent(hits: Sequence[bool]) -> float:
-    return round(100 * sum(hits) / len(hits), 2)
+        correct[row["pair"].get("domain") or "all"].append(is_right(row))
+    every = average(name, [[hit for hits in correct.values() for hit in hits]])
+    by_domain = {domain: round(100 * fmean(hits), 2) for domain, hits in sorted(correct.items())}
+    return {"name": name, "accuracy": every.pop("value"), **every, "by_domain": by_domain}
 
 
 def label_accuracy(labels: Iterable[tuple[str, str | None]], truth: dict[str, str]) -> float | None:
@@ -52,4 +70,308 @@ def label_accuracy(labels: Iterable[tuple[str, str | None]], truth: dict[str, st
     For reporting only.
     """
     hits = [truth[i] == label for i, label in labels if i in truth and label is not None]
-    return percent(hits) if hits else None
+    return round(100 * fmean(hits), 2) if hits else None
+
+
+# ---------------------------------------------------------------------------------- the benchmarks
+
+
+def _mean_of(groups: dict[str, list[float]], order: Sequence[str], what: str) -> Iterator[Row]:
+    """Each group's average, and their mean under a name that says how many there are."""
+    present = sorted(groups, key=lambda name: order.index(name) if name in order else len(order))
+    yield from (average(name, [groups[name]]) for name in present)
+    whole = "the four" if len(present) == len(order) == 4 else f"{len(present)}"
+    yield average(f"mean of {whole} {what}", list(groups.values()))
+
+
+RM_DOMAINS = ("chat", "math", "code", "safety")
+LEVELS = {
+    "easy": np.tri(3, k=-1),
+    "normal": np.eye(3),
+    "hard": np.tri(3, k=-1).T,
+}  # row chosen, column rejected
+
+
+def rm_bench(rows: list[Row]) -> tuple[list[Row], str]:
+    """Nine pairs a prompt; a domain's accuracy is the mean of its 3x3 matrix, overall that of the domains."""
+    cells = defaultdict(lambda: np.full((3, 3), np.nan))
+    for row in rows:
+        meta = row["pair"]["meta"]
+        prompt = row["pair"]["domain"], meta["subset"], meta["prompt"]
+        cells[prompt][meta["chosen"], meta["rejected"]] = is_right(row)
+    domains = defaultdict(list)
+    for (domain, *_), matrix in cells.items():
+        if not np.isnan(matrix).any():
+            domains[domain].append(matrix)
+    left_out = len(cells) - sum(map(len, domains.values()))
+    if not domains:
+        raise InputError("rm-bench: no prompt with all of its nine pairs")
+    whole = {domain: [each.mean() for each in matrices] for domain, matrices in domains.items()}
+    averages = list(_mean_of(whole, RM_DOMAINS, "domains (overall)"))
+    for level, mask in LEVELS.items():
+        parts = [[(each * mask).sum() / 3 for each in matrices] for matrices in domains.values()]
+        averages.append(average(f"{level}, mean of the domains", parts))
+    lines = [f"{left_out} prompts without all nine pairs are left out"] if left_out else []
+    for domain, matrices in domains.items():
+        lines += [f"{domain}: chosen (rows) against rejected: concise, plain, markdown"]
+        lines += ["  " + " ".join(f"{100 * cell:6.1f}" for cell in row) for row in np.mean(matrices, axis=0)]
+    return averages, "\n".join(lines)
+
+
+CATEGORIES = ("knowledge", "reasoning", "math", "coding")
+
+
+def both_orders(row: Row) -> int:
+    """JudgeBench's rule: the sum of +1 for each order's verdict for the label, and -1 for one against it."""
+    truth, verdicts = row["pair"]["label"], [row.get("label")]  # a judge without votes knows no order
+    if row.get("details"):
+        leads = {"AB": 0, "BA": 0}
+        for vote in row["details"]:
+            leads[vote["order"]] += {"A": 1, "B": -1, None: 0}[vote["label"]]
+        verdicts = ["A" if lead > 0 else "B" if lead < 0 else None for lead in leads.values()]
+    return verdicts.count(truth) - verdicts.count(OTHER[truth])
+
+
+def judgebench(rows: list[Row]) -> tuple[list[Row], str]:
+    """Correct when both orders' verdicts together are for the label."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["pair"]["domain"]].append(both_orders(row) > 0)
+    averages = list(_mean_of(groups, CATEGORIES, "categories (the paper's Overall)"))
+    every = [hit for hits in groups.values() for hit in hits]
+    return [*averages, average("mean over pairs (the benchmark's own)", [every])], ""
+
+
+def by_domain(rows: list[Row]) -> tuple[list[Row], str]:
+    """Labelled pairs, HelpSteer3's validation set among them."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["pair"].get("domain") or "all"].append(is_right(row))
+    averages = list(_mean_of(groups, sorted(groups), "domains"))
+    return [*averages, average("mean over pairs", [[hit for hits in groups.values() for hit in hits]])], ""
+
+
+def ppe(rows: list[Row]) -> tuple[list[Row], str]:
+    """Best-of-k: what a linear search has picked after k responses, the best there is, and chance."""
+    paths = [_path(row) for row in rows]
+    most = min(len(row["scores"]) for row in rows)  # every reader's row has one at least
+    averages, lines = [], ["   k  picked  oracle  chance"]
+    for k in (2**e for e in range(most.bit_length())):
+        picked = [row["scores"][path[k - 1]] if path else 0 for row, path in zip(rows, paths, strict=True)]
+        oracle = fmean(max(row["scores"][:k]) for row in rows)
+        chance = fmean(fmean(row["scores"][:k]) for row in rows)
+        averages.append(average(f"best of {k}", [picked]))
+        lines.append(f"{k:4} {averages[-1]['value']:7.1f} {100 * oracle:7.1f} {100 * chance:7.1f}")
+        averages[-1] |= {"oracle": round(100 * oracle, 2), "chance": round(100 * chance, 2)}
+    return averages, "\n".join(lines)
+
+
+def _path(row: Row) -> list[int]:
+    """The best of the first 1, 2, … responses; nothing where the list could not be judged."""
+    if "error" in row:
+        return []
+    path = [0]
+    for each in row["comparisons"]:
+        path.append(each["a"] if each["p"] > UNDECIDED else each["b"])
+    return path
+
+
+BENCHMARKS = {"rm-bench": rm_bench, "judgebench": judgebench, "ppe": ppe}
+BENCHMARKS |= {"helpsteer3": by_domain, "pairs": by_domain}
+
+
+def read_benchmark(name: str, path: Path) -> Iterator[Pair | Row]:
+    """A published file's pairs, or lists, whole and in its order."""
+    from gramr2.extras.datasets import FORMATS, Source
+
+    if name not in BENCHMARKS:
+        raise InputError(f"no benchmark {name}; there are {', '.join(BENCHMARKS)}")
+    source = Source(path)
+    for where, row in source:
+        try:
+            yield from (item for item in FORMATS[name].items(row, source) if not isinstance(item, str))
+        except InputError as error:
+            raise InputError(f"{path}: {where}: {error}") from None
+
+
+def _published(row: Row) -> Row:
+    """A row of JudgeBench's own judgment files: two decisions, the second with the responses exchanged."""
+    from gramr2.extras.datasets import FORMATS
+
+    (pair,) = FORMATS["judgebench"].items(row, None)
+    decisions = [(each or {}).get("decision") for each in row["judgments"]]
+    read = [{"A>B": "A", "B>A": "B"}.get(decision) for decision in decisions]
+    labels = dict(zip(("AB", "BA"), [read[0], *(OTHER[label] for label in read[1:2])], strict=False))
+    lead = sum({"A": 1, "B": -1, None: 0}[label] for label in labels.values())
+    return {
+        "id": pair.id,
+        "label": "A" if lead > 0 else "B" if lead < 0 else None,
+        "p_a": None,
+        "votes": {"A": 0, "B": 0, "none": decisions.count(None)} | {"judgments": len(decisions)},
+        "orders_agree": len(set(labels.values())) == 1 if len(labels) == 2 else None,
+        "details": [{"order": order, "label": label} for order, label in labels.items()],
+        "pair": pair.to_json(),
+        "judge": row.get("judge_name", "published"),
+    }
+
+
+# ---------------------------------------------------------------------------------- probabilities
+
+
+def reliability(rows: Sequence[Row]) -> Row:
+    """Agreement of the orders, abstentions, and what p_a is worth; None where there is nothing to see.
+
+    Confidence is max(p_a, 1 - p_a). Where p_a is one half, one half of the verdict is right.
+    """
+    judged = [row for row in rows if "error" not in row]
+    agree = [row["orders_agree"] for row in judged if row.get("orders_agree") is not None]
+    votes = [vote for row in judged for vote in row.get("details") or ()]
+    known = [(row["p_a"], row["pair"]["label"]) for row in judged if row.get("p_a") is not None]
+    tokens = [vote["tokens"] for vote in votes if "tokens" in vote]
+    figures = {
+        "failed": len(rows) - len(judged),
+        "consistency": fmean(agree) if agree else None,
+        "abstention": fmean(vote["label"] is None for vote in votes) if votes else None,
+        "tokens": sum(tokens) / len(judged) if tokens else None,
+        "calibrated": any(
+            isinstance(row.get("judge"), dict) and row["judge"]["calibrated"] for row in judged
+        ),
+    }
+    return figures | calibration(*zip(*known, strict=True)) if known else figures
+
+
+def calibration(p: Sequence[float], labels: Sequence[str]) -> Row:
+    """ECE, Brier score and the accuracy of the surer half of probabilities of A."""
+    p_truth = np.where(np.asarray(labels) == "A", p, 1 - np.asarray(p))
+    sure, right = np.maximum(p_truth, 1 - p_truth), (np.sign(p_truth - 0.5) + 1) / 2
+    bins = np.minimum((2 * sure - 1) * BINS, BINS - 1).astype(int)
+    gaps = [abs((right - sure)[bins == each].sum()) for each in np.unique(bins)]
+    half = math.ceil(len(sure) / 2)
+    edge = np.sort(sure)[-half]
+    above, tied = right[sure > edge], right[sure == edge]  # of those on the edge, their mean fills the half
+    covered = (above.sum() + tied.mean() * (half - len(above))) / half
+    brier = ((1 - p_truth) ** 2).mean()
+    return {"ece": float(sum(gaps) / len(sure)), "brier": float(brier), "covered": float(covered)}
+
+
+def fit_calibrator(rows: Iterable[Row]) -> Row:
+    """Isotonic regression of the truth on p_a, the same for both letters: f(1 - p) = 1 - f(p).
+
+    What judge.py interpolates in: each block's mean p and its observed frequency, which is kept from 0 and 1
+    by what so many pairs cannot rule out.
+    """
+    rows = [row for row in rows if "error" not in row and row["pair"].get("label")]
+    if len(rows) < FEWEST:
+        raise InputError(f"{len(rows)} judged pairs with a label; a calibrator needs {FEWEST} or more")
+    votes = {sum(row["votes"].values()) for row in rows if row["details"] or not sum(row["votes"].values())}
+    votes -= {0} if len(votes) > 1 else set()  # identical responses have none
+    if len(votes) > 1 or any(row.get("judge", {}).get("calibrated") for row in rows):
+        raise InputError(
+            "a calibrator needs pairs judged alike: by one number of votes, and not calibrated yet"
+        )
+    points = [(row["p_a"], row["pair"]["label"] == "A") for row in rows]
+    points += [(1 - p, not truth) for p, truth in points]
+    blocks: list[list[float]] = []  # truths, sum of p, count
+    for p, truth in sorted(
+        points, key=lambda point: (point[0], -point[1])
+    ):  # of equal p the true first: they pool
+        blocks.append([truth, p, 1])
+        while len(blocks) > 1 and blocks[-2][0] * blocks[-1][2] >= blocks[-1][0] * blocks[-2][2]:
+            last = blocks.pop()
+            blocks[-1] = [one + two for one, two in zip(blocks[-1], last, strict=True)]
+    least = 1 / (len(rows) + 2)
+    return {
+        "votes": votes.pop(),
+        "pairs": len(rows),
+        "p": [total / count for _, total, count in blocks],
+        "calibrated": [min(max(truths / count, least), 1 - least) for truths, _, count in blocks],
+    }
+
+
+def calibrate(path: Path, directory: Path) -> tuple[Path, Row]:
+    """Fits on a judged file and leaves the map in the model's directory, whole or not at all."""
+    from gramr2.judge import CALIBRATION  # brings torch, which a table does not need
+
+    if not (directory / "config.json").is_file():
+        raise InputError(f"{directory}: not a model directory (it has no config.json)")
+    try:
+        fitted = fit_calibrator(Store(path))
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a file of judged pairs ({error!r})") from None
+    write_json(directory / CALIBRATION, fitted)
+    return directory / CALIBRATION, fitted
+
+
+# ---------------------------------------------------------------------------------- the table
+
+
+def score(name: str, paths: Sequence[Path]) -> Row:
+    """A benchmark's result from judged files, ours or JudgeBench's own."""
+    if name not in BENCHMARKS:
+        raise InputError(f"no benchmark {name}; there are {', '.join(BENCHMARKS)}")
+    rows = []
+    for path in paths:
+        for number, row in enumerate(Store(path), 1):
+            try:
+                rows.append(_checked(name, row))
+            except (InputError, KeyError, TypeError, AttributeError) as error:
+                reason = error if isinstance(error, InputError) else f"not a judged row ({error!r})"
+                raise InputError(f"{path}: row {number}: {reason}") from None
+    if not rows:
+        raise InputError(f"{paths[0]}: no judged rows")
+    averages, text = BENCHMARKS[name](rows)
+    judges = sorted({_judge(row) for row in rows if row.get("judge")})
+    compared = [each for row in rows for each in row.get("comparisons", ())] if name == "ppe" else rows
+    figures = reliability(compared)
+    figures["failed"] = sum("error" in row for row in rows)
+    return {"benchmark": name, "judges": judges, "averages": averages, **figures, "more": text}
+
+
+def _checked(name: str, row: Row) -> Row:
+    if "judgments" in row:
+        return _published(row)
+    if name == "ppe":
+        for each in row.get("comparisons", ()):  # which of two is better is known where their scores differ
+            gap = row["scores"][each["a"]] - row["scores"][each["b"]]
+            each["pair"] = {"label": "A" if gap > 0 else "B"}
+            each["p_a"] = each["p_a"] if gap else None
+        return row
+    if row["pair"].get("label") is None:
+        raise InputError("its pair has no label")
+    if "error" not in row:
+        Judgment.from_json({key: row[key] for key in row if key not in ("id", "pair", "judge")})
+    if name == "judgebench" and {vote["order"] for vote in row.get("details", ())} == {"AB"}:
+        raise InputError("judged in one order; the benchmark's rule needs both (--bench asks for both)")
+    return row
+
+
+def _judge(row: Row) -> str:
+    judge = row["judge"]
+    return judge if isinstance(judge, str) else ", ".join(f"{key} {value}" for key, value in judge.items())
+
+
+def readable(result: Row) -> str:
+    lines = [f"{result['benchmark']}, judged by {'; '.join(result['judges']) or 'unknown'}", ""]
+    lines.append(f"{'':44}     %   95% interval      n")
+    for each in result["averages"]:
+        span = f"{each['low']:5.1f} – {each['high']:5.1f}"
+        lines.append(f"{each['name']:44} {each['value']:5.1f}   {span} {each['n']:6}")
+    if result["more"]:
+        lines += ["", result["more"]]
+
+    def shown(name: str, key: str, form: str) -> str:
+        return f"{name:44} {format(result[key], form) if result.get(key) is not None else '–'}"
+
+    lines += ["", shown("orders agree", "consistency", ".1%"), shown("unreadable votes", "abstention", ".1%")]
+    lines += [shown("pairs that could not be judged", "failed", "d")]
+    calibrated = "calibrated" if result["calibrated"] else "as judged, not calibrated"
+    lines += [
+        f"{'probabilities':44} {calibrated}",
+        shown("ECE", "ece", ".3f"),
+        shown("Brier score", "brier", ".3f"),
+    ]
+    lines += [
+        shown("accuracy at 50% coverage", "covered", ".1%"),
+        shown("tokens per judgment", "tokens", ",.0f"),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,263 @@
+"""infer.py as a user types it: bad input, resumed bulk runs, kills, rankings, calibration."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import make_checkpoint
+
+import gramr2.judge
+import infer
+from gramr2.files import exit_status
+
+ROOT = Path(__file__).parents[1]
+PROMPT = "Q {question} A {response_a} B {response_b} Better:"
+BULK = ["--format", "label", "--json"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A random model that judges by its first token, and has room for 200 tokens."""
+    place = make_checkpoint(tmp_path_factory.mktemp("infer") / "model", "llama2", max_positions=200)
+    (place / "judge_prompt.txt").write_text(PROMPT)
+    return place
+
+
+def run(capsys, *words) -> tuple[int, str, str]:
+    status = exit_status(infer.main, [str(word) for word in words])
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def pair(number: int, **fields) -> dict:
+    return {
+        "question": f"What is {number}?",
+        "response_a": f"It is {number}.",
+        "response_b": "No idea.",
+    } | fields
+
+
+def write(path: Path, rows) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------------------- bad input
+
+
+BAD_PAIRS = {
+    "no question": ('{"response_a": "x", "response_b": "y"}', 'no field "question"'),
+    "one response": ('{"question": "q", "response_a": "x"}', 'no field "response_b"'),
+    "not JSON": ("{question", "not JSON"),
+    "not an object": ("[1]", "not an object"),
+    "half a character": ('{"question": "\\ud800", "response_a": "x", "response_b": "y"}', "not Unicode"),
+    "too long": (
+        json.dumps(pair(1, response_a="word " * 300)),
+        "tokens are too many for the model's 200 positions",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PAIRS)
+def test_a_bad_pair_is_one_line_and_status_2(name, model, tmp_path, capsys):
+    content, expected = BAD_PAIRS[name]
+    (tmp_path / "a.json").write_text(content)
+    status, out, err = run(capsys, "--pair", tmp_path / "a.json", "--model", model, "--format", "label")
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status == 2 and out == "" and expected in error
+    assert name == "too long" or "a.json" in error
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["--pair", "a.json", "--model", "."], "."),
+        (["--pair", "a.json", "--model", "MODEL", "--votes", "3"], "--votes 3"),
+        (["--pair", "a.json", "--model", "MODEL", "--format", "x"], "no format x"),
+        (["--pair", "a.json", "--model", "MODEL", "--format", "scalar"], "scalar head"),
+        (["--pairs", "a.json", "--model", "MODEL"], "--out"),
+        (["--pair", "a.json", "--out", "o"], "--out"),
+        (["--rank", "a.json", "--model", "MODEL"], '"responses"'),
+        (["--score", "judgebench"], "judged file"),
+        (["--score", "nothing", "a.json"], "no benchmark nothing"),
+        (["--bench", "nothing", "a.json", "--out", "o", "--model", "MODEL"], "no benchmark nothing"),
+        (["--bench", "judgebench", "a.json", "--out", "o", "--model", "MODEL"], "a.json"),
+        (["--calibrate", "a.json", "--model", "."], "not a model directory"),
+        (["--calibrate", "a.json", "--model", "MODEL"], "judged pairs"),
+    ],
+    ids=" ".join,
+)
+def test_bad_words_are_one_line_and_status_2(words, expected, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(Path("a.json"), [pair(1)])
+    status, out, err = run(capsys, *(model if word == "MODEL" else word for word in words))
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status == 2 and out == "" and expected in error
+
+
+# ---------------------------------------------------------------------------------- one pair, one list
+
+
+def test_identical_responses_are_said_to_be_so(model, tmp_path, capsys):
+    write(tmp_path / "a.json", [pair(1, response_b="It is 1.")])
+    status, out, _ = run(capsys, "--pair", tmp_path / "a.json", "--model", model, *BULK)
+    judged = json.loads(out)
+    assert status == 0 and judged["p_a"] == 0.5 and judged["label"] is None
+    assert "identical" in run(capsys, "--pair", tmp_path / "a.json", "--model", model, *BULK[:2])[1]
+
+
+@pytest.mark.parametrize("method", infer.METHODS)
+def test_a_list_is_ranked_with_its_comparisons_counted(method, model, tmp_path, capsys):
+    responses = ["one", "two", "", "four", "five"]
+    write(tmp_path / "b.json", [{"question": "q", "responses": responses}])
+    words = ("--rank", tmp_path / "b.json", "--method", method, "--model", model, "--format", "label")
+    found = json.loads(run(capsys, *words, "--json")[1])
+    assert sorted(found["order"]) == list(range(5)) and found["best"] == found["order"][0]
+    assert 4 <= found["comparisons"] <= 10
+    said = run(capsys, *words)[1]
+    assert (
+        f"The best is response {found['best'] + 1}." in said and f"{found['comparisons']} comparisons" in said
+    )
+
+
+def test_every_format_is_listed_with_its_reading(capsys):
+    status, out, _ = run(capsys, "--formats")
+    assert status == 0 and len(out.splitlines()) == len(gramr2.judge.FORMATS)
+    assert all("; p is the" in line for line in out.splitlines())
+
+
+# ---------------------------------------------------------------------------------- bulk
+
+
+def test_a_bulk_run_goes_on_past_bad_rows_and_tries_them_again(model, tmp_path, capsys):
+    rows = [pair(n) for n in range(5)]
+    rows[1] = pair(1, response_a="word " * 300)
+    rows[3] = {"question": "no responses"}
+    rows.append(rows[0])  # the same row again is judged once
+    rows.append({**rows[0], "response_a": rows[0]["response_b"], "response_b": rows[0]["response_a"]})
+    source, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    with source.open("a") as file:
+        file.write("not json\n")
+    words = ("--pairs", source, "--out", out, "--model", model, *BULK)
+    counts = json.loads(run(capsys, *words)[1])
+    assert counts == {"judged": 4, "before": 0, "failed": 3}
+    failures = [row for row in read(out) if "error" in row]
+    assert len(failures) == 3 and "200 positions" in failures[0]["error"]
+    assert [row["id"] for row in failures[1:]] == ["row 4", "row 8"]
+    counts = json.loads(run(capsys, *words)[1])
+    assert counts == {"judged": 0, "before": 4, "failed": 3} and len(read(out)) == 7
+    rows[1], rows[3] = pair(1), pair(3)
+    write(source, rows)
+    assert json.loads(run(capsys, *words)[1]) == {"judged": 2, "before": 4, "failed": 0}
+    assert len({row["id"] for row in read(out)}) == 5 and not any("error" in row for row in read(out))
+
+
+def test_rows_of_other_settings_are_not_mixed_in(model, tmp_path, capsys):
+    source, out = write(tmp_path / "in.jsonl", [pair(1)]), tmp_path / "out.jsonl"
+    words = ("--pairs", source, "--out", out, "--model", model, *BULK)
+    assert run(capsys, *words)[0] == 0
+    status, _, err = run(capsys, *words, "--seed", "1")
+    assert status == 2 and "seed 0, now 1" in err and "another --out" in err
+
+
+def test_a_calibration_travels_with_the_model_and_the_table_says_so(tmp_path, capsys):
+    place = make_checkpoint(tmp_path / "model", num_labels=1, tie_embeddings=False)
+    rows = [pair(n, label="AB"[n % 3 == 0]) for n in range(40)]
+    source, out, again = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl", tmp_path / "again.jsonl"
+    words = ("--pairs", source, "--model", place)
+    assert run(capsys, *words, "--out", out)[0] == 0
+    assert "not calibrated" in run(capsys, "--score", "pairs", out)[1]
+    status, said, _ = run(capsys, "--calibrate", out, "--model", place)
+    assert status == 0 and "40 pairs" in said
+    assert run(capsys, *words, "--out", again)[0] == 0
+    assert "not calibrated" not in run(capsys, "--score", "pairs", again)[1]
+    fitted = json.loads((place / "calibration.json").read_text())
+    before, after = ([row["p_a"] for row in read(path)] for path in (out, again))
+    assert after == pytest.approx(list(np.interp(before, fitted["p"], fitted["calibrated"])))
+    assert len(set(before)) > 30 and before != after
+    status, _, err = run(capsys, "--calibrate", again, "--model", place)
+    assert status == 2 and "calibrated yet" in err  # a map of mapped values would be wrong
+    assert run(capsys, *words, "--out", out)[0] == 2  # nor are mapped and unmapped rows mixed
+
+
+# ---------------------------------------------------------------------------------- kills
+
+FORKS = """
+import os, sys, torch
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import infer, gramr2.judge
+from gramr2.files import exit_status
+gramr2.judge.SHARD = 4
+for line in sys.stdin:
+    pid = os.fork()
+    if not pid:
+        os.dup2(2, 1)
+        status = exit_status(infer.main, line.split("\\t")[:-1])
+        os._exit(status)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Forks:
+    """Runs infer.py in forks of a process that has imported torch, with shards of four pairs."""
+
+    def __init__(self):
+        code = FORKS.format(root=str(ROOT))
+        self.parent = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def run(self, words, out: Path, kill_at: int | None = None) -> int:
+        """The exit status; with `kill_at`, SIGKILL as soon as so many rows are in `out`."""
+        self.parent.stdin.write("".join(f"{word}\t" for word in words) + "\n")
+        self.parent.stdin.flush()
+        pid = int(self.parent.stdout.readline())
+        while kill_at is not None and not (out.exists() and out.read_bytes().count(b"\n") >= kill_at):
+            time.sleep(0.001)
+        if kill_at is not None:
+            os.kill(pid, signal.SIGKILL)
+        return int(self.parent.stdout.readline())
+
+    def close(self):
+        self.parent.stdin.close()
+        self.parent.wait()
+
+
+def test_killed_three_times_and_continued_every_pair_is_judged_once(model, tmp_path):
+    """Level 1: the same file as an uninterrupted run's."""
+    source = write(tmp_path / "in.jsonl", [pair(n) for n in range(40)])
+    words = [
+        "--pairs",
+        source,
+        "--model",
+        model,
+        "--format",
+        "think",
+        "--votes",
+        4,
+        "--max-new-tokens",
+        16,
+        "--out",
+    ]
+    forks, out, whole = Forks(), tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    try:
+        assert forks.run([*words, whole], whole) == 0
+        for rows in (1, 13, 24):
+            assert forks.run([*words, out], out, rows) == -9
+        with out.open("ab") as file:
+            file.write(b'{"id": "torn')  # what a kill inside a write leaves
+        assert forks.run([*words, out], out) == 0
+    finally:
+        forks.close()
+    assert len(read(out)) == 40 and out.read_bytes() == whole.read_bytes()
