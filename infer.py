@@ -27,7 +27,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from gramr2.files import InputError, exit_status, read_json
+from gramr2.files import InputError, exit_status, publish_file, read_json
 from gramr2.records import Pair, show
 
 VOTES = {"pair": 16, "rank": 4, "pairs": 4, "bench": 1}  # 16 is what the paper's best figures use
@@ -209,8 +209,7 @@ def keep_finished(path: Path, settings: dict[str, Any]) -> set[bytes]:
     """Keys of what an earlier call has judged; its failures are taken out, to be tried again."""
     if not path.is_file():
         return set()
-    from gramr2.data import Store
-    from gramr2.steps import write_rows
+    from gramr2.data import Shard, Store
 
     done, failed, rows = set(), False, Store(path)
     for number, row in enumerate(rows, 1):
@@ -223,7 +222,10 @@ def keep_finished(path: Path, settings: dict[str, Any]) -> set[bytes]:
             raise InputError(f"{path}: row {number} was judged with {'; '.join(other)}; give another --out")
         done.add(key_of(Pair.from_json(row["pair"]) if "pair" in row else row))
     if failed:
-        write_rows(path, (row for row in rows if "error" not in row))
+        with publish_file(path) as temporary, Shard(temporary) as kept:
+            for row in rows:
+                if "error" not in row:
+                    kept.write(row)
     return done
 
 

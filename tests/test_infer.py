@@ -193,7 +193,7 @@ def test_a_calibration_travels_with_the_model_and_the_table_says_so(tmp_path, ca
 # ---------------------------------------------------------------------------------- kills
 
 FORKS = """
-import os, sys, torch
+import os, sys, torch, torch._dynamo  # the last is imported late, in every fork anew
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import infer, gramr2.judge
 from gramr2.files import exit_status
