@@ -10,10 +10,10 @@
     python infer.py --formats                           what can be judged with, and how it is read
 
 A pair file: {"question": "…", "response_a": "…", "response_b": "…"}, or "messages" instead of "question"; a
-list file has "responses" instead. Without --model the newest run of selftrain.py under runs/ judges. One vote
-is greedy and in the given order; an even number of votes is sampled, half of them with the responses
-exchanged. A benchmark takes votes per order: 1 is greedy in both. Benchmarks: rm-bench, judgebench, ppe,
-helpsteer3, pairs. Exit status: 0 done, 2 bad input, 130 interrupted.
+list file has "responses" instead (--json counts them from 0). Without --model the newest run of selftrain.py
+under runs/ judges. One vote is greedy and in the given order; an even number of votes is sampled, half of
+them with the responses exchanged. A benchmark takes votes per order: 1 is greedy in both. Benchmarks:
+rm-bench, judgebench, ppe, helpsteer3, pairs. Exit status: 0 done, 2 bad input, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -38,34 +38,26 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "infer.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--pair", type=Path, metavar="FILE", help="one pair, a JSON file")
-    what.add_argument("--rank", type=Path, metavar="FILE", help="one list of responses, a JSON file")
-    what.add_argument("--pairs", type=Path, metavar="IN.jsonl", help="many pairs, one a line; needs --out")
-    what.add_argument("--bench", nargs=2, metavar=("NAME", "FILE"), help="a published benchmark; needs --out")
-    what.add_argument(
-        "--score", nargs="+", metavar=("NAME", "FILE"), help="a benchmark's table from judged files"
-    )
-    what.add_argument(
-        "--calibrate", type=Path, metavar="FILE", help="fit --model's calibration on judged pairs"
-    )
-    what.add_argument("--formats", action="store_true", help="list the kinds of judges")
+    one = parser.add_mutually_exclusive_group(required=True).add_argument
+    one("--pair", type=Path, metavar="FILE", help="one pair, a JSON file")
+    one("--rank", type=Path, metavar="FILE", help="one list of responses, a JSON file")
+    one("--pairs", type=Path, metavar="IN.jsonl", help="many pairs, one a line; needs --out")
+    one("--bench", nargs=2, metavar=("NAME", "FILE"), help="a published benchmark; needs --out")
+    one("--score", nargs="+", metavar=("NAME", "FILE"), help="a benchmark's table from judged files")
+    one("--calibrate", type=Path, metavar="FILE", help="fit --model's calibration on judged pairs")
+    one("--formats", action="store_true", help="list the kinds of judges")
     add = parser.add_argument
     add("--out", type=Path, metavar="OUT.jsonl", help="where the judgments of --pairs or --bench go")
     add("--model", type=Path, metavar="DIR", help="a model directory [the newest run's]")
     add("--prompt", type=Path, metavar="FILE", help="a judge prompt instead of the model's own")
     add("--format", metavar="NAME", help="the kind of judge, see --formats [think; scalar with such a head]")
     add("--method", choices=METHODS, default="merge", help="how --rank compares [merge]")
-    add(
-        "--votes",
-        type=int,
-        metavar="N",
-        help="1, or an even number [16; 4 for --pairs and --rank; --bench: 1]",
-    )
+    votes = "1, or an even number [16; 4 for --pairs and --rank; 1 for --bench]"
+    add("--votes", type=int, metavar="N", help=votes)
     add("--seed", type=int, default=0, metavar="S", help="the same seed gives the same votes [0]")
     add("--max-new-tokens", type=int, default=4096, metavar="N", help="longest answer [4096]")
-    add("--device", default="auto", help="cpu, cuda, or auto [auto]")
-    add("--dtype", default="auto", help="float32 or bfloat16 [bfloat16 on CUDA]")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="[cuda where there is one]")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="[bfloat16 on cuda]")
     add("--json", action="store_true", help="nothing but JSON on standard output")
     return parser.parse_args(argv)
 
@@ -95,21 +87,17 @@ def judge(arguments: argparse.Namespace) -> None:
     """--pair, --rank, --pairs and --bench. What goes in is read before the model, which takes its time."""
     kind = next(name for name in VOTES if getattr(arguments, name) is not None)
     if (kind in ("pairs", "bench")) != (arguments.out is not None):
-        raise InputError(
-            "--out OUT.jsonl goes with --pairs IN.jsonl and with --bench NAME FILE, which need it"
-        )
+        raise InputError("--out OUT.jsonl goes with --pairs and with --bench, which both need it")
     votes = VOTES[kind] if arguments.votes is None else arguments.votes
     if votes < 1 or (votes > 1 and votes % 2 and kind != "bench"):
         raise InputError(f"--votes {votes}: expected 1, or an even number (half in each order)")
     if kind == "pair":
         pair = read_one(arguments.pair, Pair.from_json)
-        ((_, judgment),) = Judge(arguments, votes).rows([pair])
-        if "error" in judgment:
-            raise InputError(judgment["error"])
-        del judgment["pair"]
-        print(
-            json.dumps(judgment, ensure_ascii=False, indent=2) if arguments.json else readable(pair, judgment)
-        )
+        (row,) = Judge(arguments, votes).rows([pair])
+        if "error" in row:
+            raise InputError(row["error"])
+        del row["pair"]
+        print(json.dumps(row, ensure_ascii=False, indent=2) if arguments.json else readable(pair, row))
     elif kind == "rank":
         asked = read_one(arguments.rank, as_list)
         judge = Judge(arguments, votes)
@@ -118,7 +106,7 @@ def judge(arguments: argparse.Namespace) -> None:
     elif kind == "pairs":
         from gramr2.data import Store
 
-        counts = bulk(arguments, votes, Store(arguments.pairs))
+        counts = bulk(arguments, votes, Store(arguments.pairs, Pair.from_json))
         said = "{judged} judged, {before} were there before, {failed} failed: {out}"
         print(json.dumps(counts) if arguments.json else said.format(**counts, out=arguments.out))
     else:
@@ -138,7 +126,9 @@ class Judge:
 
         from gramr2.judge import RewardModel
 
-        cuda = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
+        if arguments.device == "cuda" and not torch.cuda.is_available():
+            raise InputError("--device cuda: there is no CUDA device here")
+        cuda = arguments.device != "cpu" and torch.cuda.is_available()
         dtype = arguments.dtype if arguments.dtype != "auto" else "bfloat16" if cuda else "float32"
         device, prompt = "cuda" if cuda else "cpu", arguments.prompt
         self.model = RewardModel.load(directory, device, dtype, prompt, arguments.format)
@@ -151,23 +141,18 @@ class Judge:
             fitted = self.model.calibration["votes"]
             print(f"warning: not calibrated: the calibration is for {fitted} votes", file=sys.stderr)
 
-    def rows(self, items: Sequence[Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """(item, its row) of pairs, or of a benchmark's lists: a failure is a row with the reason."""
+    def rows(self, items: Sequence[Any]) -> Iterator[dict[str, Any]]:
+        """The row of each pair, or of each of a benchmark's lists: a failure is a row with the reason."""
         if isinstance(items[0], Pair):
             found = (each for _, each in self.model.judge_many(items, **self.sampling, progress=False))
+            about = ({"id": item.id, "pair": item.to_json()} for item in items)
         else:
             lists = [(item["question"], item["responses"]) for item in items]
             found = self.model.contests(lists, "linear", False, **self.sampling, progress=False)
-        for item, each in zip(items, found, strict=True):
-            about = (
-                {"id": item["id"], "scores": item["scores"]} if isinstance(item, dict) else {"id": item.id}
-            )
-            row = (
-                {"error": str(each)}
-                if isinstance(each, InputError)
-                else each.to_json() | {"judge": self.settings}
-            )
-            yield item, about | row | ({"pair": item.to_json()} if isinstance(item, Pair) else {})
+            about = ({"id": item["id"], "scores": item["scores"]} for item in items)
+        for row, each in zip(about, found, strict=True):
+            failed = isinstance(each, InputError)
+            yield row | ({"error": str(each)} if failed else each.to_json() | {"judge": self.settings})
 
 
 def bulk(arguments: argparse.Namespace, votes: int, source: Sequence[Any]) -> dict[str, int]:
@@ -184,7 +169,7 @@ def bulk(arguments: argparse.Namespace, votes: int, source: Sequence[Any]) -> di
     with Shard(arguments.out) as out, tqdm(total=len(source), unit="pair", disable=None) as bar:
         bar.update(len(done))
         while shard := list(islice(waiting, SHARD)):
-            rows = [row for _, row in judge.rows(shard)]
+            rows = list(judge.rows(shard))
             for row in rows:
                 out.write(row)
                 counts["failed" if "error" in row else "judged"] += 1
@@ -234,7 +219,6 @@ def pending(source: Sequence[Any], done: set[bytes], bad: list[dict[str, Any]]) 
     for place in range(len(source)):
         try:
             item = source[place]
-            item = Pair.from_json(item) if not isinstance(item, Pair) and "responses" not in item else item
             key = key_of(item)
         except InputError as error:
             bad.append({"id": f"row {place + 1}", "error": str(error)})
@@ -257,11 +241,7 @@ def read_one(path: Path, make) -> Any:
 def as_list(row: Any) -> tuple[tuple[tuple[str, str], ...], list[str]]:
     """A list file's conversation and responses: a pair file's fields, with "responses"."""
     responses = row.get("responses") if isinstance(row, dict) else None
-    if (
-        not isinstance(responses, list)
-        or len(responses) < 2
-        or not all(isinstance(r, str) for r in responses)
-    ):
+    if not isinstance(responses, list) or len(responses) < 2 or {*map(type, responses)} != {str}:
         raise InputError('field "responses" should be a list of two texts or more')
     return Pair.from_json({**row, "response_a": "", "response_b": "", "label": None}).messages, responses
 
@@ -289,10 +269,8 @@ def tell_score(name: str, paths: list[Path], as_json: bool) -> None:
 
 def tell_ranking(ranking, responses: list[str], as_json: bool) -> None:
     if as_json:
-        counts = {
-            name: getattr(ranking, name) for name in ("comparisons", "rounds", "undecided", "overruled")
-        }
-        print(json.dumps({"best": ranking.best, "order": ranking.order, **counts}))
+        names = ("best", "order", "comparisons", "rounds", "undecided", "overruled")
+        print(json.dumps({name: getattr(ranking, name) for name in names}))
         return
     print(f"The best is response {ranking.best + 1}.")
     for place, index in enumerate(ranking.order, 1):

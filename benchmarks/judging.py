@@ -30,8 +30,8 @@ PROMPT, ANSWER = 256, 64  # tokens
 VOTES = 1, 4, 16
 SMALL = dict(hidden_size=256, intermediate_size=688, num_layers=4, num_heads=4, num_kv_heads=4, head_size=64,
              vocab_size=32000, max_positions=1024)  # fmt: skip
-LARGE = dict(hidden_size=3072, intermediate_size=8192, num_layers=28, num_heads=24, num_kv_heads=8,
-             head_size=128, vocab_size=128256, max_positions=2048)  # fmt: skip
+LARGE = dict(hidden_size=2048, intermediate_size=8192, num_layers=16, num_heads=32, num_kv_heads=8,
+             head_size=64, vocab_size=128256, max_positions=2048)  # fmt: skip
 
 
 def make_pairs(judge: RewardModel, count: int) -> list[Pair]:

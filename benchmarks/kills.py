@@ -1,6 +1,7 @@
 """Kills runs with SIGKILL, continues them, and compares the end with an uninterrupted run, bit by bit.
 
     python benchmarks/kills.py training [--kills 20]
+    python benchmarks/kills.py judging --kills 10
 
 Each run is killed at a moment drawn at random over the time that a whole one takes, continued by the same
 call, killed again, and continued to its end. Equal means: every tensor of the final model has the
@@ -43,7 +44,31 @@ def training(kills: int) -> dict:
     return {"kills": done, "runs": runs, "runs_equal": equal, "level": "bitwise, float32, one thread"}
 
 
-PARTS = {"training": training}
+def judging(kills: int) -> dict:
+    """infer.py --pairs, 120 pairs in shards of four, killed when as many rows are there as chance says."""
+    from checkpoints import make_checkpoint
+    from test_infer import PROMPT, Forks, pair, write
+
+    rng, forks = random.Random(0), Forks()
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
+        model = make_checkpoint(place / "model", "llama2", max_positions=200)
+        (model / "judge_prompt.txt").write_text(PROMPT)
+        source = write(place / "in.jsonl", [pair(n) for n in range(120)])
+        words = ["--pairs", source, "--model", model, "--votes", 4, "--max-new-tokens", 16, "--out"]
+        assert forks.run([*words, place / "whole"], place / "whole") == 0
+        done = equal = runs = 0
+        while done < kills:
+            out, runs = place / f"run{runs}", runs + 1
+            moments = sorted(rng.sample(range(1, 117), min(kills - done, rng.randint(1, 4))))
+            done += sum(forks.run([*words, out], out, rows) == -9 for rows in moments)
+            status = forks.run([*words, out], out)
+            equal += status == 0 and out.read_bytes() == (place / "whole").read_bytes()
+        forks.close()
+    return {"kills": done, "runs": runs, "runs_equal": equal, "level": "every byte of the judged file"}
+
+
+PARTS = {"training": training, "judging": judging}
 
 
 def main() -> int:

@@ -189,6 +189,31 @@ def sampling_cuda(read):
     return "\n\n".join([about, grid(header, lines), f"End to end, {beside['workload']}: {ways}."])
 
 
+def judging(result, command):
+    if result is None:
+        return f"Unmeasured: `{command}` has not been run on such a device."
+    lines = []
+    for row in result["rows"]:
+        gain = f"{row['ours'] / row['loop']:.1f}"
+        lines.append(
+            (row["votes"], f"{row['ours']:.2f}", f"{row['loop']:.3f}", gain, f"{row['singles']:.2f}")
+        )
+    header = "votes", "pairs/s", "the loop's", "ratio", "cost in single votes"
+    about = f"{result['dtype']}, {result['prompt']} tokens of prompt, {result['answer']} of answer, "
+    about += f"{result['pairs']} pairs, medians of {result['repeats']} turns."
+    return f"{about} {where(result['environment'])}\n\n{grid(header, lines)}"
+
+
+@table("judging-cpu")
+def judging_cpu(read):
+    return judging(read("judging_cpu"), "python benchmarks/judging.py --device cpu")
+
+
+@table("judging-cuda")
+def judging_cuda(read):
+    return judging(read("judging_cuda"), "python benchmarks/judging.py")
+
+
 # ---------------------------------------------------------------------------------- rewriting
 
 

@@ -216,6 +216,8 @@ class RewardModel:
             p_a = self._softmax_at_letter(sample, text)
             if p_a is None:
                 p_a = self._softmax_after(asked.ids, text)
+            if p_a is None:
+                label, reason = None, "no room to score the verdict"
         if asked.order == "BA":
             label, p_a = OTHER[label], None if p_a is None else 1 - p_a
         return Vote(label, asked.order, p_a, reason, text, seed, len(sample.ids))
@@ -230,7 +232,7 @@ class RewardModel:
                     return _sigmoid(sample.watched[place][0] - sample.watched[place][1])
         return None
 
-    def _softmax_after(self, prompt_ids: list[int], text: str) -> float:
+    def _softmax_after(self, prompt_ids: list[int], text: str) -> float | None:
         """p(A) among {A, B} in the canonical ending, scored after what was written before the verdict.
 
         A pass of its own: what else is judged beside it must not change its last bits.
@@ -238,6 +240,8 @@ class RewardModel:
         start = text[: text.rfind(FORMATS[self.format].opening)]
         endings = [self.tokenizer.encode(start + ending) for ending in self.endings]
         differ = next(i for i, (a, b) in enumerate(zip(*endings, strict=False)) if a != b)
+        if len(prompt_ids) + differ >= self.model.config.max_positions:
+            return None
         scored = logprobs(self.model, [prompt_ids + ending[: differ + 1] for ending in endings])
         return _sigmoid(float(scored[0][-1] - scored[1][-1]))
 

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -676,6 +677,11 @@ def generate(model, prompts, **options) -> list[list[Sample]]:
     for prompt, number, sample in iterator:
         results[prompt][number] = sample
     return results
+
+
+# What `help` and editors show for the options of `generate`.
+_SIGNATURE = inspect.signature(generate_iter)
+generate.__signature__ = _SIGNATURE.replace(return_annotation=list[list[Sample]])
 
 
 def _need(holds: bool, message: str, *values) -> None:

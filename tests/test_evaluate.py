@@ -13,6 +13,7 @@ from checkpoints import make_checkpoint
 import infer
 from gramr2.extras import evaluate
 from gramr2.files import InputError, exit_status
+from gramr2.judge import RewardModel
 from gramr2.records import OTHER, Judgment, Pair, Vote
 
 DATA = Path(os.environ.get("GRAMR2_TEST_DATA") or Path(__file__).parents[2] / "shared/data")
@@ -306,3 +307,44 @@ def test_rm_bench_end_to_end(model, tmp_path, capsys):
     ):
         expected = sum(value for cell, value in mean.items() if chosen(*cell)) / 3
         assert found[f"{level}, mean of the domains"] == pytest.approx(expected, abs=0.01)
+
+
+def test_ppe_end_to_end(tmp_path, capsys):
+    """A scoring judge's pick among the first k is the one with the highest score."""
+    place = make_checkpoint(tmp_path / "model", num_labels=1, tie_embeddings=False)
+    rng, lists = random.Random(1), []
+    for number in range(6):
+        texts = {f"response_{k + 1}": "It is " + " ".join(rng.choices("abcdef", k=4)) for k in range(8)}
+        asked = {"question_id": f"q{number}", "model_name": "m", "prompt": f"What is {number}?"}
+        lists.append(asked | texts | {"scores": [rng.random() < 0.5 for _ in range(8)]})
+    source, out = write(tmp_path / "ppe.jsonl", lists), tmp_path / "out.jsonl"
+    words = ["--bench", "ppe", str(source), "--out", str(out), "--model", str(place), "--json"]
+    assert exit_status(infer.main, words) == 0
+    found = values(json.loads(capsys.readouterr().out))
+    judge = RewardModel.load(place)
+    for k in (1, 2, 4, 8):
+        hits = 0
+        for each in lists:
+            turns = [{"role": "user", "content": each["prompt"]}]
+            ids = [judge.tokenizer.example(turns, each[f"response_{i + 1}"])[0] for i in range(k)]
+            scores = judge.scores(ids)
+            hits += each["scores"][scores.index(max(scores))]
+        assert found[f"best of {k}"] == round(100 * hits / 6, 2)
+    assert exit_status(infer.main, words) == 0  # nothing is judged again
+    assert len(out.read_text().splitlines()) == 6
+
+
+def test_helpsteer3_end_to_end(model, tmp_path, capsys):
+    """By domain; ties are no pairs."""
+    rows = []
+    for number, preference in enumerate((-3, 0, 2, 1)):
+        context = [{"role": "user", "content": f"What is {number}?"}]
+        asked = {"domain": ("stem", "code")[number % 2], "language": "english", "context": context}
+        answers = {"response1": f"It is {number}.", "response2": "No idea."}
+        rows.append(asked | answers | {"overall_preference": preference, "individual_preference": []})
+    out = tmp_path / "out.jsonl"
+    found, lines = judged("helpsteer3", write(tmp_path / "validation.jsonl", rows), model, out, capsys)
+    hits = [line["label"] == line["pair"]["label"] for line in lines]
+    assert [line["pair"]["label"] for line in lines] == ["A", "B", "B"] and len(found) == 4
+    assert found["stem"] == 100 * sum(hits[:2]) / 2 and found["code"] == 100 * hits[2]
+    assert found["mean of 2 domains"] == (found["stem"] + found["code"]) / 2

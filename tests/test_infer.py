@@ -1,5 +1,6 @@
 """infer.py as a user types it: bad input, resumed bulk runs, kills, rankings, calibration."""
 
+import contextlib
 import json
 import os
 import signal
@@ -222,11 +223,13 @@ class Forks:
         """The exit status; with `kill_at`, SIGKILL as soon as so many rows are in `out`."""
         self.parent.stdin.write("".join(f"{word}\t" for word in words) + "\n")
         self.parent.stdin.flush()
-        pid = int(self.parent.stdout.readline())
+        pid, latest = int(self.parent.stdout.readline()), time.monotonic() + 60
         while kill_at is not None and not (out.exists() and out.read_bytes().count(b"\n") >= kill_at):
+            assert time.monotonic() < latest, "no such number of rows in a minute"
             time.sleep(0.001)
         if kill_at is not None:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it may have come to its end
+                os.kill(pid, signal.SIGKILL)
         return int(self.parent.stdout.readline())
 
     def close(self):

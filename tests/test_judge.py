@@ -1,5 +1,6 @@
 """Judging: votes, orders, formats, rankings, rewards. Planted judges answer by rule, so truth is known."""
 
+import dataclasses
 import itertools
 import math
 import random
@@ -187,6 +188,9 @@ def test_a_verdict_written_otherwise_is_scored_by_its_canonical_ending(monkeypat
     logits = naive_logits(model, prompt + a[:differ])
     expected = torch.softmax(logits[[a[differ], b[differ]]], 0)[0]
     assert judgment.votes["A"] == 1 and judgment.p_a == pytest.approx(float(expected), abs=1e-5)
+    model.config = dataclasses.replace(model.config, max_positions=len(prompt) + differ)
+    (cut,) = judge.judge("q", "x", "y", votes=1).details
+    assert cut.label is None and "no room" in cut.reason  # and nothing is raised, which would stop a bulk run
 
 
 @pytest.fixture(scope="module")

@@ -347,7 +347,13 @@ def _checked(name: str, row: Row) -> Row:
 
 def _judge(row: Row) -> str:
     judge = row["judge"]
-    return judge if isinstance(judge, str) else ", ".join(f"{key} {value}" for key, value in judge.items())
+    if isinstance(judge, str):
+        return judge
+    votes = f"votes {judge['votes']}" + (
+        f" ({judge['votes'] // 2} in each order)" if judge["votes"] > 1 else ""
+    )
+    said = {name: f"{name} {value}" for name, value in judge.items() if value is not None} | {"votes": votes}
+    return ", ".join(said.values())
 
 
 def readable(result: Row) -> str:

@@ -242,7 +242,7 @@ def _write_backbone(directory: Path, names: list[str], config: WorldConfig, seed
         num_kv_heads=config.heads,
         head_size=config.hidden_size // config.heads,
         max_positions=512,
-        tie_embeddings=True,
+        tie_embeddings=False,
         qk_norm=True,
     )
     model = Decoder(shape)
