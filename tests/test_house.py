@@ -201,8 +201,8 @@ COMMANDS = {
     "train.py": ["--stage", "--recipe", "--data", "--model", "--out", "--limit", "--dry-run"],
     "selftrain.py": ["--iters", "--recipe", "--human", "--labelled", "--unlabelled", "--test", "--name",
                      "--seed", "--from", "--until", "--dry-run"],
-    "infer.py": ["--pair", "--rank", "--pairs", "--bench", "--score", "--out", "--model", "--prompt", "--votes",
-                 "--seed", "--max-new-tokens", "--json"],
+    "infer.py": ["--pair", "--rank", "--pairs", "--bench", "--score", "--out", "--model", "--prompt",
+                 "--votes", "--seed", "--max-new-tokens", "--json"],
 }  # fmt: skip
 
 
