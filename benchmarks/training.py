@@ -52,7 +52,7 @@ LARGE = {
     "LLaMA-3.1-8B": ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, 131072, 1e-5, 5e5),
 }
 CONFIG = TrainConfig(max_length=512, token_budget=4096, lr=1e-5, warmup=0.0)
-REPEATS = 3
+REPEATS = 5
 
 
 def sequences(case: str) -> list[list[int]]:
