@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -315,6 +316,8 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps({"run": str(root), **plan}, indent=2))
         return 0
 
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("selftrain.py runs as one process; under torchrun use train.py for each stage")
     from gramr2.steps import Books, Reached, Run  # torch takes its seconds only for a run
 
     files = [Path(file) for name in DATA for file in getattr(arguments, name) or ()]
