@@ -106,6 +106,13 @@ def _merge_kernel(
     tl.store(out_ptr + row * K + d_K, o_K, mask=d_K < K)
 
 
+def _tiles(dtype, rows):
+    """-> (keys of a tile, launch options): chosen so that nothing spills, on sm_80 and on sm_90."""
+    if dtype == torch.float32:
+        return 16, {"num_warps": min(16, rows // 4), "num_stages": 2, **FUSION}
+    return KEYS_PER_TILE, {"num_warps": 8 if rows >= 64 else 4, "num_stages": 3, **FUSION}
+
+
 def write_kv(k_TGK, v_TGK, keys_NGPK, values_NGPK, slots_S):
     """Puts the first S tokens' keys and values in their places: slot = page * P + place in the page."""
     groups, page, size = keys_NGPK.shape[1:]
@@ -127,13 +134,13 @@ def attend_pages(q_THK, keys_NGPK, values_NGPK, reads):
     for index, (batch, parts) in enumerate(zip(reads, splits, strict=True)):
         items, members = batch.rows_IJ.shape
         rows = max(16, triton.next_power_of_2(members * heads // groups))
+        keys, options = _tiles(q_THK.dtype, rows)
         _read_kernel[(items, groups, parts)](
             q_THK, keys_NGPK, values_NGPK, batch.rows_IJ, batch.visible_IJ, batch.pages_IM,
             o_STHK, max_STH, sum_STH,
             count, groups, members, batch.pages_IM.shape[1], sum(splits[:index]), size**-0.5,
             size, page, heads // groups, parts, LOWEST,
-            rows, KEYS_PER_TILE, max(16, triton.next_power_of_2(size)),
-            num_warps=8 if rows > 64 else 4, num_stages=3 if q_THK.dtype != torch.float32 else 2, **FUSION,
+            rows, keys, max(16, triton.next_power_of_2(size)), **options,
         )  # fmt: skip
     out_THK = torch.empty_like(q_THK)
     _merge_kernel[(count * heads,)](
@@ -149,3 +156,25 @@ def _splits(batch, groups, page, q_THK):
     programs = max(1, len(batch.rows_IJ) * groups)
     tiles = -(-batch.pages_IM.shape[1] * page // KEYS_PER_TILE)
     return min(32, triton.next_power_of_2(max(1, 4 * processors // programs)), triton.next_power_of_2(tiles))
+
+
+def builds(major):
+    """What a device of compute capability `major` would compile: see sequence_logprob_triton.builds.
+
+    LLaMA-3.1-8B's heads. A sample alone has 16 rows or fewer, too few for Hopper's wide instruction, and is
+    bound by the bytes it reads; a group that shares its prefix fills 64.
+    """
+    heads, size, page, slots = 4, 128, 64, 8
+    for name, dtype in ("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16):
+        pools = [f"*{name}"] * 2
+        write = {"K": size, "PAGE": page, "BLOCK": 1024}
+        yield _write_kernel, [*pools, *pools, "*i64", "i32:16"], write, FUSION, False
+        for rows in (16, 32, 64):
+            keys, options = _tiles(dtype, rows)
+            constants = {"K": size, "PAGE": page, "HEADS": heads, "SPLITS": 4, "LOWEST": LOWEST}
+            constants |= {"BLOCK_R": rows, "BLOCK_W": keys, "BLOCK_K": size}
+            types = [f"*{name}", *pools, *["*i64"] * 3, *["*fp32"] * 3, *["i32"] * 5, "fp32"]
+            wanted = "wide" if rows == 64 else "any"
+            yield _read_kernel, types, constants, options, dtype != torch.float32 and wanted
+        merge = {"K": size, "SLOTS": slots, "LOWEST": LOWEST, "BLOCK_S": slots, "BLOCK_K": size}
+        yield _merge_kernel, [*["*fp32"] * 3, f"*{name}", "i32"], merge, FUSION, False

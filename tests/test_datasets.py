@@ -430,7 +430,13 @@ def test_an_interrupt_leaves_no_output(tmp_path):
     written(tmp_path / "x.jsonl", map(pair_row, range(200_000)))
     command = [sys.executable, "-m", "gramr2.extras.datasets", "pairs", "x.jsonl", "o.jsonl"]
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test run in the background inherits a Ctrl-C that is ignored, and would hand it on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not list(tmp_path.glob(".o.jsonl.tmp-*")) and process.poll() is None:
         time.sleep(0.01)

@@ -3,7 +3,7 @@
 Triton compiles to PTX without a GPU, and the ptxas that it brings says what the kernel takes on the
 device. That catches, on any Linux machine, what would otherwise show as a slow or failing launch on a
 rented one. A module of kernels/ that holds Triton kernels exports `builds(major)`, which yields for a
-compute capability (kernel, types of its arguments, constants, options, whether it must use tensor cores).
+compute capability (kernel, types of its arguments, constants, options, which tensor cores it must use).
 
 Run as a script it prints the figures: python tests/test_kernels_compile.py 90
 """
@@ -93,7 +93,9 @@ def survey(capability):
                 {
                     "kernel": label,
                     **figures,
-                    "tensor_cores": TENSOR_CORES[capability] in ptx if matmul else None,
+                    "tensor_cores": (TENSOR_CORES[capability if matmul == "wide" else 80] in ptx)
+                    if matmul
+                    else None,
                     "copy_engine": "cp.async.bulk.tensor" in ptx if descriptors else None,
                 }
             )
