@@ -109,7 +109,7 @@ def _merge_kernel(
 def _tiles(dtype, rows):
     """-> (keys of a tile, launch options): chosen so that nothing spills, on sm_80 and on sm_90."""
     if dtype == torch.float32:
-        return 16, {"num_warps": min(16, rows // 4), "num_stages": 2, **FUSION}
+        return 16, {"num_warps": 16 if rows > 16 else 4, "num_stages": 2, **FUSION}
     return KEYS_PER_TILE, {"num_warps": 8 if rows >= 64 else 4, "num_stages": 3, **FUSION}
 
 
