@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import shutil
@@ -34,6 +33,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ from tqdm import tqdm
 from gramr2 import loss, parallel, prompts
 from gramr2.config import TrainConfig
 from gramr2.data import Store, order, pack
-from gramr2.files import InputError, publish_file, read_json, write_json
+from gramr2.files import InputError, digest, publish_file, read_json, write_json
 from gramr2.loss import Row, Trainee, collate
 from gramr2.model import Decoder, ModelConfig
 from gramr2.records import Example, Pair, as_messages
@@ -105,6 +105,10 @@ class Curriculum:
             return prompts.LABEL_PROMPT, note  # our own prompt without the rationale
         return template, note
 
+    @cached_property
+    def opened(self) -> bool:
+        return self.tokenizer.opened_thinking([{"role": "user", "content": ""}])
+
     @property
     def template_kind(self) -> str:
         return "prover" if self.stage == "prover" else "judge"
@@ -156,7 +160,7 @@ class Curriculum:
     def _answer(self, asked: str, target: str) -> Example:
         """Where the chat template has opened <think>, the target goes on from there, or closes it first."""
         messages = [{"role": "user", "content": asked}]
-        if self.tokenizer.opened_thinking(messages):
+        if self.opened:
             begun = target.startswith("<think>\n")
             target = target.removeprefix("<think>\n") if begun else f"\n</think>\n\n{target}"
         ids, start = self.tokenizer.example(messages, target)
@@ -548,18 +552,13 @@ def say(lines: Sequence[str]) -> None:
 # ---------------------------------------------------------------------------------- a run and its directory
 
 
-def digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def identity(stage: str, config: TrainConfig, data: Sequence[Path], model_dir: Path) -> dict[str, str]:
     """What a run computes, field by field; a run is continued only where all of it is the same."""
     settings = dataclasses.asdict(config).items()
     fields = {"stage": stage} | {name: str(value) for name, value in settings if name not in FREE}
-    fields |= {f"data file {n + 1}": f"{path.name} {digest(path)[:16]}" for n, path in enumerate(data)}
+    fields |= {f"data file {n + 1}": f"{path.name} {digest(path)}" for n, path in enumerate(data)}
     files = sorted(path for path in model_dir.iterdir() if path.is_file() and path.name != "training.json")
-    return fields | {f"model's {path.name}": digest(path)[:16] for path in files}
+    return fields | {f"model's {path.name}": digest(path) for path in files}
 
 
 def check_identity(found: dict[str, str], now: dict[str, str], out: Path) -> None:

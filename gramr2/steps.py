@@ -29,15 +29,10 @@ from typing import Any
 from gramr2 import denoise, fit
 from gramr2.config import SelfTrainConfig, TrainConfig
 from gramr2.data import Store
-from gramr2.files import InputError, publish_file, read_json, write_json
+from gramr2.files import InputError, digest, publish_file, read_json, write_json, write_rows
 from gramr2.judge import SHARD, RewardModel
 from gramr2.prover import Prover, rationale_of, select
 from gramr2.records import Judgment, Pair
-
-
-def digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def code_version() -> str:
@@ -142,13 +137,6 @@ def in_shards(
             with path.open("rb") as part:
                 shutil.copyfileobj(part, joined)
     return whole
-
-
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
-    """Publishes a JSONL file."""
-    with publish_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return path
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gramr2.config import resolve, setting
-from gramr2.files import InputError, publish_file
+from gramr2.files import InputError, publish_file, write_rows
 from gramr2.prompts import judge_prompt, label_target, parse_rationale, proof_from_rationale
 from gramr2.records import Pair, mark, show
 
@@ -271,10 +271,10 @@ def make_world(directory: Path, seed: int = 0, **sizes: int) -> Path:
     for split, size in zip(SPLITS, sizes, strict=True):
         pairs = [_make_pair(next(sets), prices, rng, split) for _ in range(size)]
         if split == "unlabelled":
-            _write(directory / "truth.jsonl", ({"id": pair.id, "label": pair.label} for pair in pairs))
+            write_rows(directory / "truth.jsonl", ({"id": pair.id, "label": pair.label} for pair in pairs))
             pairs = [Pair.from_json({**pair.to_json(), "label": None}) for pair in pairs]
-        _write(directory / f"{split}.jsonl", (pair.to_json() for pair in pairs))
-    _write(directory / "pretrain.jsonl", _fragments(names, config.asked, config.pretrain, rng))
+        write_rows(directory / f"{split}.jsonl", (pair.to_json() for pair in pairs))
+    write_rows(directory / "pretrain.jsonl", _fragments(names, config.asked, config.pretrain, rng))
     _write_backbone(directory / "backbone_init", names, config, seed)
     with publish_file(about) as temporary:  # last: a world without it is made anew
         temporary.write_text(json.dumps(said))
@@ -290,8 +290,3 @@ def _distinct_sets(names: list[str], size: int, count: int, rng: random.Random) 
         if len(drawn) == count:
             return iter(drawn.values())
     raise InputError(f"world: {len(names)} goods give too few questions of {size} for {count} pairs")
-
-
-def _write(path: Path, rows: Iterator[dict] | map) -> None:
-    with publish_file(path) as temporary, temporary.open("w", encoding="utf-8") as out:
-        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
