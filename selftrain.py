@@ -12,15 +12,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import re
 import sys
+import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from gramr2 import config as settings
-from gramr2.files import InputError, exit_status, write_json
+from gramr2.files import InputError, exit_status, said_plainly, write_json
 
 HERE = Path(__file__).resolve().parent
 
@@ -33,12 +39,12 @@ class World:
     labelled: Path
     unlabelled: list[Path]  # one batch for each round
     test: Path
+    held_out: Path  # some of the labelled pairs, none of which trains the prover
     backbone: Path
     prover_base: Path
-    truth: Path | None = None  # the unlabelled pairs' labels, where a made world knows them: for reporting
 
 
-def self_train(run, world: World, table: Table) -> Path:
+def self_train(run, world: World, table: Table) -> None:
     """Figure 2, from top to bottom."""
     config = run.settings
     human = [world.human] if config.mix_human else []
@@ -46,11 +52,11 @@ def self_train(run, world: World, table: Table) -> Path:
 
     # 1. A preference-proving model learns to justify a given label (equation 4).
     prover = run.train("prover", "prover", [world.human], world.prover_base)
+    run.wrong_labels("wrong-labels", prover, world.held_out)
 
     # 2. It writes k proofs for each labelled pair; the best by equation 5 becomes the rationale.
     proofs = run.prove("prove-labelled", prover, world.labelled)
-    kept, _ = run.filter_rationales("filter-labelled", proofs)
-    synthesized = [*human, kept]
+    synthesized = [*human, run.filter_rationales("filter-labelled", proofs)]
 
     # 3. The first reward model is trained on rationale and label (equation 2).
     judge = run.train("initial", "reward", synthesized, world.backbone)
@@ -59,35 +65,38 @@ def self_train(run, world: World, table: Table) -> Path:
     for number, batch in enumerate(world.unlabelled, 1):
         # 4. The reward model labels unlabelled pairs by votes; labels it is not sure of are filtered out.
         judged = run.judge(f"round-{number}-predict", judge, batch, config.votes)
-        labelled, labels = run.filter_labels(f"round-{number}-labels", judged)
+        labelled = run.filter_labels(f"round-{number}-labels", judged, number)
         # 5. The prover writes the rationales, and unreliable ones are filtered out.
         proofs = run.prove(f"round-{number}-prove", prover, labelled)
-        kept, rationales = run.filter_rationales(f"round-{number}-rationales", proofs)
-        table.round(judged, labelled, kept, labels, rationales, world.truth)
+        synthesized.append(run.filter_rationales(f"round-{number}-rationales", proofs))
         # 6. All synthesized data together train the reward model again, from the backbone.
-        synthesized.append(kept)
         judge = run.train(f"round-{number}-train", "reward", synthesized, world.backbone)
         table.judge(f"round {number}", judge)
 
     # 7. Last comes a fine-tuning on the human rationales.
     final = run.train("fine-tune", "finetune", [world.human], judge)
     table.judge("fine-tuned", final)
-    table.judge("voting@16", final, config.test_votes)
-    return final
+    table.judge(f"voting@{config.test_votes}", final, config.test_votes)
 
 
 def baselines(run, world: World, table: Table) -> None:
     """The models that the paper compares with, on the same pairs, and the same data trained for longer."""
     for stage in ("discriminative", "generative"):
-        table.judge(stage, run.train(stage, stage, [world.labelled], world.backbone))
+        model = run.train(stage, stage, [world.labelled], world.backbone)
+        table.judge(stage, model, baseline=True)
     kept = run.books.place("filter-labelled") / "kept.jsonl"
     human = [world.human] if run.settings.mix_human else []
     longer = run.train("labelled-2x", "reward", [*human, kept], world.backbone, longer=2)
-    table.judge("labelled only, 2x steps", longer)
+    table.judge("labelled only, 2x steps", longer, baseline=True)
+
+
+# ---------------------------------------------------------------------------------- what a person sees
+
+STAGES_OF_A_ROUND = ("judged", "agreed", "confident", "wellformed", "kept")
 
 
 class Table:
-    """The rows of results.json, made as the run goes."""
+    """results.json, made as the run goes; the truth of unlabelled pairs is opened here alone."""
 
     ORDER = (
         "backbone",
@@ -100,182 +109,236 @@ class Table:
         "voting",
     )
 
-    def __init__(self, run, test: Path):
-        self.run, self.test = run, test
+    def __init__(self, run, world: World):
+        self.run, self.world, self.model = run, world, world.backbone
         self.rows: list[dict[str, Any]] = []
-        self.rounds: list[dict[str, Any]] = []
 
-    def judge(self, name: str, model: Path, votes: int = 1) -> None:
+    def judge(self, name: str, model: Path, votes: int = 1, baseline: bool = False) -> None:
         """A model's accuracy on the held-out pairs; a single vote is greedy and in the given order."""
         from gramr2.extras.evaluate import accuracy_row
         from gramr2.steps import read_rows
 
         step = "test-" + name.replace(" ", "-").replace(",", "")
-        judged = self.run.judge(step, model, self.test, votes, self.run.settings.test_limit)
-        self.rows.append(accuracy_row(name, read_rows(judged)))
+        judged = self.run.judge(step, model, self.world.test, votes, self.run.settings.test_limit)
+        row = self.run.here.on_first(lambda: accuracy_row(name, read_rows(judged)))
+        self.rows.append(row)
+        self.model = self.model if baseline else model
 
-    def round(self, judged: Path, labelled: Path, kept: Path, labels: dict, rationales: dict, truth) -> None:
-        """A round's funnel, and how true the labels were before and after the filters."""
-        from gramr2.extras.evaluate import label_accuracy
-        from gramr2.steps import read_rows
+    def results(self, stopped: str = "") -> dict[str, Any]:
+        """What there is so far, also of a run that could not go on."""
 
-        if not rationales["kept"]:
-            most = max((labels["dropped"] | rationales["dropped"]).items(), key=lambda item: item[1])
-            raise InputError(
-                f"round {len(self.rounds) + 1} kept no pair; most were dropped by {most[0]} ({most[1]}); "
-                "the model before it is the last one. Loosen that filter, or switch it off with --without"
-            )
-        true = {row["id"]: row["label"] for row in read_rows(truth)} if truth else {}
-        agreed = labels["in"] - labels["dropped"].get("agreement", 0)
-        malformed = ("structure", "length", "no eligible proof")
-        self.rounds.append(
-            {
-                "judged": labels["in"],
-                "agreed": agreed,
-                "confident": labels["kept"],
-                "wellformed": rationales["in"]
-                - sum(rationales["dropped"].get(name, 0) for name in malformed),
-                "kept": rationales["kept"],
-                "dropped": labels["dropped"] | rationales["dropped"],
-                "label_accuracy_before": label_accuracy(
-                    ((row["id"], row.get("label")) for row in read_rows(judged)), true
-                ),
-                "label_accuracy_after": label_accuracy(_labels_in_given_order(judged, kept), true),
-            }
-        )
-
-    def results(self, model: Path) -> dict[str, Any]:
         def place(row: dict[str, Any]) -> int:
             return next(i for i, start in enumerate(self.ORDER) if row["name"].startswith(start))
 
-        books = self.run.books
+        books, numbers = self.run.books, range(1, len(self.world.unlabelled) + 1)
         return {
             "seed": self.run.settings.seed,
-            "model": str(model.relative_to(books.root)),
+            "model": os.path.relpath(self.model, books.root),
             "seconds": books.seconds,
+            "data": books.counts["data"],
             "rows": sorted(self.rows, key=place),
-            "rounds": self.rounds,
+            "prover": books.counts.get("wrong-labels"),
+            "rounds": [self.round(number) for number in numbers if f"round-{number}-labels" in books.counts],
+            "stopped": stopped,
+            "next": f"python infer.py --pair {books.root / 'pair.json'}",
         }
 
+    def round(self, number: int) -> dict[str, Any]:
+        """A round's funnel: pairs at every stage, and where the truth is known how many labels are right."""
+        from gramr2.extras import report
 
-def _labels_in_given_order(judged: Path, kept: Path):
-    """(id, pseudo-label) of the pairs that were kept, as they stood before they were balanced by swaps."""
-    from gramr2.steps import read_rows
+        run, counts = report.Run(self.run.books.root), self.run.books.counts
+        truth = {row["id"]: row["label"] for row in run.rows("world", "truth.jsonl")}
+        pairs = report.read_round(run, number, truth)
+        left, right = {}, {}
+        for place, stage in enumerate(STAGES_OF_A_ROUND, 1):
+            hits = [pair.right for pair in pairs if pair.reached >= place]
+            known = [hit for hit in hits if hit is not None]
+            left[stage] = len(hits)
+            right[stage] = round(100 * fmean(known), 2) if known else None
+        steps = [counts.get(f"round-{number}-{step}", {}) for step in ("labels", "rationales")]
+        dropped, alone = (
+            {k: n for step in steps for k, n in step.get(name, {}).items()} for name in ("dropped", "alone")
+        )
+        left["judged"] = steps[0]["in"]  # with those that could not be
+        before, after = right["judged"], right["kept"]
+        told = {"label_accuracy_before": before, "label_accuracy_after": after, "label_accuracy": right}
+        return {**left, "dropped": dropped, "alone": alone, **told}
 
-    chosen = {row["id"] for row in read_rows(kept)}
-    return ((row["id"], row.get("label")) for row in read_rows(judged) if row["id"] in chosen)
 
-
-def print_table(results: dict[str, Any], root: Path) -> None:
-    print(f"{'':26}{'accuracy':>9}  95% interval   pairs")
+def show(results: dict[str, Any], root: Path) -> None:
+    """The end of a run, as a person reads it."""
+    domains = sorted({name for row in results["rows"] for name in row["by_domain"]})
+    domains = domains if 1 < len(domains) <= 6 else []
+    print(
+        f"{'accuracy in per cent':26}        95% interval   pairs  "
+        + "  ".join(f"{name:>10}" for name in domains)
+    )
     for row in results["rows"]:
-        print(f"{row['name']:26}{row['accuracy']:9.1f}  {row['low']:5.1f} – {row['high']:5.1f} {row['n']:7}")
+        by_domain = "  ".join(
+            f"{row['by_domain'].get(name, math.nan):{max(10, len(name))}.1f}" for name in domains
+        )
+        span = f"{row['low']:5.1f} – {row['high']:5.1f}"
+        print(f"{row['name']:26}{row['accuracy']:6.1f}  {span} {row['n']:7}  {by_domain}")
     for number, each in enumerate(results["rounds"], 1):
-        stages = " → ".join(f"{each[name]} {name}" for name in ("judged", "agreed", "confident", "kept"))
-        before, after = each["label_accuracy_before"], each["label_accuracy_after"]
-        known = f"; labels {before} % right before the filters, {after} % after" if after is not None else ""
-        print(f"round {number}: {stages}{known}")
-    print(f"model: {root / results['model']}\nreport: {root / 'report.html'}")
+        print(f"\n{f'round {number}':18}" + "".join(f"{stage:>12}" for stage in STAGES_OF_A_ROUND))
+        print(f"{'pairs':18}" + "".join(f"{each[stage]:12}" for stage in STAGES_OF_A_ROUND))
+        right = each["label_accuracy"]
+        if right["judged"] is not None:
+            cells = ("" if right[stage] is None else f"{right[stage]:.1f}" for stage in STAGES_OF_A_ROUND)
+            print(f"{'labels right, %':18}" + "".join(f"{cell:>12}" for cell in cells))
+        print(
+            "dropped by "
+            + (", ".join(f"{name} {n}" for name, n in each["dropped"].items() if n) or "nothing")
+        )
+    if results["prover"]:
+        asked = (f"{each['passed']} of {each['asked']} {label}" for label, each in results["prover"].items())
+        print(f"\nprover: proofs that pass every rule, by the label asked for: {', '.join(asked)}")
+    seconds = ", ".join(f"{name} {value:.1f}" for name, value in results["seconds"].items())
+    print("\n" + textwrap.fill(f"seconds: {seconds}", 110, break_on_hyphens=False))
+    print(
+        f"model:   {os.path.normpath(root / results['model'])}\nbooks:   {root / 'steps'}, {root / 'results.json'}"
+    )
+    print(f"report:  {root / 'report.html'}\nnext:    {results['next']}")
 
 
 # ---------------------------------------------------------------------------------- what a run starts from
 
+DATA = ("human", "labelled", "unlabelled", "test")
+HELD_OUT = 64  # labelled pairs on which wrong-label coherence is measured
 
-def open_world(books, arguments: argparse.Namespace, config: settings.SelfTrainConfig, trains: dict) -> World:
-    """The four files and two models: named on the command line, or in the recipe, or its toy world."""
-    recipe = settings.read_recipe(arguments.recipe)
-    sources = settings.resolve(settings.Sources, arguments.recipe, ["models", "data"], {})
-    named = {name: getattr(arguments, name) or getattr(sources, name) for name in DATA}
-    if "world" in recipe and not any(getattr(arguments, name) for name in DATA):
-        return toy_world(books, recipe, config, trains)
-    missing = [f"--{name}" for name in DATA if not named[name]]
+
+def named_sources(arguments: argparse.Namespace) -> settings.Sources | None:
+    """The files and models that the command line and the recipe name; None: the recipe's own toy world."""
+    given = {name: getattr(arguments, name) for name in DATA if getattr(arguments, name)}
+    is_toy = "world" in settings.read_recipe(arguments.recipe)
+    if is_toy and not given:
+        return None
+    tables = [] if is_toy else ["models", "data"]
+    if is_toy:  # its words in another shop, or another world made of its words
+        from gramr2.extras.toyworld import SHIPPED
+
+        given["backbone"] = str(SHIPPED)
+    sources = settings.resolve(settings.Sources, arguments.recipe, tables, given)
+    missing = [f"--{name}" for name in DATA if not getattr(sources, name)]
     if missing or not sources.backbone:
         raise InputError(
-            f"{arguments.recipe}: give {', '.join(missing) or 'a [models] backbone in the recipe'}"
+            f"{arguments.recipe}: give {', '.join(missing) or 'a [models] backbone in the recipe'} as well"
         )
-    return prepared(
-        books, config, {name: [Path(file) for file in files] for name, files in named.items()},
-        Path(sources.backbone), Path(sources.prover or sources.backbone), None,
-    )  # fmt: skip
-
-
-def rules_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The toy world brings a rule of coherence of its own; real text has the general ones."""
-    from gramr2.extras import toyworld
-
-    is_toy = "world" in settings.read_recipe(arguments.recipe)
-    return {"coherence": toyworld.coherent} if is_toy else {}
+    return sources
 
 
 def toy_world(books, recipe: dict, config: settings.SelfTrainConfig, trains: dict) -> World:
-    """Makes the toy world and pre-trains its backbone, as the first two steps of the run."""
+    """Makes the toy world, and pre-trains its backbone where none is shipped for its shape."""
     from gramr2 import fit
     from gramr2.extras import toyworld
 
-    sizes = {name: value for name, value in recipe.get("world", {}).items() if name != "directory"}
+    sizes = {name: value for name, value in recipe["world"].items() if name != "directory"}
     sizes["seed"] = config.seed
 
     def make(place: Path) -> dict[str, Any]:
         toyworld.make_world(place, **sizes)
         return sizes
 
-    books.step("world", make)
+    books.step("world", lambda place: books.here.on_first(lambda: make(place)))
     world = books.place("world")
-    start, text = world / "backbone_init", [world / "pretrain.jsonl"]
-    books.step("backbone", lambda place: fit.train("pretrain", trains["pretrain"], text, start, place))
-    backbone = books.place("backbone") / "model"
-    files = {name: [world / f"{name}.jsonl"] for name in DATA}
-    return prepared(books, config, files, backbone, backbone, world / "truth.jsonl")
+    backbone = world / "backbone" / "model"
+    if not (backbone / "config.json").is_file():
+        start, text = world / "backbone_init", [world / "pretrain.jsonl"]
+        books.step("backbone", lambda place: fit.train("pretrain", trains["pretrain"], text, start, place))
+        backbone = books.place("backbone") / "model"
+    files = {name: (str(world / f"{name}.jsonl"),) for name in DATA}
+    return dealt(books, config, settings.Sources(str(backbone), **files))
 
 
-def prepared(books, config, files: dict[str, list[Path]], backbone: Path, prover: Path, truth) -> World:
-    """One file of each kind; the unlabelled pairs dealt into a batch for each round, none of them twice.
+def shop_rule(pair, written: str, config: settings.SelfTrainConfig) -> str | None:
+    """The toy world's rule of coherence, for pairs of its form; it has nothing to say of others."""
+    from gramr2.extras import toyworld
 
-    An unlabelled pair that also stands in the labelled set, in the human one or in the test is dropped.
+    return toyworld.coherent(pair, written) if pair.question.startswith("price of ") else None
+
+
+def dealt(books, config, sources: settings.Sources) -> World:
+    """One file of each kind, and the unlabelled pairs dealt into a batch for each round, none of them twice.
+
+    A pair of the test is taken out wherever else it stands; an unlabelled one also where it is labelled.
     """
-    from gramr2.data import Store, order
-    from gramr2.steps import write_rows
+    from gramr2.prompts import verdict_ids
+    from gramr2.tokenizer import Tokenizer
 
-    def deal(place: Path) -> dict[str, Any]:
-        known, counts = set(), {}
-        for name in ("human", "labelled", "test"):
-            rows = [row for file in files[name] for row in Store(file, _pair)]
-            known |= {pair.id for pair in rows}
-            write_rows(place / f"{name}.jsonl", (pair.to_json() for pair in rows))
-            counts[name] = len(rows)
-        stores = [Store(file, _pair) for file in files["unlabelled"]]
-        places = [(store, i) for store in stores for i in range(len(store))]
-        share = config.pool or len(places) // config.iters
-        if share < 1 or share * config.iters > len(places):
-            raise InputError(
-                f"unlabelled: {len(places)} pairs are too few for {config.iters} rounds of {share}"
-            )
-        chosen = order(len(places), config.seed, 0)
-        counts["unlabelled, known already"] = 0
-        for number in range(config.iters):
-            batch = [places[i] for i in chosen[number * share : (number + 1) * share]]
-            pairs = [pair for pair in (store[i] for store, i in batch) if pair.id not in known]
-            counts["unlabelled, known already"] += len(batch) - len(pairs)
-            bare = (replace(pair, label=None, rationale=None) for pair in pairs)
-            write_rows(place / f"unlabelled-{number + 1}.jsonl", (pair.to_json() for pair in bare))
-        return counts
-
-    books.step("data", deal)
+    tokenizer = Tokenizer.load(sources.backbone)
+    try:
+        verdict_ids(tokenizer.encode)
+    except InputError as error:
+        raise InputError(f"{sources.backbone}: has {error}; take another backbone") from None
+    books.step("data", lambda place: books.here.on_first(lambda: deal(place, config, sources, tokenizer)))
     place = books.place("data")
     batches = [place / f"unlabelled-{number + 1}.jsonl" for number in range(config.iters)]
-    known = [place / f"{name}.jsonl" for name in ("human", "labelled")]
-    return World(*known, batches, place / "test.jsonl", backbone, prover, truth)
+    files = {name: place / f"{name}.jsonl" for name in ("human", "labelled", "test", "held_out")}
+    prover = Path(sources.prover or sources.backbone)
+    return World(**files, unlabelled=batches, backbone=Path(sources.backbone), prover_base=prover)
 
 
-def _pair(row: dict[str, Any]):
-    from gramr2.records import Pair
+def deal(place: Path, config, sources: settings.Sources, tokenizer) -> dict[str, int]:
+    """Writes the files of `dealt`, row by row; only ids are held."""
+    from gramr2.data import Store, order
+    from gramr2.files import write_rows
 
-    return Pair.from_json(row)
+    counts: Counter[str] = Counter()
+    ids: dict[str, set[str]] = {name: set() for name in ("test", "human", "labelled", "unlabelled")}
+    above = {"test": ["test"], "human": ["test"], "labelled": ["test"], "unlabelled": [*ids]}
+
+    def fresh(name: str):
+        for pair in (pair for file in getattr(sources, name) for pair in spelled(file, tokenizer)):
+            if any(pair.id in ids[each] for each in above[name]):
+                counts[f"{name}, known already"] += 1
+            elif name != "unlabelled" and pair.label is None:
+                counts[f"{name}, without a label"] += 1
+            else:
+                counts[name] += 1
+                ids[name].add(pair.id)
+                yield pair if name != "unlabelled" else replace(pair, label=None, rationale=None, margin=None)
+
+    for name in ids:
+        write_rows(place / f"{name}.jsonl", (pair.to_json() for pair in fresh(name)))
+        if not counts[name]:
+            raise InputError(
+                f"{name}: no pair is left to use ({dict(counts)}); give other files with --{name}"
+            )
+    unproved = (row for row in Store(place / "labelled.jsonl") if row["id"] not in ids["human"])
+    write_rows(place / "held_out.jsonl", islice(unproved, HELD_OUT))
+    pool = Store(place / "unlabelled.jsonl")
+    share = config.pool or len(pool) // config.iters
+    if share < 1 or share * config.iters > len(pool):
+        raise InputError(
+            f"unlabelled: {len(pool)} pairs are too few for {config.iters} rounds of {max(1, share)}; "
+            "give more, or fewer rounds (--iters), or smaller ones (--pool)"
+        )
+    chosen = order(len(pool), config.seed, 0)
+    for number in range(config.iters):
+        batch = chosen[number * share : (number + 1) * share]
+        write_rows(place / f"unlabelled-{number + 1}.jsonl", (pool[i] for i in batch))
+    return dict(counts)
+
+
+def spelled(file: str, tokenizer):
+    """A file's pairs. Where a tokenizer has but certain words, a pair with another one is refused."""
+    from gramr2 import records
+    from gramr2.data import Store
+
+    for number, pair in enumerate(Store(file, records.Pair.from_json), 1):
+        texts = [*(text for _, text in pair.messages), pair.response_a, pair.response_b]
+        for text in (f" {text}" for text in texts if tokenizer.unknown_id is not None):
+            if tokenizer.unknown_id in tokenizer.encode(text):
+                pieces = re.findall(r" ?\w+|[^\w\s]", text)
+                word = next((each for each in pieces if tokenizer.unknown_id in tokenizer.encode(each)), text)
+                raise InputError(
+                    f"{file}: row {number}: the backbone has no word for {word.strip()!r}; use its words"
+                )
+        yield pair
 
 
 # ---------------------------------------------------------------------------------- the command
-
-DATA = ("human", "labelled", "unlabelled", "test")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -295,10 +358,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def main(argv: Sequence[str]) -> int:
     arguments = parse(argv)
     given = settings.given(settings.SelfTrainConfig, arguments)
@@ -308,45 +367,61 @@ def main(argv: Sequence[str]) -> int:
         trains[stage] = settings.resolve(
             settings.TrainConfig, arguments.recipe, ["train", *tables], {"seed": config.seed}
         )
+    sources = named_sources(arguments)
+    recipe = settings.read_recipe(arguments.recipe)
     plan = {"recipe": arguments.recipe.stem, **asdict(config)}
+    plan |= {"from": asdict(sources)} if sources else {"world": recipe["world"]}
     plan |= {f"train {stage}": asdict(each) for stage, each in trains.items()}
-    plan |= {"world": settings.read_recipe(arguments.recipe).get("world")}
     root = Path("runs") / (arguments.name or arguments.recipe.stem)
     if arguments.dry_run:
         print(json.dumps({"run": str(root), **plan}, indent=2))
         return 0
-
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("selftrain.py runs as one process; under torchrun use train.py for each stage")
-    from gramr2.steps import Books, Reached, Run  # torch takes its seconds only for a run
-
-    files = [Path(file) for name in DATA for file in getattr(arguments, name) or ()]
+    files = [Path(file) for name in DATA for file in getattr(sources, name, ())]
     for file in files:
         if not file.is_file():
             raise InputError(f"{file}: no such file")
-    books = Books(root, json.loads(json.dumps(plan)), files, say, arguments.until)
-    if arguments.start:
-        books.forget(arguments.start)
-    run = Run(books, config, trains, rules_of(arguments))
-    try:
-        world = open_world(books, arguments, config, trains)
-        table = Table(run, world.test)
-        model = self_train(run, world, table)
-        if config.baselines:
-            baselines(run, world, table)
-    except Reached as reached:
-        say(f"stopped after {reached}, as asked")
-        return 0
-    finish(root, table.results(model))
+
+    from gramr2 import parallel  # torch takes its seconds only for a run
+    from gramr2.steps import Books, Reached, Run
+
+    with parallel.world(trains["reward"]) as here:
+        books = Books(root, json.loads(json.dumps(plan)), files, here, arguments.until)
+        if arguments.start:
+            here.on_first(lambda: books.forget(arguments.start))
+        run = Run(books, config, trains, {"coherence": shop_rule} if "world" in recipe else {})
+        try:
+            world = dealt(books, config, sources) if sources else toy_world(books, recipe, config, trains)
+            go(run, world)
+        except Reached as reached:
+            books.say(f"stopped after {reached}, as asked")
     return 0
 
 
-def finish(root: Path, results: dict[str, Any]) -> None:
-    from gramr2.extras.report import write_report
+def go(run, world: World) -> None:
+    """The loop and its baselines. Where the loop cannot go on, what it reached is written down and shown."""
+    from gramr2.steps import Exhausted
 
-    write_report(root / "report.html", results, f"GRAM-R² self-training: {root.name}")
-    write_json(root / "results.json", results)
-    print_table(results, root)
+    table, stopped = Table(run, world), None
+    try:
+        self_train(run, world, table)
+        if run.settings.baselines:
+            baselines(run, world, table)
+    except Exhausted as reason:
+        stopped = reason
+    run.here.on_first(lambda: finish(run.books.root, table.results(str(stopped or "")), world))
+    if stopped:
+        raise stopped
+
+
+def finish(root: Path, results: dict[str, Any], world: World) -> None:
+    from gramr2.extras.report import write_report
+    from gramr2.steps import read_rows
+
+    with said_plainly(root):
+        write_json(root / "pair.json", next(read_rows(world.test)))
+        write_json(root / "results.json", results)
+        write_report(root)
+    show(results, root)
 
 
 # Each kind of training, and the recipe's tables that lie over [train].

@@ -1,20 +1,29 @@
-"""Trains one model: the prover, the reward model, or one of the models it is compared with.
+"""Trains one model: the prover, the reward model, one of the models it is compared with, or a policy.
 
     python train.py --stage prover                            the toy, from nothing, on a laptop
     torchrun --nproc_per_node=8 train.py --stage reward --recipe recipes/llama3.1-8b.toml \\
         --model Llama-3.1-8B-Instruct --data labelled.jsonl   one model on eight GPUs
     python train.py --stage reward --model runs/x/model --data helpsteer3-stem.jsonl --limit 1000
                                                               task adaptation
+    torchrun --nproc_per_node=2 train.py --stage policy       the toy's shop assistant, with a judge's rewards
+    torchrun --nproc_per_node=8 train.py --stage policy --recipe recipes/llama3.1-8b.toml \\
+        --model POLICY --judge runs/x/model --data prompts.jsonl --reward pairwise
 
 The model ends in OUT/model, a Hugging Face directory; OUT/metrics.jsonl has a row per step. The same
 command continues a run that was cut, on any number of ranks. SIGTERM and Ctrl-C save first; the exit
 status is then 130. What is trained is in gramr2/fit.py, the losses in gramr2/loss.py.
+
+The stage policy (gramr2/extras/policy.py) rewards a model's own answers: by a judge that compares them with
+its greedy answer (pairwise) or with each other (tournament), or by a discriminative model (scalar). Without
+--judge it takes the newest run of selftrain.py under runs/; in the toy, that run's world too. Where there is
+none, the toy trains a judge on its few human rationales first. The toy's policy is one that imitates both
+clerks, OUT-start; the judge made for it is OUT-judge. OUT/rollouts.jsonl has every answer with its reward.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,27 +41,39 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--stage", required=True, choices=settings.STAGES, help="what to train")
+    parser.add_argument("--stage", required=True, choices=(*settings.STAGES, "policy"), help="what to train")
     parser.add_argument("--recipe", type=Path, default=HERE / "recipes/toy.toml", help="settings [toy]")
     parser.add_argument("--data", type=Path, nargs="+", metavar="FILE", help="JSONL [the recipe's]")
     parser.add_argument("--model", type=Path, metavar="DIR", help="where it starts from [the recipe's]")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where it goes [runs/train-STAGE]")
+    parser.add_argument("--judge", type=Path, metavar="DIR", help="policy: a reward model [the newest run's]")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, and train nothing")
-    settings.add_flags(parser, settings.TrainConfig)
+    settings.add_flags(parser, settings.PolicyConfig)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str]) -> int:
     arguments = parse(argv)
     stage, recipe = arguments.stage, arguments.recipe
-    overrides = settings.given(settings.TrainConfig, arguments)
-    config = settings.resolve(settings.TrainConfig, recipe, ["train", f"train.{stage}"], overrides)
+    overrides = settings.given(settings.PolicyConfig, arguments)
+    kind = settings.PolicyConfig if stage == "policy" else settings.TrainConfig
+    config = settings.resolve(kind, recipe, ["train", f"train.{stage}"], overrides)
+    if arguments.judge and stage != "policy":
+        raise InputError(f"--judge goes with the stage policy, not with {stage}")
     sources = settings.resolve(settings.Sources, recipe, ["models", "data"], {})
 
     from gramr2 import fit, parallel  # torch takes its seconds only once the arguments are known to be good
 
     with parallel.world(config) as here:
         world = settings.read_recipe(recipe).get("world")
+        if stage == "policy":
+            from gramr2.extras import policy_start
+
+            make = functools.partial(make_toy, world, sources, arguments, here)
+            out = policy_start.command(arguments, config, sources, make, here)
+            if here.first and not arguments.dry_run:
+                print(f"model: {out / 'model'}")
+            return 0
         if world and not (arguments.data and arguments.model):
             make_toy(world, sources, arguments, here)
         model = arguments.model or named(sources, "prover" if stage == "prover" else "backbone", "--model")
@@ -82,8 +103,10 @@ def make_toy(world: dict, sources: settings.Sources, arguments: argparse.Namespa
 
     sizes = dict(world)
     directory = Path(sizes.pop("directory"))
-    if here.first and not (directory / "backbone_init" / "config.json").exists():
+    if here.first:
         toyworld.make_world(directory, **sizes)
+        if arguments.stage == "pretrain" and not (directory / "backbone_init" / "config.json").exists():
+            toyworld.write_untrained(directory, **sizes)  # the shipped backbone is made from this
     here.gather(None)  # the others wait for the files
     untrained = directory / "backbone_init"
     if arguments.stage == "pretrain":
@@ -99,17 +122,5 @@ def make_toy(world: dict, sources: settings.Sources, arguments: argparse.Namespa
         fit.train("pretrain", config, data, untrained, Path(sources.backbone).parent)
 
 
-def run(argv: Sequence[str]) -> int:
-    """Every rank meets the same bad input; the first one says it."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        return exit_status(main, argv)
-    try:
-        return main(argv)
-    except InputError:
-        return 2
-    except KeyboardInterrupt:
-        return 130
-
-
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(exit_status(main, sys.argv[1:]))

@@ -1,6 +1,6 @@
 """Pairs judged per second with 1, 4 and 16 votes, beside the loop over generate that the model card shows.
 
-    python benchmarks/judging.py [--device cpu|cuda] [--repeats 3]
+    python benchmarks/judging.py [--device cpu|cuda] [--repeats 3] [--quick]
 
 Both judge the same prompts with the same random weights, and every answer has the same length: the stop ids
 never come. The loop is the card's: one pair at a time, and one call of transformers' generate for each vote,
@@ -32,6 +32,8 @@ SMALL = dict(hidden_size=256, intermediate_size=688, num_layers=4, num_heads=4, 
              vocab_size=32000, max_positions=1024)  # fmt: skip
 LARGE = dict(hidden_size=2048, intermediate_size=8192, num_layers=16, num_heads=32, num_kv_heads=8,
              head_size=64, vocab_size=128256, max_positions=2048)  # fmt: skip
+MICRO = dict(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, num_kv_heads=2, head_size=16,
+             vocab_size=320, max_positions=1024)  # fmt: skip
 
 
 def make_pairs(judge: RewardModel, count: int) -> list[Pair]:
@@ -87,12 +89,15 @@ def main() -> int:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="a rehearsal with a micro model: no figures")
     arguments = parser.parse_args()
-    cuda = arguments.device == "cuda"
+    cuda, quick = arguments.device == "cuda", arguments.quick
     dtype, count = ("bfloat16", 32) if cuda else ("float32", 8)
+    count = 2 if quick else count
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as directory:
-        place = make_checkpoint(Path(directory) / "model", **(LARGE if cuda else SMALL))
+        shape = MICRO if quick else LARGE if cuda else SMALL
+        place = make_checkpoint(Path(directory) / "model", **shape)
         (place / "judge_prompt.txt").write_text("{question} {response_a} {response_b}")
         judge = RewardModel.load(place, arguments.device, dtype)
         judge.model.stop_ids = ()
@@ -109,7 +114,8 @@ def main() -> int:
         mine, other = rate[f"ours {votes}"], rate[f"loop {votes}"]
         rows.append({"votes": votes, "ours": mine, "loop": other, "singles": rate["ours 1"] / mine})
     result = {"device": arguments.device, "dtype": dtype, "prompt": PROMPT, "answer": ANSWER, "pairs": count}
-    common.write_result(f"judging_{arguments.device}", result | {"repeats": arguments.repeats, "rows": rows})
+    name = "judging_quick" if quick else f"judging_{arguments.device}"
+    common.write_result(name, result | {"repeats": arguments.repeats, "rows": rows})
     for row in rows:
         print(f"{row['votes']:3} votes: {row['ours']:.3f} pairs/s, the loop {row['loop']:.3f}, ", end="")
         print(f"{row['ours'] / row['loop']:.1f}x; as long as {row['singles']:.2f} single votes")

@@ -2,10 +2,12 @@
 
     python benchmarks/kills.py training [--kills 20]
     python benchmarks/kills.py judging --kills 10
+    python benchmarks/kills.py selftrain --kills 25 [--recipe recipes/micro.toml]
 
 Each run is killed at a moment drawn at random over the time that a whole one takes, continued by the same
 call, killed again, and continued to its end. Equal means: every tensor of the final model has the
-same bits, and metrics.jsonl has the same losses. The result is benchmarks/results/kills_PART.json.
+same bits, and metrics.jsonl has the same losses; of self-training, the same results.json but for seconds. The
+result is benchmarks/results/kills_PART.json.
 
 Left out: kills around each single rename, which the tests do.
 """
@@ -68,7 +70,35 @@ def judging(kills: int) -> dict:
     return {"kills": done, "runs": runs, "runs_equal": equal, "level": "every byte of the judged file"}
 
 
-PARTS = {"training": training, "judging": judging}
+def selftrain(kills: int, recipe: Path) -> dict:
+    """selftrain.py, the toy by default: five kills a run, spread at random over what a whole one takes."""
+    from selfruns import Forks, same_results
+
+    rng, forks = random.Random(0), Forks()
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
+        words, root = ["--recipe", recipe.resolve()], Path("runs") / recipe.stem
+
+        def start(name: str, **how) -> dict:
+            (place / name).mkdir(exist_ok=True)
+            return forks.run(place / name, words, **how)
+
+        whole = start("whole")
+        assert whole["statuses"] == [0], whole["logs"]
+        done = equal = runs = 0
+        while done < kills:
+            name, runs = f"run{runs}", runs + 1
+            for _ in range(min(5, kills - done)):
+                result = start(name, kill_after=rng.uniform(0.05, 0.35) * whole["seconds"])
+                done += result["statuses"] == [-9]
+            finished = start(name)["statuses"] == [0]
+            equal += finished and same_results(place / "whole" / root, place / name / root)
+        forks.close()
+    figures = {"kills": done, "runs": runs, "runs_equal": equal, "recipe": recipe.stem}
+    return figures | {"level": "results.json but for seconds; float32, one thread"}
+
+
+PARTS = {"training": training, "judging": judging, "selftrain": selftrain}
 
 
 def main() -> int:
@@ -77,8 +107,11 @@ def main() -> int:
     )
     parser.add_argument("part", choices=[*PARTS])
     parser.add_argument("--kills", type=int, default=20)
+    toy = common.ROOT / "recipes/toy.toml"
+    parser.add_argument("--recipe", type=Path, default=toy, help="of selftrain [toy]")
     arguments = parser.parse_args()
-    result = PARTS[arguments.part](arguments.kills)
+    more = [arguments.recipe] if arguments.part == "selftrain" else []
+    result = PARTS[arguments.part](arguments.kills, *more)
     common.write_result(f"kills_{arguments.part}", result)
     print(f"{result['kills']} kills, {result['runs_equal']} of {result['runs']} runs equal", file=sys.stderr)
     return 0 if result["runs_equal"] == result["runs"] else 1

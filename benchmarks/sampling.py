@@ -5,13 +5,15 @@
 
 Everything is drawn at temperature 1 from the whole vocabulary, without stop ids, so that every way makes
 the same number of tokens; where lengths are ragged, static generate runs to the longest of its batch and
-only the tokens asked for count. On a GPU a decode step's time is the difference of two runs of different
-length, and is set against its floor: bytes of weights and of keys and values, over the bandwidth measured in
-the same run. Sharing is measured against itself with the prefix read once per sample.
+only the tokens asked for count. On a GPU a decode step's time is set against its floor: bytes of weights and
+of keys and values, over the bandwidth measured in the same run. Sharing is measured against itself with the
+prefix read once per sample.
 """
 
 import argparse
+import itertools
 import random
+import statistics
 import time
 
 import common
@@ -30,6 +32,13 @@ SMALL = {
     "tiny, vocabulary 32k": ModelConfig(32000, 256, 688, 4, 4, 2, 64, 2048),
 }
 LARGE = ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, 131072, rope_theta=500000.0)
+LARGE_LOADS = (
+    (1, 1, 0),
+    (32, 1, 0),
+    (256, 1, 0),
+    (16, 16, 1536),
+)  # prompts, samples of each, tokens they share
+MICRO, MICRO_LOADS = ModelConfig(256, 32, 64, 1, 2, 2, 16, 512), ((1, 1, 0), (4, 1, 0), (2, 4, 48))
 
 
 def random_model(config: ModelConfig, device: str, dtype: torch.dtype) -> Decoder:
@@ -161,69 +170,94 @@ def _with_limits(samples: list, limit):
             yield sample, limit if isinstance(limit, int) else limit[index][number]
 
 
-def bandwidth(device: str) -> float:
-    """Bytes per second that a reduction over 8 GB reads."""
-    x = torch.ones(4 << 30, dtype=torch.bfloat16, device=device)
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def bandwidth(device: str, size: int) -> float:
+    """Bytes per second that a reduction over `size` numbers of two bytes reads."""
+    x = torch.ones(size, dtype=torch.bfloat16, device=device)
     best = float("inf")
     for _ in range(5):
-        torch.cuda.synchronize()
+        wait(device)
         start = time.perf_counter()
         x.amax()
-        torch.cuda.synchronize()
+        wait(device)
         best = min(best, time.perf_counter() - start)
     return x.nbytes / best
 
 
-def step_seconds(function, short: int = 16, long: int = 80) -> float:
-    """Seconds per decode step: a long run less a short one, so that prefill and capture cancel out."""
-    function(short)
-    times = []
-    for new in (short, long):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        function(new)
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return (times[1] - times[0]) / (long - short)
+def decode_step(model, prompts: list[list[int]], k: int, share: bool = True) -> tuple[float, float]:
+    """-> (seconds of a decode step, tokens that a sample has behind it then).
+
+    Only steps count in which every sample decodes and no prompt is computed. The host is one step behind the
+    device and waits for it, so that the gap between two launches is a step.
+    """
+    rows, launches, launch = len(prompts) * k, [], sampler.Engine.launch
+
+    def timed(engine, step, scheduler):
+        if not step.chunks and len(step.slots) == rows:
+            launches.append((time.perf_counter(), float(step.positions.mean()) + 1))
+        return launch(engine, step, scheduler)
+
+    limits = sampler.Limits(share_prefix=share, running=rows)
+    computing = sum(map(len, prompts)) // 8192  # steps that take prompts in, while the first samples decode
+    sampler.Engine.launch = timed
+    try:
+        sampler.generate(
+            model, prompts, n=k, max_new_tokens=computing + 48, stop_ids=(), progress=False, limits=limits
+        )
+    finally:
+        sampler.Engine.launch = launch
+    gaps = [after[0] - before[0] for before, after in itertools.pairwise(launches)][4:]  # a graph is captured
+    return statistics.median(gaps), statistics.mean(tokens for _, tokens in launches)
 
 
-def on_cuda() -> dict:
-    model, speed = random_model(LARGE, "cuda", torch.bfloat16), bandwidth("cuda")
+def at_published_shape(device: str, quick: bool, continuous: bool) -> None:
+    """Decode steps of the 8B shape against their floor, written row by row; `quick`: a micro model."""
+    config, context = (MICRO, 96) if quick else (LARGE, 2048)
+    loads = MICRO_LOADS if quick else LARGE_LOADS
+    name, dtype = (
+        "sampling_quick" if quick else "sampling_cuda",
+        getattr(torch, "float32" if quick else "bfloat16"),
+    )
+    model, speed = random_model(config, device, dtype), bandwidth(device, 1 << 16 if quick else 1 << 32)
     weights = sum(p.nbytes for p in model.parameters()) - model.embed.weight.nbytes
-    per_token = 2 * LARGE.num_layers * LARGE.num_kv_heads * LARGE.head_size * 2
-    rows, context = [], 2048
-    for prompts, k, shared in ((1, 1, 0), (32, 1, 0), (256, 1, 0), (16, 16, 1536)):
-        ids = random_prompts(prompts, shared or context - 64, LARGE.vocab_size)
-        batch = prompts * k
+    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_size * dtype.itemsize
+    result = {"rows": [], "bandwidth": speed, "context": context}
+    for prompts, k, shared in loads:
+        row = {"prompts": prompts, "k": k, "shared": shared}
+        ids = random_prompts(prompts, shared or context - 64, config.vocab_size)
+        held = sampler.Limits().for_device(torch.device(device)).cache_bytes
+        if prompts * (k if not shared else 1) * context * per_token > held:
+            row["not_run"] = "its keys and values do not fit in memory"
+        else:
+            seconds, tokens = decode_step(model, ids, k)
+            read = prompts * shared + prompts * k * (tokens - shared)
+            row |= {"step_ms": 1000 * seconds, "tokens_per_s": prompts * k / seconds}
+            row["of_floor"] = (weights + read * per_token) / speed / seconds
+            if shared:
+                row["ungrouped_over_grouped"] = decode_step(model, ids, k, share=False)[0] / seconds
+        print(row)
+        result["rows"].append(row)
+        common.write_result(name, result)
+    prompts, k, shared = loads[-1]
+    result["continuous"] = beside(model, random_prompts(prompts, shared, config.vocab_size), k, continuous)
+    common.write_result(name, result)
 
-        def ours(new, ids=ids, k=k, batch=batch, share=True):
-            limits = sampler.Limits(share_prefix=share, running=batch)
-            sampler.generate(model, ids, n=k, max_new_tokens=new, stop_ids=(), progress=False, limits=limits)
 
-        seconds = step_seconds(ours)
-        own = context - 64 if not shared else 0
-        read = prompts * shared + batch * (own + 48)  # 48: the middle of the 16 to 80 new tokens
-        floor = (weights + read * per_token) / speed
-        result = {"prompts": prompts, "k": k, "shared": shared, "step_ms": 1000 * seconds,
-                  "tokens_per_s": batch / seconds, "of_floor": floor / seconds}  # fmt: skip
-        if shared:
-            result["ungrouped_over_grouped"] = step_seconds(lambda n: ours(n, share=False)) / seconds
-        print(result)
-        rows.append(result)
-    return {"rows": rows, "bandwidth": speed, "context": context, "continuous": _beside(model)}
-
-
-def _beside(model) -> dict:
-    """16 prompts x 16 samples end to end, against transformers' continuous batching."""
-    ids, new = random_prompts(16, 1536, LARGE.vocab_size), 128
+def beside(model, ids: list[list[int]], k: int, continuous: bool) -> dict:
+    """Many samples of each prompt end to end, against transformers' continuous batching."""
+    new, config, weight = 128 if model.config is LARGE else 8, model.config, model.head_weight
     ways = {
-        "ours": lambda: sampler.generate(model, ids, n=16, max_new_tokens=new, stop_ids=(), progress=False)
+        "ours": lambda: sampler.generate(model, ids, n=k, max_new_tokens=new, stop_ids=(), progress=False)
     }
-    other = peer(LARGE, "cuda", torch.bfloat16)
+    other = peer(config, weight.device.type, weight.dtype) if continuous else None
     if other:
         other.set_attn_implementation("sdpa_paged")
-        ways["continuous"] = lambda: continuous_batching(other, ids, 16, new)
-    return row("16 prompts of 1,536 tokens x 16, 128 new", 16 * 16 * new, ways, 1)
+        ways["continuous"] = lambda: continuous_batching(other, ids, k, new)
+    return row(f"{len(ids)} prompts of {len(ids[0]):,} tokens x {k}, {new} new", len(ids) * k * new, ways, 1)
 
 
 def main() -> None:
@@ -234,11 +268,12 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--repeats", type=int, default=3, help="turns that each way takes (default 3)")
     parser.add_argument(
-        "--no-continuous", action="store_true", help="leave continuous batching out on the CPU"
+        "--no-continuous", action="store_true", help="leave transformers' continuous batching out"
     )
+    parser.add_argument("--quick", action="store_true", help="a rehearsal with a micro model: no figures")
     arguments = parser.parse_args()
-    if arguments.device == "cuda":
-        common.write_result("sampling_cuda", on_cuda())
+    if arguments.quick or arguments.device == "cuda":
+        at_published_shape(arguments.device, arguments.quick, not arguments.no_continuous)
     else:
         common.write_result("sampling_cpu", on_cpu(arguments.repeats, not arguments.no_continuous))
 

@@ -1,6 +1,6 @@
 """The fused sequence log-prob beside its peers: time, TFLOP/s, share of the matmul rate, peak memory.
 
-    python benchmarks/sequence_logprob.py [--device cuda] [--repeats 7]
+    python benchmarks/sequence_logprob.py [--device cuda] [--repeats 7] [--ways ours "eager torch"]
 
 Ours, eager torch, torch.compile, Liger and Cut Cross-Entropy (exact: without its gradient filter) compute
 per-token log-probs (score) and their sum with both gradients (train), in one process and in turns. On CUDA
@@ -31,6 +31,7 @@ SHAPES = {  # device: {name: (T, D, V)}
     },
     "cpu": {"small": (1024, 256, 32_000), "wide vocabulary": (512, 128, 151_936)},
 }
+MICRO = {"micro": (64, 32, 256)}  # for a rehearsal: it shows that the script runs, and no figure
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 SQUARE = {"cuda": 8192, "cpu": 1024}
 WORK = {"score": 2, "train": 6}  # products of T x D x V
@@ -90,7 +91,7 @@ def unavailable(way: str, mode: str, device: str) -> str | None:
 
 
 def operands(device: str, shape: str):
-    T, D, V = SHAPES[device][shape]
+    T, D, V = (SHAPES[device] | MICRO)[shape]
     torch.manual_seed(0)
     hidden_TD = torch.randn(T, D, device=device, dtype=DTYPES[device])
     weight_VD = torch.randn(V, D, device=device, dtype=DTYPES[device]) * D**-0.5
@@ -148,12 +149,12 @@ def peak_of_this_process(way: str, mode: str, shape: str) -> float:
     return (kibibytes("VmHWM") - before) / 1024
 
 
-def measure(device: str, shape: str, mode: str, repeats: int) -> list[dict]:
+def measure(device: str, shape: str, mode: str, ways: list[str], repeats: int) -> list[dict]:
     """One row per way, the ways that could not run among them."""
-    T, D, V = SHAPES[device][shape]
+    T, D, V = (SHAPES[device] | MICRO)[shape]
     arguments = operands(device, shape)
     rows, runs, truth = [], {}, None
-    for way in WAYS:
+    for way in ways:
         row = {"shape": shape, "T": T, "D": D, "V": V, "mode": mode, "way": way}
         reason = unavailable(way, mode, device)
         if reason is None:
@@ -187,6 +188,8 @@ def main() -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cuda", "cpu"), default=default)
     parser.add_argument("--repeats", type=int, default=7, help="turns that are timed (default: 7)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS], help="(default: all)")
+    parser.add_argument("--quick", action="store_true", help="a rehearsal on a micro shape")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -195,11 +198,13 @@ def main() -> None:
     device = arguments.device
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA device here")
-    cases = [(shape, mode) for shape in SHAPES[device] for mode in WORK]
-    rows = [row for case in cases for row in measure(device, *case, arguments.repeats)]
-    dtype = str(DTYPES[device]).removeprefix("torch.")
+    shapes = MICRO if arguments.quick else SHAPES[device]
+    dtype, rows = str(DTYPES[device]).removeprefix("torch."), []
     result = {"dtype": dtype, "backend": kernels.backend(device), "repeats": arguments.repeats, "rows": rows}
-    write_result(f"sequence_logprob_{device}", result)
+    for shape, mode in ((shape, mode) for shape in shapes for mode in WORK):
+        rows += measure(device, shape, mode, arguments.ways, arguments.repeats)
+        # After each shape: what a run out of time has measured is not lost.
+        write_result("sequence_logprob_quick" if arguments.quick else f"sequence_logprob_{device}", result)
 
 
 if __name__ == "__main__":

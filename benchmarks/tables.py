@@ -30,8 +30,11 @@ def table(name):
 
 
 def read(name):
-    path = ROOT / f"benchmarks/results/{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """results/NAME.json, or what acceptance.json (made where there is a GPU) holds under that name."""
+    path, whole = (ROOT / f"benchmarks/results/{each}.json" for each in (name, "acceptance"))
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(whole.read_text(encoding="utf-8"))["results"].get(name) if whole.exists() else None
 
 
 def grid(header, rows):
@@ -90,11 +93,9 @@ def sequence_logprob_cpu(read):
     return sequence_logprob(read("sequence_logprob_cpu"), command)
 
 
-@table("forward")
-def forward(read):
-    result = read("forward")
+def forward(result, command):
     if result is None:
-        return "Unmeasured: `python benchmarks/forward.py` has not been run."
+        return f"Unmeasured: `{command}` has not been run on such a device."
     lines = []
     for row in result["rows"]:
         speeds = (f"{row['tokens_per_second'][name]:,.0f}" for name in ("ours", "transformers"))
@@ -105,6 +106,16 @@ def forward(read):
         )
     header = "lengths", "tokens/s", "transformers", "ratio", "peak MiB", "transformers", "largest difference"
     return f"{result['parameters']:,} parameters. {where(result['environment'])}\n\n{grid(header, lines)}"
+
+
+@table("forward")
+def forward_cpu(read):
+    return forward(read("forward"), "python benchmarks/forward.py")
+
+
+@table("forward-cuda")
+def forward_cuda(read):
+    return forward(read("forward_cuda"), "python benchmarks/forward.py --device cuda")
 
 
 @table("training-cpu")
@@ -178,11 +189,14 @@ def sampling_cuda(read):
     lines = []
     for row in result["rows"]:
         name = f"{row['prompts']} x {row['k']}" + (f", {row['shared']:,} shared" if row["shared"] else "")
+        if "not_run" in row:
+            lines.append((name, row["not_run"], "", "", ""))
+            continue
         gain = f"{row['ungrouped_over_grouped']:.2f}" if "ungrouped_over_grouped" in row else ""
         figures = f"{row['step_ms']:.2f}", f"{row['tokens_per_s']:,.0f}", f"{row['of_floor']:.0%}", gain
         lines.append((name, *figures))
     header = "prompts x samples", "ms a step", "tokens/s", "of the floor", "time ungrouped / grouped"
-    beside = result["continuous"]
+    beside = result.get("continuous") or {"workload": "not measured", "ways": {}, "absent": {}}
     ways = ", ".join(f"{way} {f['tokens_per_s']:,.0f} tokens/s" for way, f in beside["ways"].items())
     ways += "".join(f"; {way} not run ({why})" for way, why in beside["absent"].items())
     about = f"{where(result['environment'])} {result['bandwidth'] / 1e12:.2f} TB/s measured."
@@ -214,7 +228,188 @@ def judging_cuda(read):
     return judging(read("judging_cuda"), "python benchmarks/judging.py")
 
 
+@table("speed-cpu")
+def speed_cpu(read):
+    """The main README's comparison with transformers: units a second of both, from four benchmarks."""
+    named = "forward", "training_cpu", "sampling_cpu", "judging_cpu"
+    scoring, training, sampling, judged = found = [read(name) for name in named]
+    if None in found:
+        return "Unmeasured: a script of benchmarks/ has not been run."
+    lines = []
+
+    def add(what, unit, ours, theirs, ratio):
+        digits = 2 if unit == "pairs" else 0
+        lines.append((f"{what}: {unit}/s", f"{ours:,.{digits}f}", f"{theirs:,.{digits}f}", f"{ratio:.1f}"))
+
+    for row in (row for row in scoring["rows"] if row["dtype"] == "float32"):
+        speeds = row["tokens_per_second"]
+        add(f"scoring, {row['case']} lengths", "tokens", speeds["ours"], speeds["transformers"], row["ratio"])
+    for ours, theirs in zip(training["rows"][::2], training["rows"][1::2], strict=True):
+        speeds = ours["tokens_per_second"], theirs["tokens_per_second"]
+        add(f"training, {ours['case']} lengths", "tokens", *speeds, theirs["ratio"])
+    for row in (row for row in sampling["rows"] if "static" in row["ways"]):
+        speeds = (row["ways"][way]["tokens_per_s"] for way in ("ours", "static"))
+        add(f"sampling, {row['workload']}", "tokens", *speeds, row["ways"]["static"]["ratio"])
+    for row in judged["rows"]:
+        votes = f"judging, {row['votes']} vote" + "s" * (row["votes"] > 1)
+        add(votes, "pairs", row["ours"], row["loop"], row["ours"] / row["loop"])
+    header = "", "ours", "transformers", "ours is faster, times"
+    return f"{where(scoring['environment'])}\n\n{grid(header, lines)}"
+
+
+@table("speed-gpu")
+def speed_gpu(read):
+    """The main README's GPU cells, each unmeasured until benchmarks/acceptance.py has run on one."""
+    kernels, sampling, training, judged = (
+        (read(f"{name}_cuda") or {"rows": []})["rows"]
+        for name in ("sequence_logprob", "sampling", "training", "judging")
+    )
+
+    def cell(rows, name, **wanted):
+        values = (r[name] for r in rows if name in r and all(r[key] == each for key, each in wanted.items()))
+        return next(values, None)
+
+    head = {"shape": "LLaMA-3.1-8B", "way": "ours"}
+    rows = [
+        (f"log-probs of 8,192 tokens at LLaMA-3.1-8B's head, {mode}: share of the matmul rate",
+         cell(kernels, "of_matmul", mode=mode, **head), "{:.0%}")
+        for mode in ("score", "train")
+    ]  # fmt: skip
+    rows += [
+        (f"decode step, 8B, {count} prompts at 2,048 tokens: share of the memory floor",
+         cell(sampling, "of_floor", prompts=count, k=1), "{:.0%}")
+        for count in (32, 256)
+    ]  # fmt: skip
+    rows += [
+        (f"training, {shape} at 2,048 tokens: share of the matmul rate",
+         cell(training, "of_matmul", shape=shape, length=2048), "{:.0%}")
+        for shape in ("LLaMA-3.2-3B", "LLaMA-3.1-8B")
+    ]  # fmt: skip
+    rows.append(("judging by 16 votes, 1B: pairs/s", cell(judged, "ours", votes=16), "{:.1f}"))
+    lines = [(what, "unmeasured" if value is None else form.format(value)) for what, value, form in rows]
+    measured = next(
+        filter(None, map(read, ("sequence_logprob_cuda", "sampling_cuda", "training_cuda"))), None
+    )
+    about = f"{where(measured['environment'])}\n\n" if measured else ""
+    return about + grid(("one GPU, bf16, random weights", "measured"), lines)
+
+
+@table("acceptance")
+def acceptance(read):
+    path = ROOT / "benchmarks/results/acceptance.json"
+    if not path.exists():
+        return "Unmeasured: `python benchmarks/acceptance.py` has not been run on such a device."
+    result = json.loads(path.read_text(encoding="utf-8"))
+    lines = [(row["part"], row["status"], f"{row['seconds']:.0f}") for row in result["parts"]]
+    return f"{where(result['environment'])}\n\n{grid(('part', 'ended', 'seconds'), lines)}"
+
+
 # ---------------------------------------------------------------------------------- rewriting
+
+
+def spread(figures):
+    return f"{figures['mean']:.1f} [{figures['interval'][0]:.1f}, {figures['interval'][1]:.1f}]"
+
+
+@table("toy")
+def toy(read):
+    result = read("toy")
+    if result is None:
+        return "Unmeasured: `python benchmarks/toy.py` has not been run."
+    lines = []
+    for row, figures in result["accuracy"].items():
+        seeds = figures["by seed"].values()
+        lines.append((row, spread(figures), f"{min(seeds):.1f} – {max(seeds):.1f}", len(seeds)))
+    minutes = sorted(result["seconds"].values())
+    about = f"Seeds {', '.join(map(str, result['seeds']))}; per cent of the held-out pairs. "
+    about += f"The default command took {minutes[0] / 60:.1f} to {minutes[-1] / 60:.1f} minutes a seed. "
+    header = "", "mean [95% interval]", "lowest – highest seed", "seeds"
+    return f"{about}{where(result['environment'])}\n\n{grid(header, lines)}"
+
+
+@table("toy-claims")
+def toy_claims(read):
+    result = read("toy")
+    if result is None:
+        return "Unmeasured: `python benchmarks/toy.py` has not been run."
+    lines = []
+    for each in result["differences"]:
+        low, high = each["interval"]
+        verdict = "yes" if low > 0 else "the opposite" if high < 0 else "not shown"
+        seeds = f"{each['above zero']} / {each['below zero']} of {each['seeds']}"
+        lines.append((each["claim"], f"{each['of']} − {each['less']}", spread(each), seeds, verdict))
+    header = "claim", "difference", "points [95% interval]", "seeds above / below zero", "came out"
+    return grid(header, lines)
+
+
+@table("toy-rounds")
+def toy_rounds(read):
+    result = read("toy")
+    if result is None:
+        return "Unmeasured: `python benchmarks/toy.py` has not been run."
+    lines = []
+    for number, rounds in enumerate(zip(*result["rounds"].values(), strict=True), 1):
+        mean = [sum(each[name] for each in rounds) / len(rounds) for name in ("judged", "kept")]
+        mean += [
+            sum(each[f"label_accuracy_{n}"] for each in rounds) / len(rounds) for n in ("before", "after")
+        ]
+        lines.append((number, *(f"{value:.1f}" for value in mean), f"{mean[3] - mean[2]:+.1f}"))
+    header = "round", "judged", "kept", "labels right before, %", "after the filters, %", "points"
+    return f"Means over {len(result['rounds'])} seeds.\n\n{grid(header, lines)}"
+
+
+@table("paper")
+def paper(read):
+    result = read("paper")
+    if result is None:
+        return "Unmeasured: `python benchmarks/paper.py` has not been run."
+    named = {"gram": "GRAM", "amount": "figure 5, synthesized pairs", "adaptation": "figure 4"}
+    lines = [
+        (f"{what}: {row}", spread(figures), figures["seeds"])
+        for part, what in named.items()
+        for row, figures in result[part].items()
+    ]
+    return f"{where(result['environment'])}\n\n{grid(('', 'accuracy [95% interval]', 'seeds'), lines)}"
+
+
+def interval(figure, form="{:.1f}"):
+    value, low, high = (form.format(figure[name]) for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+@table("policy")
+def policy(read):
+    result = read("policy")
+    if result is None:
+        return "Unmeasured: `python benchmarks/policy.py RUN...` has not been run."
+    lines = []
+    for row in result["rows"]:
+        gains = [interval(row[name], "{:+.1f}") for name in ("gain", "over scalar")]
+        gains = ["", ""] if row["name"] == "before" else gains
+        means = [f"{row[name]['value']:.1f}" for name in ("prices", "greedy")]
+        lines.append((row["name"], interval(row["right"]), *gains, *means))
+    header = (
+        "reward",
+        "right throughout, %",
+        "gain",
+        "over the scalar",
+        "prices right, %",
+        "greedy answer right, %",
+    )
+    about = f"{len(result['seeds'])} seed(s), {result['questions']} held-out questions, {result['drawn']} "
+    about += f"answers drawn for each; intervals 95%, paired by question. {where(result['environment'])}"
+    return f"{about}\n\n{grid(header, lines)}"
+
+
+@table("policy-best-of-n")
+def policy_best_of_n(read):
+    result = read("policy")
+    if result is None:
+        return "Unmeasured: `python benchmarks/policy.py RUN...` has not been run."
+    sizes = list(result["curves"]["oracle"])
+    lines = [(way, *(interval(curve[n]) for n in sizes)) for way, curve in result["curves"].items()]
+    about = f"{len(result['seeds'])} seed(s), {result['lists']} held-out questions."
+    return f"{about}\n\n{grid(('picked by', *(f'n = {n}' for n in sizes)), lines)}"
 
 
 def rewritten(text, path):

@@ -2,6 +2,7 @@
 
     python benchmarks/training.py                  a small model on the CPU, ours beside transformers
     python benchmarks/training.py --device cuda    the published shapes, random weights, if they fit
+    python benchmarks/training.py --quick          the GPU's way with a micro model: a rehearsal, no figures
 
 A step is everything that a step is: the batch as tensors, forward, loss, backward, clipping, fused AdamW.
 Both train the same float32 weights on the same sequences, all of whose tokens are targets; transformers
@@ -51,6 +52,7 @@ LARGE = {
     "LLaMA-3.2-3B": ModelConfig(128256, 3072, 8192, 28, 24, 8, 128, 131072, 1e-5, 5e5, tie_embeddings=True),
     "LLaMA-3.1-8B": ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, 131072, 1e-5, 5e5),
 }
+MICRO = {"micro": ModelConfig(256, 32, 64, 1, 2, 2, 16, 512)}
 CONFIG = TrainConfig(max_length=512, token_budget=4096, lr=1e-5, warmup=0.0)
 REPEATS = 5
 
@@ -135,50 +137,56 @@ def fresh_process():
 # ---------------------------------------------------------------------------------- on a GPU
 
 
-def on_cuda(names: list[str], compile_blocks: bool) -> dict:
-    rows = []
-    with parallel.world(TrainConfig(device="cuda")) as here:
-        rate = fit.matmul_rate(here.device)
-        for name in names:
-            for length in (2048, 8192):
+def at_published_shapes(device: str, shapes: dict, tokens: int, compile_blocks: bool) -> None:
+    """A row for each shape and length, written as it comes; `tokens` of a step, in two packs."""
+    name = "training_cuda" if shapes is not MICRO else "training_quick"
+    with parallel.world(TrainConfig(device=device)) as here:
+        rate = fit.matmul_rate(here.device) if device == "cuda" else 1e12
+        result = {"rows": [], "matmul_tflops": rate / 1e12, "compiled": compile_blocks, "tokens": tokens}
+        result["dtype"] = str(parallel.compute_dtype(CONFIG, here.device)).removeprefix("torch.")
+        for shape in shapes:
+            for length in (tokens // 16, tokens // 4):
+                row = {"shape": shape, "length": length}
                 try:
-                    rows.append(measure(name, length, here, rate, compile_blocks))
+                    row |= measure(shapes[shape], length, tokens, here, rate, compile_blocks)
                 except torch.cuda.OutOfMemoryError:
-                    rows.append({"shape": name, "length": length, "not_run": "does not fit in memory"})
+                    row["not_run"] = "does not fit in memory"
+                result["rows"].append(row)
+                common.write_result(name, result)
                 gc.collect()
                 torch.cuda.empty_cache()
-    return {"rows": rows, "matmul_tflops": rate / 1e12, "dtype": "bfloat16", "compiled": compile_blocks}
 
 
-def measure(name: str, length: int, here: parallel.World, rate: float, compile_blocks: bool) -> dict:
-    """The median of five steps of 32,768 tokens in packs of 16,384."""
+def measure(model: ModelConfig, length: int, tokens: int, here: parallel.World, rate, compiled: bool) -> dict:
+    """The median of three steps, after two."""
     config = dataclasses.replace(
-        CONFIG, max_length=length, token_budget=16384, checkpointing=True, compile=compile_blocks
+        CONFIG, max_length=length, token_budget=tokens // 2, checkpointing=True, compile=compiled
     )
     with torch.device("meta"):
-        trainee = Trainee(Decoder(LARGE[name]), loss.likelihood)
+        trainee = Trainee(Decoder(model), loss.likelihood)
     parallel.shard(trainee, config, here)
     with torch.no_grad():
         for parameter in trainee.parameters():
             parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
-    draw = lambda: tuple(torch.randint(0, LARGE[name].vocab_size, (length,)).tolist())  # noqa: E731
-    rows = [Row((Example(draw(), 1),)) for _ in range(32768 // length)]
+    draw = lambda: tuple(torch.randint(0, model.vocab_size, (length,)).tolist())  # noqa: E731
+    rows = [Row((Example(draw(), 1),)) for _ in range(tokens // length)]
     loop = fit.Loop(trainee, config, here, Path(tempfile.gettempdir()), 10**6)
-    torch.cuda.reset_peak_memory_stats()
+    cuda = here.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     seconds = []
-    for _ in range(7):
+    for _ in range(5):
         start = time.perf_counter()
         loop.step(rows)
-        torch.cuda.synchronize()
+        if cuda:
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     median = statistics.median(seconds[2:])
     return {
-        "shape": name,
-        "length": length,
         "seconds": median,
-        "tokens_per_second": 32768 / median,
-        "of_matmul": fit.step_flops(LARGE[name], rows) / median / rate,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "tokens_per_second": tokens / median,
+        "of_matmul": fit.step_flops(model, rows) / median / rate,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
     }
 
 
@@ -189,9 +197,13 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shapes", nargs="+", choices=[*LARGE], default=[*LARGE], help="on a GPU")
     parser.add_argument("--compile", action="store_true", help="compile each block (on a GPU)")
+    parser.add_argument("--quick", action="store_true", help="a rehearsal with a micro model: no figures")
     arguments = parser.parse_args()
-    if arguments.device == "cuda":
-        common.write_result("training_cuda", on_cuda(arguments.shapes, arguments.compile))
+    if arguments.quick:
+        at_published_shapes(arguments.device, MICRO, 512, arguments.compile)
+    elif arguments.device == "cuda":
+        shapes = {name: LARGE[name] for name in arguments.shapes}
+        at_published_shapes("cuda", shapes, 32768, arguments.compile)
     else:
         common.write_result("training_cpu", on_cpu())
     return 0

@@ -28,6 +28,11 @@ Settings = TypeVar("Settings")
 STAGES = ("prover", "reward", "generative", "discriminative", "pretrain")
 TABLES = ("train", *(f"train.{stage}" for stage in (*STAGES, "finetune", "policy")))
 TABLES += ("selftrain", "world", "models", "data")
+REWARDS = ("pairwise", "tournament", "scalar")  # of the stage policy, see extras/policy.py
+# The names that denoise.py and prover.py give to their filters and scores, for settings to be held against.
+FILTERS = ("agreement", "confidence", "softmax", "length", "structure", "states_label", "states_other")
+FILTERS += ("mentions", "repetition", "quotes", "coherence")
+SCORES = ("equation-5", "numerator", "contrast", "random")
 
 
 def setting(default: Any, text: str) -> Any:
@@ -79,7 +84,7 @@ class TrainConfig:
         shares = ("warmup", "final_lr", "drop_condition", "hide_label", "label_smoothing", "beta1", "beta2")
         _require(self, positive, lambda value: value > 0, "must be above 0")
         _require(self, (*not_negative, "weight_decay"), lambda value: value >= 0, "must not be negative")
-        _require(self, shares, lambda value: 0 <= value <= 1, "must be from 0 to 1")
+        _require(self, shares, _share, "must be from 0 to 1")
         _require(self, ("device",), ("auto", "cpu", "cuda").__contains__, "must be auto, cpu or cuda")
         for name in ("dtype", "save_dtype"):
             kinds = ("auto", "float32", "bfloat16")
@@ -89,6 +94,36 @@ class TrainConfig:
                 f"token_budget: {self.token_budget} is less than max_length {self.max_length}, so that the "
                 "longest examples would fit nowhere; raise --token-budget or lower --max-length"
             )
+
+
+@dataclass(frozen=True)
+class PolicyConfig(TrainConfig):
+    """The stage policy: a training stage whose examples the model draws itself. batch_size counts rollouts.
+
+    Its fields stand in [train.policy] beside those of every stage.
+    """
+
+    group: int = setting(8, "policy: rollouts of each prompt; their rewards are compared with each other")
+    inner: int = setting(2, "policy: optimizer steps on each batch of rollouts")
+    reward: str = setting("pairwise", f"policy: where rewards come from: {', '.join(REWARDS)}")
+    votes: int = setting(2, "policy: votes per comparison, half in each order; 2 are greedy, more are drawn")
+    clip_ratio: float = setting(
+        0.2, "policy: how far a token's probability may move on one batch, as a share"
+    )
+    kl: float = setting(0.02, "policy: weight of the KL divergence from the starting model (estimator k3)")
+    max_new_tokens: int = setting(256, "policy: most tokens of a rollout")
+    judge_tokens: int = setting(1024, "policy: most tokens of a judge's answer")
+    max_abstained: float = setting(0.5, "policy: share of a batch's comparisons without a verdict that stops")
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(self, ("group",), lambda value: value > 1, "is too few: a reward is relative to its group's")
+        _require(self, ("inner", "max_new_tokens", "judge_tokens"), _above_zero, "must be above 0")
+        _require(self, ("votes",), lambda value: value > 0 and value % 2 == 0, "must be even, and above 0")
+        _require(self, ("clip_ratio", "max_abstained"), _share, "must be from 0 to 1")
+        _require(self, ("kl",), lambda value: value >= 0, "must not be negative")
+        _require(self, ("reward",), REWARDS.__contains__, f"must be one of {', '.join(REWARDS)}")
+        _require(self, ("batch_size",), lambda n: n % self.group == 0, f"is not whole groups of {self.group}")
 
 
 @dataclass(frozen=True)
@@ -113,12 +148,15 @@ class SelfTrainConfig:
     k: int = setting(4, "proofs per pair, of which equation 5 picks one")
     proof_temperature: float = setting(0.7, "temperature at which proofs are sampled")
     proof_tokens: int = setting(1024, "most tokens of a proof")
+    select_by: str = setting("equation-5", f"how one of the k proofs is chosen: {', '.join(SCORES)}")
     votes: int = setting(8, "votes per unlabelled pair, half of them in each order")
     judge_tokens: int = setting(1024, "most tokens of a judge's answer")
-    confidence: float = setting(0.75, "share of all votes that a pseudo-label needs")
+    confidence: tuple[float, ...] = setting(
+        (0.75,), "share of all votes that a pseudo-label needs; one number, or one for each round"
+    )
     softmax: float = setting(0.0, "mean softmax that it needs (the paper's filter); 0: not used")
     max_words: int = setting(1500, "longest rationale that is kept, in words")
-    without: tuple[str, ...] = setting((), "names of filters that are switched off")
+    without: tuple[str, ...] = setting((), f"filters that are switched off, of {', '.join(FILTERS)}")
     keep_candidates: bool = setting(False, "write down all k proofs of a pair with their scores")
     mix_human: bool = setting(False, "every judge also trains on the human rationales, in every arm alike")
     pool: int = setting(0, "unlabelled pairs per round; 0: an equal share of all of them")
@@ -127,19 +165,26 @@ class SelfTrainConfig:
     baselines: bool = setting(True, "also train discriminative, generative and labelled only, 2x steps")
 
     def __post_init__(self):
-        _require(
-            self,
-            ("iters", "k", "votes", "proof_tokens", "judge_tokens", "max_words"),
-            _above_zero,
-            "must be above 0",
-        )
-        _require(self, ("proof_temperature", "test_votes"), _above_zero, "must be above 0")
-        _require(self, ("confidence", "softmax"), lambda value: 0 <= value <= 1, "must be from 0 to 1")
+        positive = ("iters", "k", "votes", "test_votes", "proof_tokens", "judge_tokens", "max_words")
+        _require(self, (*positive, "proof_temperature"), _above_zero, "must be above 0")
+        _require(self, ("softmax",), _share, "must be from 0 to 1")
+        _require(self, ("confidence",), lambda each: each and all(map(_share, each)), "must be from 0 to 1")
         _require(self, ("votes", "test_votes"), lambda value: value % 2 == 0, "must be even")
+        _require(self, ("select_by",), SCORES.__contains__, f"must be one of {', '.join(SCORES)}")
+        _require(self, ("without",), set(FILTERS).issuperset, f"must be of {', '.join(FILTERS)}")
+
+    def for_round(self, number: int) -> SelfTrainConfig:
+        """These settings with the round's own confidence (rounds count from 1); the last holds on."""
+        own = self.confidence[min(number, len(self.confidence)) - 1]
+        return dataclasses.replace(self, confidence=(own,))
 
 
 def _above_zero(value: float) -> bool:
     return value > 0
+
+
+def _share(value: float) -> bool:
+    return 0 <= value <= 1
 
 
 def _require(config: Any, names: Sequence[str], holds: Any, rule: str) -> None:
@@ -188,14 +233,15 @@ def resolve(
 
 
 def _coerce(value: Any, kind: Any, where: str) -> Any:
-    """A TOML value as its field's type: a whole number will do as a float, and nothing else is bent."""
-    if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
-        return tuple(_coerce(each, typing.get_args(kind)[0], where) for each in value)
+    """A TOML value as its field's type. One value will do as a list, and a whole number as a float."""
+    if typing.get_origin(kind) is tuple:
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_coerce(each, typing.get_args(kind)[0], where) for each in values)
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-        raise InputError(f"{where}: expected {names.get(kind, 'a list')}, got {value!r}")
+        raise InputError(f"{where}: expected {names[kind]}, got {value!r}")
     return value
 
 
@@ -210,7 +256,8 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
         flag, kind = "--" + each.name.replace("_", "-"), kinds[each.name]
         options: dict[str, Any] = {"dest": each.name, "default": argparse.SUPPRESS}
         text = each.metadata["help"].replace("%", "%%")
-        options["help"] = f"{text} [{str(each.default).lower() if each.default not in ('', ()) else 'none'}]"
+        default = each.default if isinstance(each.default, tuple) else (str(each.default).lower(),)
+        options["help"] = f"{text} [{' '.join(map(str, default)) or 'none'}]"
         if typing.get_origin(kind) is tuple:
             options |= {"nargs": "*", "type": typing.get_args(kind)[0]}
         elif kind is bool:

@@ -10,8 +10,10 @@ The paper names a majority vote over several runs, a threshold on the softmax pr
 The softmax after a rationale is nearly always certain, so `confidence` counts votes instead; the paper's own
 filter stays, as `softmax`.
 
-Coherence is a rule as well: what a rationale quotes must stand in the responses. A world that can check more
-(the toy's lists) passes a rule of its own beside it.
+Coherence is a rule as well (`COHERENCE`): what a rationale quotes must stand in the question or a response,
+and what it says plainly about which response is better must agree with its label. These two are also applied
+to the votes' own rationales. A world that can check more (the toy's lists) brings a rule of its own under
+the name `coherence`.
 
 It leaves out: how a judgment or a rationale comes about, and balancing, which is `balance` at the end.
 """
@@ -21,12 +23,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from gramr2 import prompts
 from gramr2.config import SelfTrainConfig
-from gramr2.records import OTHER, Judgment, Pair, Vote, mark, show
+from gramr2.records import OTHER, Judgment, Pair, mark, show
 
 LabelFilter = Callable[[Judgment, SelfTrainConfig], str | None]
 RationaleFilter = Callable[[Pair, str, SelfTrainConfig], str | None]  # (pair, rationale as stored, settings)
@@ -36,16 +38,19 @@ RationaleFilter = Callable[[Pair, str, SelfTrainConfig], str | None]  # (pair, r
 
 def agreement(judgment: Judgment, settings: SelfTrainConfig) -> str | None:
     """Both orders have a majority, and the same one."""
-    if judgment.label is None:
+    if not judgment.votes["A"] + judgment.votes["B"]:
         return "no readable vote"
-    return "the two orders disagree" if judgment.orders_agree is False else None
+    if judgment.orders_agree is False:
+        return "the two orders disagree"
+    return None if judgment.label else "undecided"
 
 
 def confidence(judgment: Judgment, settings: SelfTrainConfig) -> str | None:
-    """Enough of all votes, abstentions included, are for the label."""
+    """Enough of all votes, abstentions included, are for the label. The settings are one round's."""
+    (needed,) = settings.confidence
     cast = sum(judgment.votes.values())
     share = judgment.votes.get(judgment.label, 0) / cast if cast else 0.0
-    return None if share >= settings.confidence else f"votes below {settings.confidence:g}"
+    return None if share >= needed else f"votes below {needed:g}"
 
 
 def softmax(judgment: Judgment, settings: SelfTrainConfig) -> str | None:
@@ -69,18 +74,11 @@ def only_coherent(
 
     A judge that quotes what nobody said, or concludes against its own count, has guessed.
     """
-    used = {name: rule for name, rule in rules.items() if name not in settings.without}
-
-    def objection(vote: Vote) -> str | None:
-        shown = pair if vote.order == "AB" else pair.swapped()
-        stated = OTHER[vote.label] if vote.order == "BA" else vote.label
-        asked = dataclasses.replace(shown, label=stated)
-        written = mark(vote.thinking)
-        return next((reason for rule in used.values() if (reason := rule(asked, written, settings))), None)
-
     votes = []
     for vote in judgment.details:
-        reason = objection(vote) if vote.label else None
+        own = dataclasses.replace(pair, label=vote.label)
+        asked = own if vote.order == "AB" else own.swapped()
+        reason = objection(asked, mark(vote.thinking), rules, settings) if vote.label else None
         votes.append(dataclasses.replace(vote, label=None, p_a=None, reason=reason) if reason else vote)
     return Judgment.from_votes(votes)
 
@@ -98,23 +96,32 @@ def structure(pair: Pair, rationale: str, settings: SelfTrainConfig) -> str | No
     return prompts.parse_rationale(rationale).reason or None
 
 
-def _named_in_conclusion(rationale: str) -> set[str]:
-    reading = prompts.parse_rationale(rationale).rationale
-    conclusion = reading.conclusion if reading else rationale
-    return set(re.findall(r"\bResponse ([AB])\b", show(conclusion)))
+def _argument_and_conclusion(rationale: str) -> tuple[str, str]:
+    """What stands before the conclusion, and the conclusion; all of it is both where they cannot be told."""
+    shown = show(rationale)
+    reading = prompts.parse_rationale(shown).rationale
+    return (f"{reading.feedback}\n{reading.comparison}", reading.conclusion) if reading else (shown, shown)
+
+
+def _named(text: str) -> set[str]:
+    return set(re.findall(r"\bResponse ([AB])\b", text))
 
 
 def states_label(pair: Pair, rationale: str, settings: SelfTrainConfig) -> str | None:
-    return None if pair.label in _named_in_conclusion(rationale) else "does not state the label"
+    _, conclusion = _argument_and_conclusion(rationale)
+    return None if pair.label in _named(conclusion) else "does not state the label"
 
 
 def states_other(pair: Pair, rationale: str, settings: SelfTrainConfig) -> str | None:
     """The conclusion prefers the other response: it names it, and not the label's."""
-    return "states the other label" if _named_in_conclusion(rationale) == {OTHER[pair.label]} else None
+    _, conclusion = _argument_and_conclusion(rationale)
+    return "states the other label" if _named(conclusion) == {OTHER[pair.label]} else None
 
 
 def mentions(pair: Pair, rationale: str, settings: SelfTrainConfig) -> str | None:
-    return None if re.search(r"\bResponse [AB]\b", show(rationale)) else "talks of neither response"
+    """Before it concludes: a letter alone, with general remarks in front of it, is no argument."""
+    argument, _ = _argument_and_conclusion(rationale)
+    return None if _named(argument) else "talks of neither response"
 
 
 def repetition(pair: Pair, rationale: str, settings: SelfTrainConfig) -> str | None:
@@ -125,11 +132,16 @@ def repetition(pair: Pair, rationale: str, settings: SelfTrainConfig) -> str | N
 
 
 def quotes(pair: Pair, rationale: str, settings: SelfTrainConfig) -> str | None:
-    """What stands in quotation marks, three words or more, must stand in the question or a response."""
+    """What stands in quotation marks, three words or more, must stand in the question or a response.
+
+    Each side of an ellipsis counts by itself. A line in which a quotation mark has no other is passed over.
+    """
     known = _plain(f"{pair.question} {pair.response_a} {pair.response_b}")
-    for quoted in re.findall(r"[\"“]([^\"“”]+)[\"”]", show(rationale)):
-        if len(quoted.split()) >= 3 and _plain(quoted) not in known:
-            return "quotes what the responses do not say"
+    lines = [line for line in show(rationale).splitlines() if line.count('"') % 2 == 0]
+    for quoted in re.findall(r'"([^"]+)"|“([^“”]+)”', "\n".join(lines)):
+        for piece in re.split(r"\.\.\.|…", "".join(quoted)):
+            if len(piece.split()) >= 3 and f" {_plain(piece)} " not in f" {known} ":
+                return "quotes what the responses do not say"
     return None
 
 
@@ -137,6 +149,31 @@ def _plain(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
+# A whole sentence, or its beginning up to a comma or a reason. "In tone, Response A is better" and "Response
+# A is better formatted" speak of one side of it, and are not meant.
+_VERDICT = re.compile(
+    r"(?:(?i:overall|therefore|thus|so|hence|clearly|in (?:conclusion|summary|short|total)),? )?"
+    r"Response ([AB]) is (?:(?:\w+ly|much|far|overall|the),? )*(better|superior|preferable|worse|inferior)"
+    r"(?: (?:response|answer|choice|one))?(?: overall| than Response [AB])*(?:[,:;.!]|\s*$| because| since)"
+)
+# A sentence with one of these may take back, limit or only suppose what it says.
+_DOUBT = re.compile(
+    r"n[o'’]t\b|\?|\b(?:never|if|unless|whether|although|though|while|whereas|but|however|despite|except|only|why|"
+    r"hardly|barely|nearly|almost|arguably|equally|would|could|might|may|should|some|those|who|neither|nor)\b",
+    re.IGNORECASE,
+)
+
+
+def coherence(pair: Pair, rationale: str, settings: SelfTrainConfig) -> str | None:
+    """No sentence says plainly that the other response is better. What is hedged is passed over."""
+    for sentence in re.split(r"(?<=[.!?;\n])", show(rationale)):
+        found = None if _DOUBT.search(sentence) else _VERDICT.match(sentence.lstrip(" -*#>"))
+        if found and (found[1] == pair.label) == (found[2] in ("worse", "inferior")):
+            return "a statement contradicts its conclusion"
+    return None
+
+
+COHERENCE: dict[str, RationaleFilter] = {"quotes": quotes, "coherence": coherence}
 RATIONALE_FILTERS: dict[str, RationaleFilter] = {
     "length": length,
     "structure": structure,
@@ -144,7 +181,7 @@ RATIONALE_FILTERS: dict[str, RationaleFilter] = {
     "states_other": states_other,
     "mentions": mentions,
     "repetition": repetition,
-    "quotes": quotes,
+    **COHERENCE,
 }
 
 # ---------------------------------------------------------------------------------- applying them
@@ -162,6 +199,14 @@ class Sieve:
         return dict(Counter(reason.split(":")[0] for reason in self.reasons if reason))
 
 
+def objection(
+    pair: Pair, rationale: str, rules: dict[str, RationaleFilter], settings: SelfTrainConfig
+) -> str | None:
+    """The first reason against a rationale, of the rules that are not switched off."""
+    used = (rule for name, rule in rules.items() if name not in settings.without)
+    return next((reason for rule in used if (reason := rule(pair, rationale, settings))), None)
+
+
 def apply(filters: dict[str, Callable], items: Iterable[tuple], settings: SelfTrainConfig) -> Sieve:
     """Runs every filter on every item; `settings.without` names the ones that are switched off."""
     used = {name: rule for name, rule in filters.items() if name not in settings.without}
@@ -174,12 +219,11 @@ def apply(filters: dict[str, Callable], items: Iterable[tuple], settings: SelfTr
     return Sieve(reasons, dict(alone))
 
 
-def balance(pairs: Sequence[Pair]) -> list[Pair]:
+def balance(pairs: Iterable[Pair]) -> Iterator[Pair]:
     """As many A as B, within one: pairs whose rationale allows it are turned, every other one."""
-    turned, lead = [], 0
+    lead = 0
     for pair in pairs:
         if lead * (1 if pair.label == "A" else -1) > 0 and pair.swappable:
             pair = pair.swapped()
         lead += 1 if pair.label == "A" else -1
-        turned.append(pair)
-    return turned
+        yield pair

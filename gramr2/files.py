@@ -11,14 +11,19 @@ What it leaves out: locking. A path has one writer.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+# A full disk or quota, a limit on a file's size, no leave to write.
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class InputError(ValueError):
@@ -35,7 +40,8 @@ def _sync(path: Path) -> None:
 
 
 def _temporary(target: Path) -> Path:
-    return target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    """Unlike any other: processes of several hosts may write into one shared directory."""
+    return target.with_name(f".{target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 @contextlib.contextmanager
@@ -139,13 +145,31 @@ def read_json(path: str | Path) -> Any:
         raise InputError(f"{path}: not JSON ({error.msg}, line {error.lineno})") from None
 
 
+@contextlib.contextmanager
+def said_plainly(place: str | Path) -> Iterator[None]:
+    """A disk that is full, or closed to writing, is the user's to mend; `place` is what was written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        named = error.filename or place
+        raise InputError(f"{named}: {error.strerror}; mend that, and run the same command again") from None
+
+
 def exit_status(main, *args) -> int:
-    """Runs a command's main and maps what happened to the exit status that every command shares."""
+    """Runs a command's main and maps what happened to the exit status that every command shares.
+
+    Under torchrun every rank meets the same bad input; the first one says it.
+    """
+    first = int(os.environ.get("RANK", 0)) == 0
     try:
         return main(*args) or 0
     except InputError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        if first:
+            print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if first:
+            print("interrupted", file=sys.stderr)
         return 130

@@ -15,7 +15,8 @@ epoch, row), so the number of the step is the whole of the cursor, and a resumed
 uninterrupted one on the CPU. A run lives in its directory: resume/run.json says what it trains on,
 resume/step-N/ are its states, model/ appears last and at once, with the figures in model/training.json.
 
-It leaves out: evaluation, and the policy's own sampling; `Loop` takes any stream of global batches.
+It leaves out: evaluation, and the policy's own sampling (extras/policy.py, which is a stream of global
+batches for the same `Loop`).
 """
 
 from __future__ import annotations
@@ -328,6 +329,7 @@ class Loop:
     steps: int
     decode: Callable[[Sequence[int]], str] = str
     at: Progress = field(default_factory=Progress)
+    more: Callable[[], dict[str, Any]] = dict  # what else goes into a step's row of metrics.jsonl
 
     def __post_init__(self):
         self.optimizer = make_optimizer(self.trainee, self.config)
@@ -405,7 +407,8 @@ class Loop:
             self.give_up(rows)
         at.loss = value if finite else at.loss
         figures = {"loss": value, "norm": norm} if finite else {"loss": None, "norm": None, "skipped": True}
-        return figures | {"lr": learning_rate, "examples": len(rows), "tokens": tokens, "targets": units}
+        figures |= {"lr": learning_rate, "examples": len(rows), "tokens": tokens, "targets": units}
+        return figures | self.more()
 
     def give_up(self, rows: list[Row]) -> None:
         place = self.out / "bad-batch.jsonl"
@@ -605,13 +608,18 @@ def read_model_config(stage: str, config: TrainConfig, model_dir: Path, tokenize
     return model
 
 
-def make_trainee(stage: str, config: TrainConfig, model: ModelConfig, model_dir: Path, here: parallel.World):
-    """The decoder with its objective, on its ranks, filled from the checkpoint."""
-    objective = loss.likelihood
+def objective_of(stage: str, config: TrainConfig) -> loss.Objective:
     if stage == "discriminative":
-        objective = loss.preference
-    elif stage == "generative" and config.label_smoothing:
-        objective = loss.smoothed_label(config.label_smoothing)
+        return loss.preference
+    if stage == "generative" and config.label_smoothing:
+        return loss.smoothed_label(config.label_smoothing)
+    return loss.likelihood
+
+
+def make_trainee(
+    objective: loss.Objective, config: TrainConfig, model: ModelConfig, model_dir: Path, here: parallel.World
+) -> Trainee:
+    """The decoder with its objective, on its ranks, filled from the checkpoint."""
     with torch.device("meta"):
         trainee = Trainee(Decoder(model), objective)
     parallel.shard(trainee, config, here)
@@ -644,12 +652,14 @@ def train(
         open_run(out, now, here)
         if here.first and progress:
             say(describe(stage, plan, curriculum, model_dir, model))
-        trainee = make_trainee(stage, config, model, model_dir, here)
+        trainee = make_trainee(objective_of(stage, config), config, model, model_dir, here)
         loop = Loop(trainee, config, here, out, plan.steps, curriculum.tokenizer.decode)
         loop.restore()
         run_loop(loop, stream(plan, curriculum, loop.at.step), stage, model, progress, stop)
         figures = dataclasses.asdict(loop.at) | {"dropped": plan.dropped, "examples": plan.examples}
-        publish_model(loop, curriculum, model, model_dir, {"run": now, "figures": figures})
+        extra = {f"{curriculum.template_kind}_prompt.txt": curriculum.template}
+        extra = extra if curriculum.template else {}
+        publish_model(loop, curriculum.tokenizer, model, model_dir, {"run": now, "figures": figures}, extra)
         return figures
 
 
@@ -681,21 +691,20 @@ def run_loop(loop: Loop, batches, stage: str, model: ModelConfig, progress: bool
 
 
 def publish_model(
-    loop: Loop, curriculum: Curriculum, model: ModelConfig, model_dir: Path, record: dict[str, Any]
+    loop: Loop, tokenizer: Tokenizer, model: ModelConfig, model_dir: Path, record: dict, own: dict[str, str]
 ) -> None:
     """Leaves model/ with the prompts that it was trained on and the run's figures; then drops the states."""
     raw = read_config(model_dir)[1]
     named = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     wanted = named if loop.config.save_dtype == "auto" else loop.config.save_dtype
     extra = {path.name: path.read_text(encoding="utf-8") for path in sorted(model_dir.glob("*_prompt.txt"))}
-    if curriculum.template:
-        extra[f"{curriculum.template_kind}_prompt.txt"] = curriculum.template
+    extra |= own
     extra["training.json"] = json.dumps(record, indent=2)
     tensors = parallel.whole_tensors(loop.trainee, getattr(torch, wanted))
     failure = None
     try:
         if loop.here.first:
-            save_tensors(tensors, model, raw, curriculum.tokenizer, loop.out / "model", extra)
+            save_tensors(tensors, model, raw, tokenizer, loop.out / "model", extra)
     except (OSError, SafetensorError) as error:
         failure = f"{loop.out / 'model'}: could not be written ({error}); free some space, and run it again"
     for _ in tensors:  # the other ranks take part in every tensor that the first one writes

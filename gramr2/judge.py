@@ -99,12 +99,16 @@ class RewardModel:
 
     @classmethod
     def load(
-        cls, directory: str | Path, device="cpu", dtype="float32", prompt=None, format: str | None = None
-    ):
-        """`prompt`: a template file in place of the checkpoint's own. `format`: a name in `FORMATS`."""
+        cls, directory: str | Path, device="cpu", dtype="float32", prompt=None, format: str | None = None,
+        date: str | None = None,
+    ):  # fmt: skip
+        """`prompt`: a template file in place of the checkpoint's own. `format`: a name in `FORMATS`.
+
+        `date` pins what a chat template prints as today.
+        """
         if format not in (None, *FORMATS):
             raise InputError(f"no format {format}; there are {', '.join(FORMATS)}")
-        model, tokenizer = load(directory, device, dtype)
+        model, tokenizer = load(directory, device, dtype, date)
         has_head = model.config.num_labels > 0
         format = format or ("scalar" if has_head else "think")
         if has_head != (format == "scalar"):

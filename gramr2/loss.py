@@ -2,8 +2,8 @@
 
 Equations (1) label only, (2) rationale then label and (4) the prover's are one function, `token_loss`:
 the negative log-likelihood of target tokens, each with a coefficient. What differs is the target, which is
-data. Beside it stand GRAM's two-way loss over {A, B} with label smoothing, and Bradley-Terry on a scalar
-head. A policy gradient whose coefficients are known before the step is `token_loss` as well.
+data. Beside it stand GRAM's two-way loss over {A, B} with label smoothing, Bradley-Terry on a scalar head,
+and the clipped policy gradient (`PolicyGradient`), whose coefficients are the advantages.
 
 Every loss is a sum. Coefficients carry the normalisation, one over the units of the whole step on all ranks
 (target tokens; pairs for Bradley-Terry), so that packs, accumulation and ranks add up to the same gradient.
@@ -35,6 +35,7 @@ class Row:
 
     sequences: tuple[Example, ...]  # one; or the better and the worse response's, for Bradley-Terry
     coefficients: tuple[float, ...] = ()  # of the target tokens; empty: 1 for each
+    old: tuple[float, ...] = ()  # a rollout's log-probs under the policy that drew it
     rival: tuple[int, int] | None = None  # (place of the label's letter in ids, the other letter's id)
     margin: float = 0.0
 
@@ -60,6 +61,7 @@ class Batch:
     places_N: Tensor
     targets_N: Tensor
     coefficients_N: Tensor
+    old_N: Tensor
     rivals_N: Tensor
     margins_P: Tensor
     scale: float
@@ -70,13 +72,14 @@ def collate(rows: Sequence[Row], scale: float, device: torch.device | str) -> Ba
     sequences = [sequence for row in rows for sequence in row.sequences]
     lengths = [len(sequence.ids) for sequence in sequences] or [1]
     ids = [i for sequence in sequences for i in sequence.ids] or [0]
-    places, targets, coefficients, rivals, offset = [], [], [], [], 0
+    places, targets, coefficients, old, rivals, offset = [], [], [], [], [], 0
     for row in rows:
         for sequence in row.sequences:
             wanted = range(sequence.start, len(sequence.ids))
             places += [offset + place - 1 for place in wanted]
             targets += sequence.ids[sequence.start :]
             coefficients += row.coefficients or (1.0,) * len(wanted)
+            old += row.old or (0.0,) * len(wanted)
             rivals += [row.rival[1] if row.rival and place == row.rival[0] else NO_RIVAL for place in wanted]
             offset += len(sequence.ids)
     long = {"dtype": torch.int64, "device": device}
@@ -88,6 +91,7 @@ def collate(rows: Sequence[Row], scale: float, device: torch.device | str) -> Ba
         places_N=torch.tensor(places, **long),
         targets_N=torch.tensor(targets, **long),
         coefficients_N=torch.tensor(coefficients, **real) * scale,
+        old_N=torch.tensor(old, **real),
         rivals_N=torch.tensor(rivals, **long),
         margins_P=torch.tensor([row.margin for row in rows if len(row.sequences) == 2], **real),
         scale=scale,
@@ -106,6 +110,24 @@ def two_way_loss(right_N: Tensor, wrong_N: Tensor, smoothing: float) -> Tensor:
     """GRAM's loss over {A, B} alone, from the two letters' logits; `smoothing` is the wrong one's share."""
     gap_N = right_N - wrong_N
     return -(1 - smoothing) * F.logsigmoid(gap_N) - smoothing * F.logsigmoid(-gap_N)
+
+
+def clipped_loss(logp_N: Tensor, old_N: Tensor, advantages_N: Tensor, clip: float) -> Tensor:
+    """- min(ratio x advantage, the ratio kept within 1 - clip ... 1 + clip, x advantage), for each token."""
+    ratio_N = torch.exp(logp_N - old_N)
+    return -torch.minimum(ratio_N * advantages_N, ratio_N.clamp(1 - clip, 1 + clip) * advantages_N)
+
+
+def k3(logp_N: Tensor, reference_N: Tensor) -> Tensor:
+    """The estimator k3 of KL(policy || reference): q - log q - 1 with q = p_reference / p of a drawn token.
+
+    Its mean over the policy's tokens is the divergence, and it is never negative, which the plain - log q is.
+    Where the two models agree, value and gradient are 0 for every token and not only on average, so that a
+    reward which says nothing moves nothing. Differentiated as it stands it pulls along the gradient of
+    KL(reference || policy), whose minimum is the same.
+    """
+    gap_N = reference_N - logp_N
+    return torch.expm1(gap_N) - gap_N
 
 
 def bradley_terry(better_P: Tensor, worse_P: Tensor, margins_P: Tensor) -> Tensor:
@@ -149,6 +171,34 @@ def preference(decoder: Decoder, hidden_TD: Tensor, batch: Batch) -> Tensor:
         return scores_S.sum() * 0
     better_P, worse_P = scores_S.unflatten(0, (-1, 2)).unbind(-1)
     return batch.scale * bradley_terry(better_P, worse_P, batch.margins_P).sum()
+
+
+class PolicyGradient:
+    """Clipped policy gradient with a pull to the reference model, which reads the same pack beside it.
+
+    (In the same pack, because another packing rounds differently: at the start the divergence is exactly 0.)
+    `seen` sums over the packs since it was last emptied: k3, tokens whose ratio was clipped, tokens.
+    """
+
+    def __init__(self, reference: Decoder, clip: float, kl: float):
+        self.reference, self.clip, self.kl, self.seen = reference, clip, kl, [0.0, 0, 0]
+
+    def __call__(self, decoder: Decoder, hidden_TD: Tensor, batch: Batch) -> Tensor:
+        logp_N = self._logp(decoder, hidden_TD, batch)
+        with torch.no_grad():
+            positions_T = packed_positions(batch.lengths, batch.ids_T.device)
+            attend = packed_causal(batch.lengths, batch.ids_T.device)
+            reference_N = self._logp(self.reference, self.reference(batch.ids_T, positions_T, attend), batch)
+        kl_N = k3(logp_N, reference_N)
+        outside_N = (torch.exp(logp_N.detach() - batch.old_N) - 1).abs() > self.clip
+        figures = float(kl_N.detach().sum()), int(outside_N.sum()), len(outside_N)
+        self.seen = [total + figure for total, figure in zip(self.seen, figures, strict=True)]
+        policy_N = clipped_loss(logp_N, batch.old_N, batch.coefficients_N, self.clip)
+        return policy_N.sum() + self.kl * batch.scale * kl_N.sum()
+
+    def _logp(self, decoder: Decoder, hidden_TD: Tensor, batch: Batch) -> Tensor:
+        hidden_ND = hidden_TD.index_select(0, batch.places_N)
+        return kernels.sequence_logprob(hidden_ND, decoder.head_weight, batch.targets_N)
 
 
 class Trainee(nn.Module):

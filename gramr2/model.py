@@ -81,16 +81,15 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
 
 
 def rope_tables(config: ModelConfig, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [T, 1, K] for each token, in fp32 until the last step."""
+    """Cosine and sine [T, 1, K] for each token, in fp32 until the last step; the first sines are negative."""
     angles = positions_T.float()[:, None] * rope_frequencies(config, positions_T.device)
-    angles_T1K = torch.cat((angles, angles), dim=-1)[:, None]
-    return angles_T1K.cos().to(dtype), angles_T1K.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1)[:, None].to(dtype), torch.cat((-sin, sin), dim=-1)[:, None].to(dtype)
 
 
 def rotate(x_THK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> Tensor:
     """Rotates channel i together with channel i + K/2, the published checkpoints' pairing."""
-    first, second = x_THK.chunk(2, dim=-1)
-    return x_THK * cos_T1K + torch.cat((-second, first), dim=-1) * sin_T1K
+    return x_THK * cos_T1K + x_THK.roll(x_THK.shape[-1] // 2, dims=-1) * sin_T1K
 
 
 class RMSNorm(nn.Module):
@@ -102,8 +101,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # The statistics are fp32 and the product is not: the rounding that checkpoints were trained with.
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return self.weight * F.rms_norm(wide, x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):

@@ -19,7 +19,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,9 +40,9 @@ from gramr2.loss import Trainee
 from gramr2.weights import checkpoint_tensors
 
 KEPT = 2  # resume points: the newest, and the one before in case a disk lied
-PATIENCE = datetime.timedelta(
-    minutes=30
-)  # a rank may load and tokenize this long; a dead one is seen at once
+PATIENCE = datetime.timedelta(minutes=30)  # within a training step
+# Between steps one rank may sample, or read, for hours while the others wait. A dead one is seen at once.
+LONG_PATIENCE = datetime.timedelta(days=2)
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,22 @@ class World:
             dist.all_gather_object(values, value, group=self.talk)
         return values
 
+    def together(self, work: Callable[[], Any]) -> list[Any]:
+        """What `work` returns on each rank; where it fails on one of them, it fails on all of them alike."""
+        try:
+            outcome = work(), None
+        except (InputError, OSError) as error:
+            outcome = None, error
+        outcomes = self.gather(outcome)
+        for _, error in outcomes:
+            if error is not None:
+                raise error
+        return [result for result, _ in outcomes]
+
+    def on_first(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns on the first rank, which alone does it; the others wait, and are told."""
+        return self.together(lambda: work() if self.first else None)[0]
+
 
 @contextlib.contextmanager
 def world(config: TrainConfig) -> Iterator[World]:
@@ -95,7 +111,7 @@ def world(config: TrainConfig) -> Iterator[World]:
     groups = []
     try:
         if dist.is_initialized():
-            groups = [dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2)]
+            groups = [dist.new_group(backend="gloo", timeout=LONG_PATIENCE) for _ in range(2)]
             yield World(dist.get_rank(), dist.get_world_size(), device, _mesh(config, device), *groups)
         else:
             yield World(0, 1, device)

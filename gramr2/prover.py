@@ -15,7 +15,12 @@ from 0). The paper leaves open what exactly is scored; here:
   Training drops the condition in a tenth of the examples (fit.py), so that this means something;
 - unfinished and malformed proofs, and those that justify the other label, are not eligible.
 
-Scores rank the proofs of one pair. They are not compared across pairs.
+Scores rank the proofs of one pair. They are not compared across pairs. Other ways to pick a proof stand
+beside equation (5) for comparison (`SCORES`); everything that tells them apart is `condition` and
+that table.
+
+`label_coherence` asks a prover for the wrong label too. One that reasons gives itself away there, one that
+praises whatever it is told to does not, and both look alike on right labels.
 
 It leaves out: the rules that a chosen rationale must still pass (denoise.py), and training (fit.py).
 """
@@ -24,14 +29,16 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from gramr2 import prompts
 from gramr2.files import InputError
 from gramr2.model import Decoder
-from gramr2.records import Pair, Proof, mark
+from gramr2.records import OTHER, Pair, Proof, mark
 from gramr2.sampler import Sample, generate
 from gramr2.scoring import logprobs
 from gramr2.tokenizer import Tokenizer
@@ -51,8 +58,9 @@ class Prover:
         self.opened = tokenizer.opened_thinking([{"role": "user", "content": ""}])
 
     @classmethod
-    def load(cls, directory: str | Path, device="cpu", dtype="float32") -> Prover:
-        model, tokenizer = load(directory, device, dtype)
+    def load(cls, directory: str | Path, device="cpu", dtype="float32", date: str | None = None) -> Prover:
+        """`date` pins what a chat template prints as today."""
+        model, tokenizer = load(directory, device, dtype, date)
         template, note = prompts.template_for(directory, kind="prover")
         if note.startswith("warning"):
             print(note, file=sys.stderr)
@@ -66,14 +74,17 @@ class Prover:
         *,
         temperature: float = 0.7,
         max_new_tokens: int = MAX_NEW_TOKENS,
+        select_by: str = "equation-5",
         progress: bool = True,
     ) -> Iterator[tuple[Pair, list[Proof]]]:
         """(pair, its k proofs with their scores), in the pairs' order; no proofs where a pair is too long."""
         if k < 1 or temperature <= 0:
             raise InputError(f"proofs: k = {k} at temperature {temperature}; both must be above 0")
+        if select_by not in SCORES:
+            raise InputError(f"select_by: {select_by!r} must be one of {', '.join(SCORES)}")
         pairs = iter(pairs)
         while shard := list(islice(pairs, SHARD)):
-            frames = [self.tokenizer.chat(self._messages(pair)) for pair in shard]
+            frames = [self._frame(pair) for pair in shard]
             limit = self.model.config.max_positions
             fits = [i for i, ids in enumerate(frames) if len(ids) < limit]
             groups = generate(
@@ -87,15 +98,15 @@ class Prover:
                 progress=progress,
             )
             written = dict(zip(fits, groups, strict=True))
-            proofs = [
-                self._read(pair, sample) for i, pair in enumerate(shard) for sample in written.get(i, [])
-            ]
-            scored = iter(self.score(proofs))
+            asked = [(shard[i], self._read(shard[i], sample)) for i in fits for sample in written[i]]
+            scored = iter(self.score(asked, select_by))
             for i, pair in enumerate(shard):
                 yield pair, list(islice(scored, len(written.get(i, []))))
 
-    def _messages(self, pair: Pair) -> list[dict[str, str]]:
-        return [{"role": "user", "content": prompts.prover_prompt(pair, self.template)}]
+    def _frame(self, pair: Pair) -> list[int]:
+        """s and l as the prover is asked: the ids that stand before ẑ."""
+        content = prompts.prover_prompt(pair, self.template)
+        return self.tokenizer.chat([{"role": "user", "content": content}])
 
     def _read(self, pair: Pair, sample: Sample) -> Proof:
         """One sampled proof with the numerator, which the sampler has already summed up token by token."""
@@ -103,7 +114,7 @@ class Prover:
         reading = prompts.rationale_from_proof(text, self.opened)
         reason = None
         if sample.finish != "stop":
-            reason = "unfinished"
+            reason = "unfinished" if sample.finish == "length" else "logits were not finite"
         elif reading.rationale is None:
             reason = f"malformed: {reading.reason}"
         elif reading.label != pair.label:
@@ -113,25 +124,40 @@ class Prover:
             pair.id, text, logp_given, finish=sample.finish, ineligible=reason, ids=tuple(sample.ids)
         )
 
-    def score(self, proofs: Sequence[Proof]) -> list[Proof]:
-        """Equation (5) for eligible proofs: one packed pass gives every denominator."""
-        eligible = [proof for proof in proofs if proof.ineligible is None]
-        tails = logprobs(self.model, [[*self.blank, *proof.ids] for proof in eligible])
-        blanks = iter(float(tail[len(self.blank) - 1 :].double().sum()) for tail in tails)
-        return [with_score(proof, next(blanks)) if proof.ineligible is None else proof for proof in proofs]
+    def condition(self, pair: Pair, select_by: str) -> list[int]:
+        """The ids before ẑ in a score's second term; equation (5) has the frame alone, without s and l."""
+        if select_by == "contrast":
+            return self._frame(dataclasses.replace(pair, label=OTHER[pair.label]))
+        return self.blank
+
+    def score(self, asked: Sequence[tuple[Pair, Proof]], select_by: str = "equation-5") -> list[Proof]:
+        """The score of each eligible proof; one packed pass gives every second term."""
+        rows = [(self.condition(pair, select_by), proof.ids) for pair, proof in asked if not proof.ineligible]
+        tails = logprobs(self.model, [[*front, *ids] for front, ids in rows])
+        sums = (float(tail[-len(ids) :].double().sum()) for tail, (_, ids) in zip(tails, rows, strict=True))
+        return [proof if proof.ineligible else with_score(proof, next(sums), select_by) for _, proof in asked]
 
 
-def with_score(proof: Proof, logp_blank: float) -> Proof:
-    """Equation (5). A proof that is certain without any condition says nothing about this pair."""
-    if logp_blank >= 0:
-        return dataclasses.replace(proof, logp_blank=logp_blank, ineligible="certain without a condition")
-    # 0.0 - x, so that a certain numerator scores 0 and not -0.
-    score = 0.0 - proof.logp_given / logp_blank
-    return dataclasses.replace(proof, logp_blank=logp_blank, score=score)
+# Each from log π(ẑ | s, l) and log π(ẑ | the second condition), for one pair's proofs; higher is better.
+SCORES: dict[str, Callable[[float, float], float]] = {
+    "equation-5": lambda given, blank: 0.0 - given / blank,  # 0.0 - x: a certain numerator scores 0, not -0
+    "numerator": lambda given, blank: given,
+    "contrast": lambda given, wrong: given - wrong,  # the second condition is s with the other label
+    "random": lambda given, blank: 0.0,  # all k are drawn alike: the first eligible one is a random one
+}
+
+
+def with_score(proof: Proof, second: float, select_by: str = "equation-5") -> Proof:
+    """A proof with its score. What is certain without any condition says nothing about this pair."""
+    if select_by == "equation-5" and second >= 0:
+        return dataclasses.replace(proof, logp_blank=second, ineligible="certain without a condition")
+    score = SCORES[select_by](proof.logp_given, second)
+    blank = None if select_by == "contrast" else second
+    return dataclasses.replace(proof, logp_blank=blank, score=score, select_by=select_by)
 
 
 def select(proofs: Sequence[Proof]) -> Proof | None:
-    """The best eligible proof by equation (5), the earlier one among equals; None where there is none."""
+    """The eligible proof with the highest score, the earliest among equals; None where there is none."""
     eligible = [proof for proof in proofs if proof.score is not None]
     return max(eligible, key=lambda proof: proof.score, default=None)
 
@@ -139,3 +165,26 @@ def select(proofs: Sequence[Proof]) -> Proof | None:
 def rationale_of(proof: Proof, opened: bool = False) -> str:
     """A chosen proof turned back into the rationale z, in the stored form."""
     return mark(str(prompts.rationale_from_proof(proof.text, opened).rationale))
+
+
+def label_coherence(
+    prover: Prover, pairs: Iterable[Pair], objection: Callable[[Pair, str], str | None], **sampling: Any
+) -> dict[str, dict[str, Any]]:
+    """How often a proof of the right label passes every rule, and how often one of the wrong label does.
+
+    `pairs` is read twice; they have labels and were not trained on. `objection` is all rules together: the
+    first reason against a rationale, or None. `sampling` goes to `prove_many`, one proof for each pair.
+    Returns, under "right" and under "wrong", {"asked": n, "passed": n, "dropped": {reason: n}}. Where "wrong"
+    passes nearly as often as "right", rules cannot tell a wrong pseudo-label by its proof: only the label
+    filters keep it out.
+    """
+    counts = {}
+    for name, turned in (("right", {"A": "A", "B": "B"}), ("wrong", OTHER)):
+        asked = (dataclasses.replace(pair, label=turned[pair.label], rationale=None) for pair in pairs)
+        reasons: list[str | None] = []
+        for pair, proofs in prover.prove_many(asked, 1, **sampling):
+            failed = proofs[0].ineligible if proofs else "too long to prove"
+            reasons.append(failed or objection(pair, rationale_of(proofs[0], prover.opened)))
+        dropped = dict(Counter(filter(None, reasons)))
+        counts[name] = {"asked": len(reasons), "passed": reasons.count(None), "dropped": dropped}
+    return counts

@@ -323,10 +323,11 @@ class Proof(_Record):
     text: str
     logp_given: float  # log π(ẑ | s, l): the numerator
     logp_blank: float | None = None  # log π(ẑ) in an empty frame: the denominator; None: not scored
-    score: float | None = None  # - logp_given / logp_blank, in (-inf, 0], higher is better
+    score: float | None = None  # what proofs are chosen by, higher is better; None: not eligible
     finish: str = "stop"
     ineligible: str | None = None  # the reason, or None
     ids: tuple[int, ...] = ()
+    select_by: str | None = None  # the score's name; equation-5: - logp_given / logp_blank, in (-inf, 0]
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Proof:

@@ -371,10 +371,9 @@ class Engine:
         config, weight = model.config, model.head_weight
         self.model, self.limits, self.options, self.seed = model, limits, options, seed
         self.device = weight.device
-        shape = config.num_layers, blocks, config.num_kv_heads, limits.block_size, config.head_size
-        self.keys_LNGPK = torch.empty(shape, dtype=weight.dtype, device=self.device)
-        self.values_LNGPK = torch.empty(shape, dtype=weight.dtype, device=self.device)
-        self.values_LNGPK[:, NULL] = 0
+        shape = config.num_layers, blocks, limits.block_size, config.num_kv_heads, config.head_size
+        self.pools = [torch.empty(shape, dtype=weight.dtype, device=self.device) for _ in range(2)]
+        self._clear([NULL])
         # One more than there are slots: what rows that only pad a batch read and write.
         self.last_S = torch.zeros(limits.running + 1, dtype=torch.int64, device=self.device)
         self.streams_S = np.zeros(limits.running + 1, np.int64)
@@ -388,15 +387,14 @@ class Engine:
     @torch.inference_mode()
     def launch(self, step: _Step, scheduler: Scheduler) -> Callable[[], np.ndarray] | None:
         """Starts a step; -> what waits for the decoded rows' outputs, if there are any."""
-        if step.fresh and not self.cuda:
-            # Probabilities of 0 meet what stands in places not yet written, so that must not be NaN.
-            self.values_LNGPK[:, step.fresh] = 0
+        if step.fresh and not self.graphs:
+            self._clear(step.fresh)
         if step.chunks:
             self._prefill(step.chunks)
         if step.copies:
             origin, copy = (self._upload(blocks) for blocks in zip(*step.copies, strict=True))
-            for pool in (self.keys_LNGPK, self.values_LNGPK):
-                pool[:, copy] = pool[:, origin]
+            for pool_LNPGK in self.pools:
+                pool_LNPGK[:, copy] = pool_LNPGK[:, origin]
         if step.joined:
             slots = [sample.slot for sample in step.joined]
             self.last_S[self._upload(slots)] = self._upload([sample.ids[-1] for sample in step.joined])
@@ -410,6 +408,11 @@ class Engine:
             arrays[name] = _pad(arrays[name], fill)
         outputs_RC = self.decode({name: self._upload(array) for name, array in arrays.items()})
         return lambda: outputs_RC.cpu().numpy()
+
+    def _clear(self, pages: list[int]) -> None:
+        """Hidden keys are read, and weighed with 0: what stands there must not be NaN."""
+        for pool_LNPGK in self.pools:
+            pool_LNPGK[:, pages] = 0
 
     def _upload(self, values) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(values, np.int64))
@@ -427,14 +430,17 @@ class Engine:
             if first:
                 prefix += self._items(rows, np.full(len(rows), first), blocks[: first // size])
             own += self._items(rows, place - first + 1, blocks[first // size : -(-stop // size)])
-        # On CUDA all items of a kind are one launch; on the CPU there is nothing to gain from padding.
-        batches = [prefix, own] if self.cuda else [[item] for item in prefix + own]
-        reads = [self._reads(items) for items in batches if items]
+        reads = [self._reads(items) for kind in (prefix, own) for items in self._alike(kind)]
         ids_T, positions_T = (self._upload(_pad(x, 0)) for x in (np.array(ids), np.concatenate(positions)))
         self.model(ids_T, positions_T, self._attend(self._upload(np.concatenate(writes)), reads))
 
     def _reads(self, items: list[tuple]) -> kernels.Reads:
         return kernels.Reads(*map(self._upload, _columns(items)))
+
+    def _alike(self, items: list[tuple]) -> list[list[tuple]]:
+        """What one read takes: on CUDA all of a kind, elsewhere those that little padding makes alike."""
+        sizes = {0 if self.cuda else len(rows).bit_length() for rows, *_ in items}
+        return [[i for i in items if self.cuda or len(i[0]).bit_length() == size] for size in sorted(sizes)]
 
     def _items(self, rows: np.ndarray, visible: np.ndarray, blocks: np.ndarray) -> list[tuple]:
         step = self.members or len(rows)
@@ -442,7 +448,7 @@ class Engine:
 
     def _attend(self, writes_S: Tensor, reads: list[kernels.Reads]):
         def attend(layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
-            pools = self.keys_LNGPK[layer], self.values_LNGPK[layer]
+            pools = [pool_LNPGK[layer] for pool_LNPGK in self.pools]
             kernels.write_kv(k_TGK, v_TGK, *pools, writes_S)
             return kernels.attend_pages(q_THK, *pools, reads)
 

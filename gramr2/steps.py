@@ -7,8 +7,10 @@ same command after a kill therefore goes on, and ends with the same results; oth
 name are refused, field by field.
 
 `Run` has the steps of the paper's loop, each from files to files: train, prove, judge, and the two filters.
-Work that samples is cut into fixed shards. A shard is published whole, so a cut one is done again whole, and
-the same seed gives the same rows.
+Work on many pairs is cut into fixed shards. Under torchrun the ranks take shards as they become free: who
+makes a shard's claim file has it. A shard is published whole, so a cut one is done again whole, and the same
+seed gives the same rows on any number of ranks. All that ranks share is the file system; nothing is held in
+memory but the shard in hand and, where doubles are sought, ids.
 
 It leaves out: the order of the steps (selftrain.py), and everything about the truth: no step here is given a
 label that the run did not start with or make itself (extras/evaluate.py compares afterwards).
@@ -19,20 +21,28 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gramr2 import denoise, fit
+from tqdm import tqdm
+
+from gramr2 import denoise, fit, parallel
 from gramr2.config import SelfTrainConfig, TrainConfig
 from gramr2.data import Store
-from gramr2.files import InputError, digest, publish_file, read_json, write_json, write_rows
+from gramr2.files import InputError, digest, publish_file, read_json, said_plainly, write_json, write_rows
 from gramr2.judge import SHARD, RewardModel
-from gramr2.prover import Prover, rationale_of, select
+from gramr2.prover import Prover, label_coherence, rationale_of, select
 from gramr2.records import Judgment, Pair
+
+Row = dict[str, Any]
+# Proofs of wrong labels that pass every rule, as a share of those of right ones: above it, a warning.
+DECEPTIVE = 0.5
 
 
 def code_version() -> str:
@@ -47,6 +57,10 @@ class Reached(Exception):
     """The step after which a run was asked to stop is done."""
 
 
+class Exhausted(InputError):
+    """The loop cannot go on: nothing is left to train on. What was reached stands."""
+
+
 class Books:
     """A run's directory, its plan and its steps. `until` names the step after which to stop."""
 
@@ -55,24 +69,29 @@ class Books:
         root: Path,
         settings: dict[str, Any],
         inputs: Iterable[Path],
-        say: Callable[[str], None],
+        here: parallel.World,
         until: str | None = None,
     ):
-        self.root, self.say, self.until, self.seconds = Path(root), say, until, {}
-        plan = {
-            "settings": settings,
-            "inputs": {str(path): digest(path) for path in inputs},
-            "code": code_version(),
-        }
+        self.root, self.here, self.until = Path(root), here, until
+        self.seconds: dict[str, float] = {}
+        self.counts: dict[str, Row] = {}
         self._numbers: dict[str, int] = {}
-        written = self.root / "plan.json"
-        if written.is_file():
-            self._check(read_json(written), plan)
-        else:
-            write_json(written, plan)
+        here.on_first(lambda: self._open(settings, inputs))
 
-    def _check(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+    def say(self, text: str) -> None:
+        if self.here.first:
+            print(text, file=sys.stderr, flush=True)
+
+    def _open(self, settings: dict[str, Any], inputs: Iterable[Path]) -> None:
         """Settings and inputs must be what they were. Other code is allowed, and said."""
+        clear(self.root)
+        hashes = {str(path): digest(path) for path in inputs}
+        now = {"settings": settings, "inputs": hashes, "code": code_version()}
+        written = self.root / "plan.json"
+        if not written.is_file():
+            with said_plainly(self.root):
+                write_json(written, now)
+        before = read_json(written)
         changed = [
             f"{name} ({before[part].get(name)!r}, now {now[part].get(name)!r})"
             for part in ("settings", "inputs")
@@ -92,20 +111,20 @@ class Books:
         number = self._numbers.setdefault(name, len(self._numbers) + 1)
         return self.root / "steps" / f"{number:02}-{name}"
 
-    def step(self, name: str, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-        """Does a step unless it is done; `work` gets the step's directory and returns its counts."""
+    def step(self, name: str, work: Callable[[Path], Row]) -> Row:
+        """Does a step unless it is done; → its counts. Every rank calls `work` with the step's directory."""
         place = self.place(name)
         done = place / "done.json"
-        if not done.is_file():
+        record = self.here.on_first(lambda: read_json(done) if done.is_file() else None)
+        if record is None:
             self.say(f"{place.name} …")
-            place.mkdir(parents=True, exist_ok=True)
             started = time.perf_counter()
-            counts = work(place)
-            files = {path.name: digest(path) for path in sorted(place.glob("*.jsonl"))}
-            shutil.rmtree(place / "shards", ignore_errors=True)
-            write_json(done, {"counts": counts, "seconds": time.perf_counter() - started, "files": files})
-        record = read_json(done)
-        self.seconds[name] = round(record["seconds"], 3)
+            with said_plainly(place):
+                self.here.on_first(lambda: place.mkdir(parents=True, exist_ok=True))
+                counts = work(place)
+                seconds = time.perf_counter() - started
+                record = self.here.on_first(lambda: close(place, counts, seconds))
+        self.seconds[name], self.counts[name] = round(record["seconds"], 3), record["counts"]
         if name == self.until:
             raise Reached(place)
         return record["counts"]
@@ -121,25 +140,37 @@ class Books:
             shutil.rmtree(place)
 
 
-def in_shards(
-    place: Path, items: Sequence[Any], size: int, work: Callable[[list[Any]], Iterable[dict]], out: str
-) -> Path:
-    """Maps `work` over shards of `items`, each published whole, and joins them to one JSONL file."""
-    paths = []
-    for start in range(0, len(items), size):
-        path = place / "shards" / f"{out}-{start:09}.jsonl"
-        paths.append(path)
-        if not path.is_file():
-            write_rows(path, work([items[i] for i in range(start, min(start + size, len(items)))]))
-    whole = place / out
+def clear(root: Path) -> None:
+    """Takes away the claims, and what was half written, of a run that was killed."""
+    for left in [*root.rglob("*.claim"), *root.rglob(".*.tmp-*")]:
+        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def close(place: Path, counts: Row, seconds: float) -> Row:
+    files = {path.name: digest(path) for path in sorted(place.glob("*.jsonl"))}
+    shutil.rmtree(place / "shards", ignore_errors=True)
+    write_json(place / "done.json", {"counts": counts, "seconds": seconds, "files": files})
+    return read_json(place / "done.json")
+
+
+def claim(shard: Path) -> bool:
+    """Whether this rank may do a shard; the file system gives it to one alone, whatever host asks."""
+    shard.parent.mkdir(exist_ok=True)
+    try:
+        os.close(os.open(shard.with_suffix(".claim"), os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def join(shards: Sequence[Path], whole: Path) -> None:
     with publish_file(whole) as temporary, temporary.open("wb") as joined:
-        for path in paths:
+        for path in shards:
             with path.open("rb") as part:
                 shutil.copyfileobj(part, joined)
-    return whole
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+def read_rows(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8") as file:
         yield from map(json.loads, file)
 
@@ -149,7 +180,33 @@ class Run:
 
     def __init__(self, books: Books, settings: SelfTrainConfig, trains: dict[str, TrainConfig], rules: dict):
         """`trains`: the settings of each kind of training. `rules`: a world's rationale filters, by name."""
-        self.books, self.settings, self.trains, self.rules = books, settings, trains, rules
+        self.books, self.here, self.settings, self.trains = books, books.here, settings, trains
+        self.coherence_rules = denoise.COHERENCE | rules
+        self.rationale_rules = denoise.RATIONALE_FILTERS | rules
+
+    def load(self, kind: type, directory: Path) -> Any:
+        """A model to sample from, whole on this rank's device."""
+        config = self.trains["reward"]
+        dtype = parallel.compute_dtype(config, self.here.device)
+        return kind.load(directory, self.here.device, dtype, date=config.date)
+
+    def in_shards(self, place: Path, items: Sequence[Any], work: Callable[[list[Any]], Iterable[Row]]):
+        """Maps `work` over shards of `items`, each published whole by whoever took it; → their paths."""
+        starts = range(0, len(items), SHARD)
+        paths = [place / "shards" / f"{start:09}.jsonl" for start in starts]
+
+        def take() -> None:
+            shown = {"desc": place.name, "unit": "pair", "disable": not self.here.first, "leave": False}
+            with tqdm(total=len(items), mininterval=0.2 if sys.stderr.isatty() else 10, **shown) as bar:
+                for start, path in zip(starts, paths, strict=True):
+                    end = min(start + SHARD, len(items))
+                    # The claim comes first: a name that was never looked up is not remembered as absent.
+                    if claim(path) and not path.is_file():
+                        write_rows(path, work([items[i] for i in range(start, end)]))
+                    bar.update(end - start)
+
+        self.here.together(take)
+        return paths
 
     def train(self, name: str, kind: str, data: Sequence[Path], start: Path, longer: int = 1) -> Path:
         """Trains from `start`, `longer` times as long as the kind's settings say; → the model directory."""
@@ -159,111 +216,183 @@ class Run:
         self.books.step(name, lambda place: fit.train(stage, config, data, start, place))
         return self.books.place(name) / "model"
 
+    @property
+    def proving(self) -> dict[str, Any]:
+        """How proofs are sampled."""
+        s = self.settings
+        names = {"temperature": s.proof_temperature, "max_new_tokens": s.proof_tokens}
+        return {"seed": s.seed, **names, "select_by": s.select_by, "progress": False}
+
     def prove(self, name: str, prover: Path, pairs: Path) -> Path:
-        """k proofs for each labelled pair; equation (5) picks one; rows of {"pair", "chosen", "reasons"}."""
-        out = "proofs.jsonl"
+        """k proofs for each labelled pair; equation (5) picks one: rows of pair, chosen, rationale."""
+        whole = self.books.place(name) / "proofs.jsonl"
 
-        def work(place: Path) -> dict[str, Any]:
-            model = Prover.load(prover)
-            settings = self.settings
+        def work(place: Path) -> Row:
+            model = self.load(Prover, prover)
 
-            def shard(rows: list[Pair]) -> Iterator[dict[str, Any]]:
-                proved = model.prove_many(
-                    rows,
-                    settings.k,
-                    settings.seed,
-                    temperature=settings.proof_temperature,
-                    max_new_tokens=settings.proof_tokens,
-                )
-                for pair, proofs in proved:
+            def shard(rows: list[Pair]) -> Iterator[Row]:
+                for pair, proofs in model.prove_many(rows, self.settings.k, **self.proving):
                     chosen = select(proofs)
                     row = {"pair": pair.to_json(), "chosen": chosen and chosen.to_json()}
                     row["rationale"] = chosen and rationale_of(chosen, model.opened)
-                    row["ineligible"] = Counter(proof.ineligible for proof in proofs if proof.ineligible)
-                    if settings.keep_candidates:
+                    failed = (proof.ineligible for proof in proofs if proof.ineligible)
+                    row["ineligible"] = Counter(failed if proofs else ["too long to prove"])
+                    if self.settings.keep_candidates:
                         row["candidates"] = [proof.to_json() for proof in proofs]
                     yield row
 
-            rows = read_rows(in_shards(place, Store(pairs, Pair.from_json), SHARD, shard, out))
-            return {"pairs": 0, "proved": 0} | Counter(
-                key for row in rows for key in ("pairs", *(["proved"] if row["chosen"] else []))
-            )
+            shards = self.in_shards(place, Store(pairs, Pair.from_json), shard)
+            return self.here.on_first(lambda: self._count_proofs(shards, whole))
 
         self.books.step(name, work)
-        return self.books.place(name) / out
+        return whole
+
+    def _count_proofs(self, shards: Sequence[Path], whole: Path) -> Row:
+        join(shards, whole)
+        counts, ineligible = Counter(pairs=0, proved=0), Counter()
+        for row in read_rows(whole):
+            counts.update(pairs=1, proved=bool(row["chosen"]))
+            ineligible.update(row["ineligible"])
+        if not counts["proved"]:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in ineligible.most_common())
+            raise Exhausted(
+                f"{whole.parent.name}: no eligible proof of {counts['pairs']} pairs ({reasons}); train it "
+                "longer ([train.prover] in the recipe), or give it room (--proof-tokens)"
+            )
+        return {**counts, "ineligible": dict(ineligible)}
+
+    def wrong_labels(self, name: str, prover: Path, pairs: Path) -> None:
+        """Wrong-label coherence: how many proofs of held-out pairs' wrong labels pass every rule.
+
+        A prover that is told a wrong label and argues for it as well as for the right one hides the judge's
+        mistakes from the rules.
+        """
+
+        def objection(pair: Pair, rationale: str) -> str | None:
+            return denoise.objection(pair, rationale, self.rationale_rules, self.settings)
+
+        def work(place: Path) -> Row:
+            held_out = Store(pairs, Pair.from_json)
+            return label_coherence(self.load(Prover, prover), held_out, objection, **self.proving)
+
+        counts = self.books.step(name, lambda place: self.here.on_first(lambda: work(place)))
+        right, wrong = (counts[key]["passed"] / max(1, counts[key]["asked"]) for key in ("right", "wrong"))
+        self.books.say(
+            f"proofs that pass every rule: {right:.0%} for the right label, {wrong:.0%} for the wrong one"
+        )
+        if wrong > DECEPTIVE * right:
+            self.books.say(
+                "warning: it argues for wrong labels too: the rules on rationales will let most wrong "
+                "pseudo-labels through, and only the votes stand against them; [train.prover] hide_label in "
+                "the recipe may help"
+            )
 
     def judge(self, name: str, model: Path, pairs: Path, votes: int, limit: int = 0) -> Path:
         """Votes on each pair; rows of a judgment with its pair, or with an error."""
-        out = "judged.jsonl"
+        whole = self.books.place(name) / "judged.jsonl"
 
-        def work(place: Path) -> dict[str, Any]:
-            judge, store = RewardModel.load(model), Store(pairs, Pair.from_json)
+        def work(place: Path) -> Row:
+            judge, store = self.load(RewardModel, model), Store(pairs, Pair.from_json)
             items = store if not limit else [store[i] for i in range(min(limit, len(store)))]
+            sampling = {"max_new_tokens": self.settings.judge_tokens, "progress": False}
 
-            def shard(rows: list[Pair]) -> Iterator[dict[str, Any]]:
-                unlabelled = [dataclasses.replace(pair, label=None, rationale=None) for pair in rows]
-                judged = judge.judge_many(
-                    unlabelled, votes, self.settings.seed, max_new_tokens=self.settings.judge_tokens
-                )
+            def shard(rows: list[Pair]) -> Iterator[Row]:
+                bare = [dataclasses.replace(pair, label=None, rationale=None) for pair in rows]
+                judged = judge.judge_many(bare, votes, self.settings.seed, **sampling)
                 for pair, (_, judgment) in zip(rows, judged, strict=True):
                     failed = isinstance(judgment, InputError)
                     row = {"error": str(judgment)} if failed else judgment.to_json()
                     yield {"id": pair.id, **row, "pair": pair.to_json()}
 
-            rows = read_rows(in_shards(place, items, SHARD, shard, out))
-            labels = Counter(str(row.get("label", "failed")) for row in rows)
+            shards = self.in_shards(place, items, shard)
+            return self.here.on_first(lambda: count(shards))
+
+        def count(shards: Sequence[Path]) -> Row:
+            join(shards, whole)
+            labels = Counter(str(row.get("label", "failed")) for row in read_rows(whole))
             return {"judged": sum(labels.values()), "labels": dict(labels)}
 
         self.books.step(name, work)
-        return self.books.place(name) / out
+        return whole
 
-    def filter_labels(self, name: str, judged: Path) -> tuple[Path, dict[str, Any]]:
+    def filter_labels(self, name: str, judged: Path, number: int) -> Path:
         """Pairs whose votes can be trusted, with the label that these give; every drop with its reason."""
+        settings = self.settings.for_round(number)
 
-        def work(place: Path) -> dict[str, Any]:
-            rows = [row for row in read_rows(judged) if "error" not in row]
-            pairs = [Pair.from_json(row["pair"]) for row in rows]
-            judgments = [
-                denoise.only_coherent(pair, judgment_of(row), self.rules, self.settings)
-                for pair, row in zip(pairs, rows, strict=True)
-            ]
-            sieve = denoise.apply(denoise.LABEL_FILTERS, [(each,) for each in judgments], self.settings)
-            kept = [
-                dataclasses.replace(pair, label=judgment.label, rationale=None)
-                for pair, judgment, reason in zip(pairs, judgments, sieve.reasons, strict=True)
-                if reason is None
-            ]
-            self._write_sieve(place, sieve, [row["id"] for row in rows], denoise.balance(kept))
-            return {"in": len(rows), "kept": len(kept), "dropped": sieve.dropped, "alone": sieve.alone}
+        def sift(rows: list[Row]) -> Iterator[Row]:
+            for row in rows:
+                pair = Pair.from_json(row["pair"])
+                if "error" in row:
+                    yield sifted(pair, f"not judged: {row['error']}", {}, {})
+                    continue
+                judgment = denoise.only_coherent(pair, judgment_of(row), self.coherence_rules, settings)
+                sieve = denoise.apply(denoise.LABEL_FILTERS, [(judgment,)], settings)
+                pair = dataclasses.replace(pair, label=judgment.label, rationale=None)
+                # Without a label there is nothing to prove, whatever filters are switched off.
+                reason = sieve.reasons[0] or (None if judgment.label else "no label: no vote could be read")
+                yield sifted(pair, reason, sieve.alone, {"votes": judgment.votes, "p_a": judgment.p_a})
 
-        return self.books.place(name) / "kept.jsonl", self.books.step(name, work)
+        return self._sieve(name, judged, sift)
 
-    def filter_rationales(self, name: str, proofs: Path) -> tuple[Path, dict[str, Any]]:
+    def filter_rationales(self, name: str, proofs: Path) -> Path:
         """Pairs whose chosen rationale passes every rule, ready to train on."""
 
-        def work(place: Path) -> dict[str, Any]:
-            rows = list(read_rows(proofs))
-            pairs = [Pair.from_json(row["pair"]) for row in rows]
-            proved = [i for i, row in enumerate(rows) if row["rationale"]]
-            items = [(pairs[i], rows[i]["rationale"]) for i in proved]
-            sieve = denoise.apply(denoise.RATIONALE_FILTERS | self.rules, items, self.settings)
-            kept = [
-                dataclasses.replace(pair, rationale=rationale)
-                for (pair, rationale), reason in zip(items, sieve.reasons, strict=True)
-                if reason is None
-            ]
-            self._write_sieve(place, sieve, [pairs[i].id for i in proved], denoise.balance(kept))
-            dropped = sieve.dropped | {"no eligible proof": len(rows) - len(proved)}
-            return {"in": len(rows), "kept": len(kept), "dropped": dropped, "alone": sieve.alone}
+        def sift(rows: list[Row]) -> Iterator[Row]:
+            for row in rows:
+                pair = Pair.from_json(row["pair"])
+                if not row["rationale"]:
+                    failed = ", ".join(f"{count} {reason}" for reason, count in row["ineligible"].items())
+                    yield sifted(pair, f"no eligible proof: {failed}", {}, {})
+                    continue
+                sieve = denoise.apply(self.rationale_rules, [(pair, row["rationale"])], self.settings)
+                pair = dataclasses.replace(pair, rationale=row["rationale"])
+                figures = {"score": row["chosen"] and row["chosen"]["score"]}
+                yield sifted(pair, sieve.reasons[0], sieve.alone, figures)
 
-        return self.books.place(name) / "kept.jsonl", self.books.step(name, work)
+        return self._sieve(name, proofs, sift)
 
-    def _write_sieve(self, place: Path, sieve: denoise.Sieve, ids: list[str], kept: list[Pair]) -> None:
-        write_rows(place / "kept.jsonl", (pair.to_json() for pair in kept))
-        dropped = zip(ids, sieve.reasons, strict=True)
-        write_rows(place / "dropped.jsonl", ({"id": i, "reason": why} for i, why in dropped if why))
+    def _sieve(self, name: str, source: Path, sift: Callable) -> Path:
+        """Sifts a file's rows in shards, and parts them: the kept are balanced, drops are written down."""
+
+        def part(shards: Sequence[Path], place: Path) -> Row:
+            counts, dropped, alone = Counter({"in": 0, "kept": 0}), Counter(), Counter()
+
+            def kept() -> Iterator[Pair]:
+                for row in (row for path in shards for row in read_rows(path)):
+                    counts.update({"in": 1, "kept": row["reason"] is None})
+                    alone.update(row["alone"])
+                    if row["reason"] is None:
+                        yield Pair.from_json(row["pair"])
+
+            def lost() -> Iterator[Row]:
+                for row in (row for path in shards for row in read_rows(path) if row["reason"]):
+                    dropped[row["reason"].partition(":")[0]] += 1
+                    label = row["pair"].get("label")
+                    yield {"id": row["pair"]["id"], "reason": row["reason"], "label": label, **row["figures"]}
+
+            write_rows(place / "kept.jsonl", (pair.to_json() for pair in denoise.balance(kept())))
+            write_rows(place / "dropped.jsonl", lost())
+            return {**counts, "dropped": dict(dropped), "alone": dict(alone)}
+
+        def work(place: Path) -> Row:
+            shards = self.in_shards(place, Store(source), sift)
+            return self.here.on_first(lambda: part(shards, place))
+
+        counts = self.books.step(name, work)
+        if not counts["kept"]:
+            most = max(counts["dropped"].items(), key=lambda item: item[1], default=("nothing came in", 0))
+            raise Exhausted(
+                f"{name}: none of {counts['in']} pairs was kept; most were dropped by {most[0]} ({most[1]}); "
+                "the model before is the last. Loosen that filter, or switch it off (--without), in a new run"
+            )
+        return self.books.place(name) / "kept.jsonl"
 
 
-def judgment_of(row: dict[str, Any]) -> Judgment:
+def sifted(pair: Pair, reason: str | None, alone: dict[str, int], figures: Row) -> Row:
+    """A pair that went through the filters: the reason that dropped it (None: kept), and who objected."""
+    return {"pair": pair.to_json(), "reason": reason, "alone": alone, "figures": figures}
+
+
+def judgment_of(row: Row) -> Judgment:
     """A row of a judged file as the record that it was written from."""
     return Judgment.from_json({name: value for name, value in row.items() if name not in ("id", "pair")})

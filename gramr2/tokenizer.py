@@ -124,6 +124,11 @@ class Tokenizer:
         return self.id_of(self._special_text("bos_token"))
 
     @cached_property
+    def unknown_id(self) -> int | None:
+        """What stands for text that the vocabulary cannot spell; None where it can spell everything."""
+        return self.id_of(self._special_text("unk_token"))
+
+    @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """What ends an answer: generation_config.json's list, or the tokenizer's own end of text."""
         stop = self._generation.get("eos_token_id")

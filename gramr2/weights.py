@@ -192,9 +192,9 @@ def published_config(config: ModelConfig, dtype: torch.dtype, raw: Mapping[str, 
 # ---------------------------------------------------------------------------------- loading
 
 
-def load(directory: str | Path, device="cpu", dtype="float32") -> tuple[Decoder, Tokenizer]:
-    """(model, tokenizer) of a Hugging Face directory. dtype "auto" keeps what is stored."""
-    tokenizer = Tokenizer.load(directory)
+def load(directory: str | Path, device="cpu", dtype="float32", date=None) -> tuple[Decoder, Tokenizer]:
+    """(model, tokenizer) of a Hugging Face directory. dtype "auto" keeps what is stored; date: see Tokenizer."""
+    tokenizer = Tokenizer.load(directory, date)
     model = load_model(directory, device, dtype)
     if model.config.vocab_size < tokenizer.size:
         raise InputError(

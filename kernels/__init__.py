@@ -126,21 +126,21 @@ def _checked(hidden_TD, weight_VD, targets_T):
     return hidden_TD.contiguous()
 
 
-def _paged(keys_NGPK):
+def _paged(keys_NPGK):
     """The module that reads and writes pages of this kind on this device."""
-    trusted = keys_NGPK.is_cuda or keys_NGPK.dtype != torch.bfloat16
-    if trusted and backend(keys_NGPK.device) == "triton":
+    trusted = keys_NPGK.is_cuda or keys_NPGK.dtype != torch.bfloat16
+    if trusted and backend(keys_NPGK.device) == "triton":
         from . import paged_attention
 
         return paged_attention
     return reference
 
 
-def write_kv(k_TGK, v_TGK, keys_NGPK, values_NGPK, slots_S):
+def write_kv(k_TGK, v_TGK, keys_NPGK, values_NPGK, slots_S):
     """Puts the first S tokens' keys and values into their places of the pools: page * P + place."""
-    _paged(keys_NGPK).write_kv(k_TGK, v_TGK, keys_NGPK, values_NGPK, slots_S)
+    _paged(keys_NPGK).write_kv(k_TGK, v_TGK, keys_NPGK, values_NPGK, slots_S)
 
 
-def attend_pages(q_THK, keys_NGPK, values_NGPK, reads):
+def attend_pages(q_THK, keys_NPGK, values_NPGK, reads):
     """Attention of each row over what a list of `Reads` lets it see of the pools -> [T, H, K]."""
-    return _paged(keys_NGPK).attend_pages(q_THK, keys_NGPK, values_NGPK, reads)
+    return _paged(keys_NPGK).attend_pages(q_THK, keys_NPGK, values_NPGK, reads)

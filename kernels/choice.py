@@ -63,7 +63,8 @@ def _sums(weight_RV: Tensor) -> Tensor:
 
 
 def _blocks(weight_RV: Tensor) -> Tensor:
-    return pad(weight_RV, (0, -weight_RV.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    missing = -weight_RV.shape[1] % BLOCK
+    return (pad(weight_RV, (0, missing)) if missing else weight_RV).unflatten(1, (-1, BLOCK))
 
 
 def _draw(weight_RV: Tensor, uniform_R: Tensor) -> Tensor:

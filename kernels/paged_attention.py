@@ -28,17 +28,14 @@ FUSION = {"enable_fp_fusion": True}  # the default until Triton 3.9, said aloud 
 
 
 @triton.jit
-def _write_kernel(k_ptr, v_ptr, keys_ptr, values_ptr, slots_ptr, GK, K: tl.constexpr, PAGE: tl.constexpr,
-                  BLOCK: tl.constexpr):  # fmt: skip
+def _write_kernel(k_ptr, v_ptr, keys_ptr, values_ptr, slots_ptr, GK, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token)
     at = tl.arange(0, BLOCK)
-    # [G, K] of a token becomes [G, page's place, K] of its page.
-    target = (slot // PAGE * (GK // K) + at // K) * PAGE * K + slot % PAGE * K + at % K
     k = tl.load(k_ptr + token * GK + at, mask=at < GK)
     v = tl.load(v_ptr + token * GK + at, mask=at < GK)
-    tl.store(keys_ptr + target, k, mask=at < GK)
-    tl.store(values_ptr + target, v, mask=at < GK)
+    tl.store(keys_ptr + slot * GK + at, k, mask=at < GK)
+    tl.store(values_ptr + slot * GK + at, v, mask=at < GK)
 
 
 @triton.jit
@@ -67,7 +64,7 @@ def _read_kernel(
     for tile in range(split * per_split, tl.minimum((split + 1) * per_split, tiles)):
         key_W = tile * BLOCK_W + tl.arange(0, BLOCK_W)
         page_W = tl.load(pages_ptr + item * M + key_W // PAGE, mask=key_W < longest, other=0)
-        at_WK = ((page_W * G + group) * PAGE + key_W % PAGE)[:, None] * K + d_K[None, :]
+        at_WK = ((page_W * PAGE + key_W % PAGE) * G + group)[:, None] * K + d_K[None, :]
         inside_WK = (key_W < longest)[:, None] & (d_K < K)[None, :]
         k_WK = tl.load(keys_ptr + at_WK, mask=inside_WK, other=0.0)
         v_WK = tl.load(values_ptr + at_WK, mask=inside_WK, other=0.0)
@@ -113,18 +110,18 @@ def _tiles(dtype, rows):
     return KEYS_PER_TILE, {"num_warps": 8 if rows >= 64 else 4, "num_stages": 3, **FUSION}
 
 
-def write_kv(k_TGK, v_TGK, keys_NGPK, values_NGPK, slots_S):
+def write_kv(k_TGK, v_TGK, keys_NPGK, values_NPGK, slots_S):
     """Puts the first S tokens' keys and values in their places: slot = page * P + place in the page."""
-    groups, page, size = keys_NGPK.shape[1:]
+    places = keys_NPGK[0, 0].numel()
     _write_kernel[(len(slots_S),)](
-        k_TGK.contiguous(), v_TGK.contiguous(), keys_NGPK, values_NGPK, slots_S, groups * size,
-        size, page, triton.next_power_of_2(groups * size), **FUSION,
+        k_TGK.contiguous(), v_TGK.contiguous(), keys_NPGK, values_NPGK, slots_S, places,
+        triton.next_power_of_2(places), **FUSION,
     )  # fmt: skip
 
 
-def attend_pages(q_THK, keys_NGPK, values_NGPK, reads):
+def attend_pages(q_THK, keys_NPGK, values_NPGK, reads):
     """softmax(q k / sqrt(K)) v over all that `reads` lets each row see; 0 where that is nothing."""
-    (count, heads, size), (_, groups, page, _) = q_THK.shape, keys_NGPK.shape
+    (count, heads, size), (_, page, groups, _) = q_THK.shape, keys_NPGK.shape
     q_THK = q_THK.contiguous()
     splits = [_splits(batch, groups, page, q_THK) for batch in reads]
     slots = max(1, sum(splits))
@@ -136,7 +133,7 @@ def attend_pages(q_THK, keys_NGPK, values_NGPK, reads):
         rows = max(16, triton.next_power_of_2(members * heads // groups))
         keys, options = _tiles(q_THK.dtype, rows)
         _read_kernel[(items, groups, parts)](
-            q_THK, keys_NGPK, values_NGPK, batch.rows_IJ, batch.visible_IJ, batch.pages_IM,
+            q_THK, keys_NPGK, values_NPGK, batch.rows_IJ, batch.visible_IJ, batch.pages_IM,
             o_STHK, max_STH, sum_STH,
             count, groups, members, batch.pages_IM.shape[1], sum(splits[:index]), size**-0.5,
             size, page, heads // groups, parts, LOWEST,
@@ -167,7 +164,7 @@ def builds(major):
     heads, size, page, slots = 4, 128, 64, 8
     for name, dtype in ("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16):
         pools = [f"*{name}"] * 2
-        write = {"K": size, "PAGE": page, "BLOCK": 1024}
+        write = {"BLOCK": 1024}
         yield _write_kernel, [*pools, *pools, "*i64", "i32:16"], write, FUSION, False
         for rows in (16, 32, 64):
             keys, options = _tiles(dtype, rows)

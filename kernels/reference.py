@@ -74,11 +74,12 @@ def _exponentials_(logits_CV, targets_C):
 
 # Paged attention: queries read keys and values that lie in pages of a pool. Further suffixes: H query heads,
 # G key/value heads, K head size, N pages of the pool, P tokens of a page; I items of one batch of reads,
-# J queries of an item, M pages of an item; X = I * G, R query rows of one item and key/value head, W keys.
+# J queries of an item, M pages of an item; R query rows of one item and key/value head, W keys of a cut,
+# Z query heads of the whole batch (T * H), X places of a part's result (I * G * R).
 
-KEYS = 256  # keys per block of the sum: MKL's matmul adds up to that many products in one fixed order
+KEYS = 128  # keys of a cut of the sum: MKL adds up to 192 products in one order, however many zeros follow
 ROWS = 8  # rows are padded to a multiple: a matmul of fewer takes another kernel, which rounds differently
-LOWEST = -1e30  # a maximum over nothing; finite, so that a difference of two of them is 0 and not NaN
+LOWEST = -1e30  # a log-sum-exp of nothing; finite, so that a difference of two of them is 0 and not NaN
 
 
 class Reads:
@@ -91,93 +92,97 @@ class Reads:
 
     def __init__(self, rows_IJ, visible_IJ, pages_IM):
         self.rows_IJ, self.visible_IJ, self.pages_IM = rows_IJ, visible_IJ, pages_IM
-        self._cuts = None
+        self._layout = None
 
-    def cuts(self, keys_NGPK):
-        """What all layers share: for each block of KEYS keys, where it lies, what is hidden, and buffers.
+    def layout(self, count, heads, keys_NPGK):
+        """What all layers share: which query heads go where, which come back from where, and the cuts."""
+        if self._layout is None:
+            (items, members), (page, groups) = self.rows_IJ.shape, keys_NPGK.shape[1:3]
+            head_G1h = torch.arange(heads, device=self.rows_IJ.device).view(groups, 1, -1)
+            rows_IJ = torch.where(self.visible_IJ > 0, self.rows_IJ, -1)
+            rows_IJ = rows_IJ.masked_fill(rows_IJ < 0, count)  # a row more, for what is nobody's
+            there_IGR = (rows_IJ[:, None, :, None] * heads + head_G1h).flatten(2)
+            padding = 0, -there_IGR.shape[2] % ROWS
+            there_IGR = torch.nn.functional.pad(there_IGR, padding, value=count * heads)
+            back_Z = there_IGR.new_full(((count + 1) * heads,), -1)
+            back_Z[there_IGR.flatten()] = torch.arange(there_IGR.numel(), device=back_Z.device)
+            back_Z = back_Z[: count * heads]
+            absent_Z = back_Z < 0
+            there_IGR.clamp_(max=count * heads - 1)
+            cuts = [
+                self._cut(first, page, head_G1h.shape[2], padding, keys_NPGK)
+                for first in range(0, self.pages_IM.shape[1], KEYS // page)
+            ]
+            self._layout = there_IGR, back_Z.clamp_(min=0), absent_Z if absent_Z.any() else None, cuts
+        return self._layout
 
-        The buffers are for the keys and the values gathered: fresh memory for every layer would cost more
-        than filling it.
+    def _cut(self, first, page, shared, padding, keys_NPGK):
+        """-> the pages of KEYS keys, what is to be added to scores to hide keys, and a buffer to gather in.
+
+        Fresh memory for every layer would cost more than filling it.
         """
-        if self._cuts is None:
-            groups, page, size = keys_NGPK.shape[1:]
-            device, many = self.pages_IM.device, KEYS // page
-            rows = self.rows_IJ.flatten()
-            ordered = torch.equal(rows, torch.arange(len(rows), device=device))
-            self._cuts = slice(len(rows)) if ordered else rows, []
-            head_G1 = torch.arange(groups, device=device)[:, None]
-            for first in range(0, self.pages_IM.shape[1], many):
-                pages_IM = self.pages_IM[:, first : first + many]
-                pages_X = (pages_IM[:, None] * groups + head_G1).flatten()
-                place_W = torch.arange(first * page, (first + pages_IM.shape[1]) * page, device=device)
-                hidden_IJW = place_W >= self.visible_IJ[..., None]
-                hidden_I1J1W = hidden_IJW[:, None, :, None] if hidden_IJW.any() else None
-                buffers = [keys_NGPK.new_empty(len(pages_X), page, size) for _ in range(2)]
-                self._cuts[1].append((pages_X, hidden_I1J1W, buffers))
-        return self._cuts
+        pages_IM = self.pages_IM[:, first : first + KEYS // page]
+        place_W = torch.arange(first * page, (first + pages_IM.shape[1]) * page, device=pages_IM.device)
+        hidden_IJW = place_W >= self.visible_IJ[..., None]
+        mask_I1RW = None
+        if hidden_IJW.any():
+            mask_IJW = torch.zeros(hidden_IJW.shape, device=place_W.device).masked_fill_(hidden_IJW, LOWEST)
+            mask_IRW = mask_IJW.repeat_interleave(shared, 1)
+            mask_I1RW = torch.nn.functional.pad(mask_IRW, (0, 0, *padding))[:, None]
+        buffers = [keys_NPGK.new_empty(pages_IM.numel(), *keys_NPGK.shape[1:]) for _ in range(2)]
+        return pages_IM.flatten(), mask_I1RW, buffers
 
 
-def write_kv(k_TGK, v_TGK, keys_NGPK, values_NGPK, slots_S):
+def write_kv(k_TGK, v_TGK, keys_NPGK, values_NPGK, slots_S):
     """Puts the first S tokens' keys and values in their places: slot = page * P + place in the page."""
-    groups, page, size = keys_NGPK.shape[1:]
-    head_G = torch.arange(groups, device=slots_S.device) * page
-    place = ((slots_S // page * (groups * page) + slots_S % page)[:, None] + head_G).flatten()
-    for pool_NGPK, x_TGK in ((keys_NGPK, k_TGK), (values_NGPK, v_TGK)):
-        pool_NGPK.view(-1, size).index_copy_(0, place, x_TGK[: len(slots_S)].reshape(-1, size))
+    for pool_NPGK, x_TGK in (keys_NPGK, k_TGK), (values_NPGK, v_TGK):
+        pool_NPGK.flatten(0, 1).index_copy_(0, slots_S, x_TGK[: len(slots_S)])
 
 
-def attend_pages(q_THK, keys_NGPK, values_NGPK, reads):
+def attend_pages(q_THK, keys_NPGK, values_NPGK, reads):
     """softmax(q k / sqrt(K)) v over all that `reads` lets each row see; 0 where that is nothing.
 
     In fp32 a row's result is bitwise a function of its own query, keys, values and reads: whatever the
     other rows are, however many pages pad its item, and whether its prefix is read alone or with others.
     """
     count, heads, size = q_THK.shape
-    o_THK = q_THK.new_zeros(count + 1, heads, size, dtype=torch.float32)  # one more: where -1 points
-    max_TH = o_THK.new_full((count + 1, heads), LOWEST)
-    sum_TH = o_THK.new_zeros(count + 1, heads)
-    total = o_THK, max_TH, sum_TH
-    for batch in reads:
-        where, cuts = batch.cuts(keys_NGPK)
-        part = _read(q_THK.float()[where], keys_NGPK, values_NGPK, *batch.rows_IJ.shape, cuts)
-        merged = _merge([x[where] for x in total], part)
-        for x, y in zip(total, merged, strict=True):
-            x[where] = y
-    return (o_THK / sum_TH.clamp(min=1e-30)[..., None])[:count].to(q_THK.dtype)
+    layouts = [batch.layout(count, heads, keys_NPGK) for batch in reads]
+    parts = sum(len(cuts) for *_, cuts in layouts)
+    q_ZK = q_THK.float().reshape(-1, size)
+    o_SZK = q_ZK.new_zeros(max(1, parts), *q_ZK.shape)  # S: the cuts of all reads
+    lse_SZ = q_ZK.new_full(o_SZK.shape[:2], LOWEST)
+    slot = iter(range(parts))
+    for there_IGR, back_Z, absent_Z, cuts in layouts:
+        q_IGRK = q_ZK.index_select(0, there_IGR.flatten()).view(*there_IGR.shape, size)
+        for pages_N, mask_I1RW, buffers in cuts:
+            k_IGWK, v_IGWK = (
+                torch.index_select(pool, 0, pages_N, out=buffer)
+                .view(len(q_IGRK), -1, *pool.shape[2:]).transpose(1, 2).float()
+                for pool, buffer in zip((keys_NPGK, values_NPGK), buffers, strict=True)
+            )  # fmt: skip
+            o_IGRK, lse_IGR = _softmax_part(q_IGRK, k_IGWK, v_IGWK, mask_I1RW)
+            at = next(slot)
+            torch.index_select(o_IGRK.reshape(-1, size), 0, back_Z, out=o_SZK[at])
+            torch.index_select(lse_IGR.flatten(), 0, back_Z, out=lse_SZ[at])
+            if absent_Z is not None:
+                o_SZK[at].masked_fill_(absent_Z[:, None], 0)
+                lse_SZ[at].masked_fill_(absent_Z, LOWEST)
+    # In the order of the reads, one after the other: a part that sees nothing adds 0 and changes no bit.
+    weight_SZ = (lse_SZ - lse_SZ.amax(0)).exp_()
+    o_SZK.mul_(weight_SZ[..., None])
+    total_Z, o_ZK = weight_SZ[0], o_SZK[0]
+    for weight_Z, part_ZK in zip(weight_SZ[1:], o_SZK[1:], strict=True):
+        total_Z.add_(weight_Z)
+        o_ZK.add_(part_ZK)
+    return o_ZK.div_(total_Z[:, None]).view_as(q_THK).to(q_THK.dtype)
 
 
-def _read(q_YHK, keys_NGPK, values_NGPK, items, members, cuts):
-    """One batch's part of the softmax for its rows (Y = I * J): (sum of exp * value, maximum, sum of exp)."""
-    groups, size = keys_NGPK.shape[1], keys_NGPK.shape[3]
-    # The query heads of a group, of all members, become rows of one matmul.
-    q_IGJHK = q_YHK.view(items, members, groups, -1, size).transpose(1, 2)
-    shape, rows = q_IGJHK.shape[:-1], members * q_IGJHK.shape[3]
-    q_XRK = q_IGJHK.reshape(items * groups, rows, size) * size**-0.5
-    q_XRK = torch.nn.functional.pad(q_XRK, (0, 0, 0, -rows % ROWS))
-    total = None
-    for pages_X, hidden_I1J1W, buffers in cuts:
-        for pool, buffer in zip((keys_NGPK, values_NGPK), buffers, strict=True):
-            torch.index_select(pool.flatten(0, 1), 0, pages_X, out=buffer)
-        k_XWK, v_XWK = (buffer.view(len(q_XRK), -1, size).to(q_XRK.dtype) for buffer in buffers)
-        score_XRW = torch.bmm(q_XRK, k_XWK.transpose(1, 2))
-        if hidden_I1J1W is not None:
-            score_XRW[:, :rows].unflatten(1, shape[2:]).unflatten(0, shape[:2]).masked_fill_(
-                hidden_I1J1W, -torch.inf
-            )
-        max_XR = score_XRW.amax(2).clamp_(min=LOWEST)
-        exp_XRW = score_XRW.sub_(max_XR[..., None]).exp_()
-        # A matmul with ones, because its order of additions does not depend on how many keys pad it.
-        sum_XR = (exp_XRW.flatten(0, 1) @ exp_XRW.new_ones(k_XWK.shape[1], ROWS))[:, 0].view_as(max_XR)
-        part = torch.bmm(exp_XRW, v_XWK), max_XR, sum_XR
-        total = part if total is None else _merge(total, part)
-    flat = (x[:, :rows].reshape(*shape, *x.shape[2:]).transpose(1, 2) for x in total)
-    return [x.reshape(items * members, -1, *x.shape[4:]) for x in flat]
-
-
-def _merge(one, two):
-    """Two parts of one softmax as one. Merging nothing changes no bit: exp(0) is 1, and 0 is added."""
-    (o_1, max_1, sum_1), (o_2, max_2, sum_2) = one, two
-    top = torch.maximum(max_1, max_2)
-    scale_1, scale_2 = (max_1 - top).exp(), (max_2 - top).exp()
-    o = o_1 * scale_1[..., None] + o_2 * scale_2[..., None]
-    return o, top, sum_1 * scale_1 + sum_2 * scale_2
+def _softmax_part(q_IGRK, k_IGWK, v_IGWK, mask_I1RW):
+    """Attention over one cut -> (its result, log-sum-exp of its scores), which are what merging needs."""
+    if q_IGRK.device.type == "cpu":
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return fused(q_IGRK, k_IGWK, v_IGWK, attn_mask=mask_I1RW)
+    score_IGRW = q_IGRK @ k_IGWK.transpose(2, 3) * q_IGRK.shape[3] ** -0.5
+    if mask_I1RW is not None:
+        score_IGRW += mask_I1RW
+    return score_IGRW.softmax(3) @ v_IGWK, score_IGRW.logsumexp(3)

@@ -19,10 +19,10 @@ from kernels import reference
 ROOT = Path(__file__).parents[1]
 
 
-def exact(q_THK, keys_NGPK, values_NGPK, reads):
+def exact(q_THK, keys_NPGK, values_NPGK, reads):
     """Attention in float64, query by query and key by key, as the tables say."""
     out = torch.zeros(q_THK.shape, dtype=torch.float64)
-    _, groups, page, size = keys_NGPK.shape
+    _, page, groups, size = keys_NPGK.shape
     heads = q_THK.shape[1]
     for row in range(len(q_THK)):
         for head in range(heads):
@@ -35,8 +35,8 @@ def exact(q_THK, keys_NGPK, values_NGPK, reads):
                             places += [(int(batch.pages_IM[item, p // page]), p % page) for p in seen]
             if places:
                 group = head // (heads // groups)
-                k = torch.stack([keys_NGPK[n, group, p].double() for n, p in places])
-                v = torch.stack([values_NGPK[n, group, p].double() for n, p in places])
+                k = torch.stack([keys_NPGK[n, p, group].double() for n, p in places])
+                v = torch.stack([values_NPGK[n, p, group].double() for n, p in places])
                 out[row, head] = (k @ q_THK[row, head].double() * size**-0.5).softmax(0) @ v
     return out
 
@@ -44,7 +44,7 @@ def exact(q_THK, keys_NGPK, values_NGPK, reads):
 def case(dtype, heads, groups, size, page, device="cpu"):
     """Rows 0-4 share a prefix unevenly and have own pages, 5 has own pages only, 6 and 7 are padding."""
     torch.manual_seed(size + page)
-    pool = torch.randn(2, 40, groups, page, size, dtype=torch.float32)
+    pool = torch.randn(2, 40, page, groups, size, dtype=torch.float32)
     poison = torch.full_like(pool[:, :1], torch.nan)
     pool = torch.cat([pool, poison], dim=1).to(dtype)  # page 40 is never visible, and is NaN
     q_THK = torch.randn(8, heads, size).to(dtype)
@@ -72,12 +72,12 @@ def check(implementation, dtype, shape, device="cpu"):
     got = implementation.attend_pages(q_THK, keys, values, reads).cpu()
     bound = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
     torch.testing.assert_close(got.double(), wanted, atol=bound, rtol=bound)
-    k_TGK, v_TGK = torch.randn(2, 5, *keys.shape[1::2], device=device).to(dtype)
+    k_TGK, v_TGK = torch.randn(2, 5, *keys.shape[2:], device=device).to(dtype)
     slots = torch.tensor([7, 0, 3 * shape[3] + 1], device=device)
     expected = keys.clone(), values.clone()
     for token, slot in enumerate(slots.tolist()):
         for pool, x in zip(expected, (k_TGK, v_TGK), strict=True):
-            pool[slot // shape[3], :, slot % shape[3]] = x[token]
+            pool[slot // shape[3], slot % shape[3]] = x[token]
     implementation.write_kv(k_TGK, v_TGK, keys, values, slots)
     for pool, want in zip((keys, values), expected, strict=True):
         torch.testing.assert_close(pool, want, atol=0, rtol=0, equal_nan=True)
@@ -88,7 +88,7 @@ def check(implementation, dtype, shape, device="cpu"):
 def test_the_torch_way_is_the_softmax_over_the_listed_keys(shape, dtype):
     # NaN in the page behind the last visible key is not for the torch way, whose owner clears pages.
     q_THK, keys, values, reads = case(dtype, *shape)
-    values[40] = 0
+    keys[40] = values[40] = 0
     wanted = exact(q_THK, keys, values, reads)
     got = reference.attend_pages(q_THK, keys, values, reads)
     bound = 2e-6 if dtype == torch.float32 else 1.6e-2
@@ -162,7 +162,7 @@ def compile_all():
         (paged._read_kernel, read, shape | {"BLOCK_R": 16}, {"num_warps": 4, "num_stages": 3}),
         (paged._read_kernel, read, shape | {"BLOCK_R": 64}, {"num_warps": 4, "num_stages": 3}),
         (paged._write_kernel, write | {"slots_ptr": "*i64", "GK": "i32"},
-         {"K": 128, "PAGE": 64, "BLOCK": 1024}, {}),
+         {"BLOCK": 1024}, {}),
         (paged._merge_kernel, merge,
          {"K": 128, "SLOTS": 8, "LOWEST": reference.LOWEST, "BLOCK_S": 8, "BLOCK_K": 128}, {}),
     ]  # fmt: skip

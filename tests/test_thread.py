@@ -30,7 +30,12 @@ def run(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("thread")
     done = micro(place)
     assert done.returncode == 0, done.stderr
-    assert "voting@16" in done.stdout and "report.html" in done.stdout
+    said = ("voting@16", "report.html", "95% interval", "1 disputed", "labels right", "seconds:", "books:")
+    assert not [text for text in said if text not in done.stdout]
+    next_words = done.stdout.partition("next:")[2].split()
+    assert next_words[:3] == ["python", "infer.py", "--pair"]
+    judged = command(*next_words[1:], "--votes", "2", "--json", cwd=place)
+    assert judged.returncode == 0 and "label" in json.loads(judged.stdout)
     return place
 
 
@@ -42,6 +47,7 @@ def test_a_run_leaves_what_the_interfaces_promise(run):
         assert 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 100 and row["n"] == 24
         assert set(row["by_domain"]) == {"1 disputed", "2 disputed"}
     assert len(results["rounds"]) == 1 and set(results["rounds"][0]) >= ROUND
+    assert {label: each["asked"] for label, each in results["prover"].items()} == {"right": 48, "wrong": 48}
     plan = json.loads((root / "plan.json").read_text())
     assert {"settings", "inputs", "code"} <= set(plan)
     steps = sorted((root / "steps").iterdir())
@@ -51,7 +57,7 @@ def test_a_run_leaves_what_the_interfaces_promise(run):
         assert {"counts", "seconds", "files"} <= set(done), step
     assert [path.parent.name for path in steps[1].rglob("config.json")] == ["model"]
     page = (root / "report.html").read_text()
-    assert "<script" not in page and "round 1" in page
+    assert page.count("<script") == 1 and "round 1" in page
 
 
 def test_the_funnel_counts_every_pair(run):
@@ -65,8 +71,11 @@ def test_the_funnel_counts_every_pair(run):
         for line in path.read_text().splitlines()
     ]
     assert all(row["id"] and row["reason"] for row in written)
-    unproved = each["dropped"]["no eligible proof"]
-    assert len(written) == sum(each["dropped"].values()) - unproved
+    assert len(written) == sum(each["dropped"].values())
+    stages = [each[name] for name in ("judged", "agreed", "confident", "wellformed", "kept")]
+    assert stages == sorted(stages, reverse=True) and set(each["label_accuracy"]) == {
+        *("judged", "agreed", "confident", "wellformed", "kept")
+    }
 
 
 def test_no_truth_reaches_training_or_filtering(run):
@@ -140,7 +149,7 @@ def test_the_trained_model_judges_a_pair_and_a_file(run):
 
 def test_task_adaptation_starts_from_a_trained_model(run):
     human = "runs/micro/steps/01-world/human.jsonl"
-    model = "runs/micro/steps/16-fine-tune/model"
+    (model,) = (str(path.relative_to(run)) for path in run.glob("runs/micro/steps/*-fine-tune/model"))
     recipe = str(ROOT / "recipes/micro.toml")
     done = command("train.py", "--stage", "reward", "--recipe", recipe, "--model", model, "--data", human,
                    "--limit", "16", "--steps", "3", "--out", "adapted", cwd=run)  # fmt: skip

@@ -14,6 +14,7 @@ It leaves out: judging (judge.py), and anything that trains or filters; the trut
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -71,6 +72,44 @@ def label_accuracy(labels: Iterable[tuple[str, str | None]], truth: dict[str, st
     """
     hits = [truth[i] == label for i, label in labels if i in truth and label is not None]
     return round(100 * fmean(hits), 2) if hits else None
+
+
+# ---------------------------------------------------------------------------------- what a score rewards
+
+
+def copied_share(pair: Pair, text: str, size: int = 5) -> float:
+    """The share of a text's runs of five words that stand in the question or in a response."""
+
+    def runs(text: str) -> list[tuple[str, ...]]:
+        words = re.findall(r"\w+", text.lower())
+        return list(zip(*(words[start:] for start in range(size)), strict=False))
+
+    known = {run for text in (pair.question, pair.response_a, pair.response_b) for run in runs(text)}
+    return fmean([run in known for run in runs(text)] or [0.0])
+
+
+def score_leanings(proved: Iterable[Row]) -> Row:
+    """Rank correlation of the proofs' score with what they copy and with their length in tokens.
+
+    `proved`: rows of a proving step that kept its candidates. Scores are compared within a pair only, so the
+    correlation (Spearman's) is each pair's own, and its mean is taken over the pairs in which both vary.
+    """
+    found: dict[str, list[float]] = {"copied": [], "length": []}
+    for row in proved:
+        pair = Pair.from_json(row["pair"])
+        scored = [proof for proof in row["candidates"] if proof["score"] is not None]
+        scores = [proof["score"] for proof in scored]
+        copied = [copied_share(pair, proof["text"]) for proof in scored]
+        for name, values in (("copied", copied), ("length", [len(proof["ids"]) for proof in scored])):
+            if len(set(scores)) > 1 and len(set(values)) > 1:
+                found[name].append(float(np.corrcoef(_ranks(scores), _ranks(values))[0, 1]))
+    means = {name: round(fmean(each), 3) if each else None for name, each in found.items()}
+    return means | {"pairs": {name: len(each) for name, each in found.items()}}
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """Ranks from 0; equal values share the mean of theirs."""
+    return [sum(v < each for v in values) + (values.count(each) - 1) / 2 for each in values]
 
 
 # ---------------------------------------------------------------------------------- the benchmarks

@@ -1,57 +1,353 @@
-"""report.html: what a self-training run did, in one file without scripts or network. Everything is escaped.
+"""report.html: what a self-training run did, in one file that asks nothing of the network.
 
-It leaves out: figures and examples to browse; it is the tables of results.json, readable.
+    python -m gramr2.extras.report runs/toy        writes a run's report again
+
+Every run ends by writing it. It is made from the run's directory alone (plan.json, steps/, results.json), so
+a run that was interrupted, or that stopped where a round kept nothing, has one too: it says what is missing.
+Here the figures are made; the page that shows them is the template report.html beside this file, with its
+style and its filter in report.css and report.js.
+
+Responses and rationales are text that somebody else wrote. The template engine escapes all that it fills in,
+and the page's policy allows its own style and script, by their hashes, and nothing else. Long texts are
+shortened in the page, and their length is said; the run's files keep them whole.
+
+It leaves out: anything that would need a model. The truth is read here for reporting only.
 """
 
 from __future__ import annotations
 
-from html import escape
+import argparse
+import base64
+import hashlib
+import heapq
+import json
+import math
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
-from gramr2.files import publish_file
+from gramr2 import denoise
+from gramr2.config import SelfTrainConfig
+from gramr2.extras.evaluate import accuracy_row
+from gramr2.files import InputError, exit_status, publish_file, read_json
+from gramr2.records import OTHER, UNDECIDED, Judgment, Pair, show
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin: 1rem 0 }
-td, th { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #8886 }
-td:first-child, th:first-child { text-align: left }
-@media (prefers-color-scheme: dark) { body { background: #111; color: #eee } }
-"""
-HEAD = "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+EXAMPLES = 200  # pairs in a report
+STAGES = ("judged", "agreed", "confident", "well-formed", "kept")
+Row = dict[str, Any]
 
-
-def _table(head: list[str], rows: list[list[Any]]) -> str:
-    def line(cells: list[Any], tag: str) -> str:
-        shown = ("–" if cell is None else escape(str(cell)) for cell in cells)
-        return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in shown) + "</tr>"
-
-    return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+# ---------------------------------------------------------------------------------- what a run left
 
 
-def write_report(path: Path, results: dict[str, Any], title: str) -> None:
-    rows = [[r["name"], r["accuracy"], f"{r['low']} – {r['high']}", r["n"]] for r in results["rows"]]
-    stages = ("judged", "agreed", "confident", "wellformed", "kept")
-    truth = ("label_accuracy_before", "label_accuracy_after")
-    rounds = [
-        [n, *(each[stage] for stage in stages), *(each[name] for name in truth)]
-        for n, each in enumerate(results["rounds"], 1)
-    ]
-    drops = [
-        [f"round {n}: {reason}", count]
-        for n, each in enumerate(results["rounds"], 1)
-        for reason, count in each["dropped"].items()
-    ]
-    body = [
-        f"<h1>{escape(title)}</h1>",
-        "<h2>Accuracy on held-out pairs, per cent</h2>",
-        _table(["", "accuracy", "95% interval", "pairs"], rows),
-        "<h2>What each round kept</h2>",
-        _table(["round", *stages, "labels right before, %", "after, %"], rounds),
-        _table(["dropped by", "pairs"], drops) if drops else "<p>Nothing was dropped.</p>",
-        "<h2>Seconds</h2>",
-        _table(["step", "seconds"], [[name, value] for name, value in results["seconds"].items()]),
-    ]
-    page = f"{HEAD}<title>{escape(title)}</title><style>{STYLE}</style>{''.join(body)}</html>"
+class Run:
+    """A run's directory: its settings, its results if it has any, and its finished steps by name."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+        if not (self.root / "plan.json").is_file():
+            raise InputError(f"{root}: holds no plan.json; give the directory of a run, such as runs/toy")
+        self.settings = read_json(self.root / "plan.json")["settings"]
+        finished = (self.root / "results.json").is_file()
+        self.results = read_json(self.root / "results.json") if finished else {}
+        closed = [path.parent for path in self.root.glob("steps/*-*/done.json")]
+        closed.sort(key=lambda place: int(place.name.partition("-")[0]))
+        self.steps = {place.name.partition("-")[2]: place for place in closed}
+        judged = range(1, self.settings["iters"] + 1)
+        self.rounds = [number for number in judged if f"round-{number}-predict" in self.steps]
+
+    def rows(self, step: str, name: str) -> Iterator[Row]:
+        """The rows of a file that a finished step left; none where there is none."""
+        if step in self.steps and (self.steps[step] / name).is_file():
+            with (self.steps[step] / name).open(encoding="utf-8") as file:
+                yield from map(json.loads, file)
+
+    def done(self, step: str) -> Row:
+        return read_json(self.steps[step] / "done.json") if step in self.steps else {"counts": {}}
+
+    def stages(self, number: int) -> int:
+        """How many of the stages a round has behind it."""
+        passed = [f"round-{number}-{step}" in self.steps for step in ("labels", "rationales")]
+        return (1, 3, 5)[sum(passed)]
+
+
+@dataclass(slots=True)
+class Judged:
+    """One pair of a round: its pseudo-label in the given order, and how far it came."""
+
+    id: str
+    round: int
+    label: str | None
+    p_a: float | None  # None: it could not be judged
+    truth: str | None
+    reached: int  # of STAGES
+    why: str  # "kept", or "filter: reason"
+    turned: bool  # by the balancing of A and B, before it was proved
+
+    @property
+    def right(self) -> bool | None:
+        return None if None in (self.truth, self.label) else self.label == self.truth
+
+    @property
+    def outcome(self) -> str:
+        return self.why.partition(":")[0]
+
+
+def read_round(run: Run, number: int, truth: dict[str, str]) -> list[Judged]:
+    """Every pair of a round with what became of it: one pass over each file, and no text is kept."""
+    name, fates, labels, pairs = f"round-{number}-", {}, {}, []
+    for row in run.rows(name + "labels", "dropped.jsonl"):
+        first = row["reason"].startswith(("agreement", "no label", "not judged"))
+        fates[row["id"]] = (1 if first else 2, row["reason"])
+        if not first:
+            labels[row["id"]] = (row["label"], None)
+    for row in run.rows(name + "labels", "kept.jsonl"):
+        labels[row["id"]] = (row["label"], hash(row["response_a"]))
+    for row in run.rows(name + "rationales", "dropped.jsonl"):
+        malformed = row["reason"].startswith(("no eligible proof", "structure", "length"))
+        fates[row["id"]] = (3 if malformed else 4, row["reason"])
+    came = run.stages(number)
+    rest = came, {1: "not filtered yet", 3: "rationale not filtered yet", 5: "kept"}[came]
+    for row in run.rows(name + "predict", "judged.jsonl"):
+        # From the label filters on, a label is what they made of the votes, and the pair may stand turned.
+        label, first = labels.get(row["id"], (row.get("label"), None))
+        turned = first not in (None, hash(row["pair"]["response_a"]))
+        label, fate = OTHER[label] if turned else label, fates.get(row["id"], rest)
+        known = truth.get(row["id"])
+        pairs.append(Judged(row["id"], number, label, row.get("p_a"), known, *fate, turned))
+    return pairs
+
+
+# ---------------------------------------------------------------------------------- the figures
+
+
+class Strip(NamedTuple):
+    """A line of the one kind of figure: a text, and marks over a track from 0 to 100 per cent."""
+
+    name: str
+    note: str
+    bars: Sequence[tuple[float, float, str]] = ()  # from, to, kind
+    dots: Sequence[tuple[float, float, float, str]] = ()  # value, the interval's ends, kind
+
+
+def accuracy(run: Run) -> Row:
+    """Accuracy on the held-out pairs, by model; from the tests' files where there are no results yet."""
+    tests = [step for step in run.steps if step.startswith("test-")]
+    known = run.results.get("rows")
+    rows = known or [accuracy_row(step[5:], run.rows(step, "judged.jsonl")) for step in tests]
+    strips = []
+    for row in rows:
+        kind = "ours" if row["name"].startswith(("round", "fine", "voting")) else "other"
+        note = f"{row['accuracy']:.1f} ({row['low']:.1f} – {row['high']:.1f})"
+        dot = row["accuracy"], row["low"], row["high"], kind
+        strips.append(Strip(row["name"], note, dots=[dot]))
+    domains = sorted({name for row in rows for name in row["by_domain"]})
+    cells = [[row["name"], row["n"], *map(row["by_domain"].get, domains)] for row in rows]
+    return {"strips": strips, "domains": domains, "rows": cells}
+
+
+def funnel(run: Run, number: int, pairs: list[Judged]) -> Row:
+    """A round's stages and filters and, where the truth is known, how many labels are right."""
+    strips, came, whole = [], run.stages(number), max(1, len(pairs))
+    for stage, name in enumerate(STAGES[:came], 1):
+        there = [pair for pair in pairs if pair.reached >= stage]
+        hits = [pair.right for pair in there if pair.right is not None]
+        good, end = 100 * sum(hits) / whole, 100 * len(there) / whole
+        bars = [(0, good, "good"), (good, end, "bad")] if hits else [(0, end, "good")]
+        truth = f" · {100 * fmean(hits):.1f}% right" if hits else ""
+        strips.append(Strip(name, f"{len(there):,} ({end:.1f}%){truth}", bars))
+    dropped = [pair for pair in pairs if pair.reached < came]
+    first = Counter(pair.outcome for pair in dropped)
+    wrong = Counter(pair.outcome for pair in dropped if pair.right is False)
+    steps = [run.done(f"round-{number}-{step}")["counts"] for step in ("labels", "rationales")]
+    alone = {name: count for counts in steps for name, count in counts.get("alone", {}).items()}
+    told = any(pair.truth for pair in pairs)
+    rows = [(name, first[name], wrong[name] if told else None, alone.get(name)) for name in alone | first]
+    nothing = came == len(STAGES) and not any(pair.reached == came for pair in pairs)
+    return {"number": number, "strips": strips, "rows": rows, "nothing": nothing, "pairs": len(pairs)}
+
+
+def sureness(known: Sequence[tuple[float, str]]) -> list[Strip]:
+    """(p_a, true label) of many pairs → how often the judge is right where it is so sure."""
+    bins, strips = defaultdict(list), []
+    for p, label in known:
+        sure, right = max(p, 1 - p), 0.5 if p == UNDECIDED else float((p > 0.5) == (label == "A"))
+        bins[round(16 * sure)].append((sure, right))  # votes put it on, or near, a sixteenth
+    for _, members in sorted(bins.items()):
+        n, (sure, right) = len(members), map(fmean, zip(*members, strict=True))
+        middle = (right + 1.92 / n) / (1 + 3.84 / n)  # Wilson's 95% interval
+        spread = 1.96 * math.sqrt(right * (1 - right) / n + 0.96 / n**2) / (1 + 3.84 / n)
+        expected = 100 * sure - 0.4, 100 * sure + 0.4, "expected"
+        dot = 100 * right, 100 * (middle - spread), 100 * (middle + spread), "ours"
+        strips.append(
+            Strip(f"sure {100 * sure:.1f}%", f"{100 * right:.1f}% right of {n:,}", [expected], [dot])
+        )
+    return strips
+
+
+def confidence(run: Run, pairs: Sequence[Judged]) -> dict[str, list[Strip]]:
+    known: dict[str, list[tuple[float, str]]] = defaultdict(list)
+    for pair in pairs:
+        if pair.truth and pair.p_a is not None:
+            known[f"Round {pair.round}: unlabelled pairs"].append((pair.p_a, pair.truth))
+    for step in (step for step in run.steps if step.startswith("test-voting")):
+        rows = (row for row in run.rows(step, "judged.jsonl") if "error" not in row)
+        known[f"{step[5:]}: held-out pairs"] = [(row["p_a"], row["pair"]["label"]) for row in rows]
+    return {title: sureness(each) for title, each in known.items() if each}
+
+
+def proofs(run: Run) -> Row:
+    """How equation 5 ranks the k proofs of a pair: the three pairs with the widest range of scores."""
+    widest, pairs, same = [], 0, 0
+    for step in (step for step in run.steps if "prove" in step.split("-")):
+        for row in run.rows(step, "proofs.jsonl"):
+            ranked = [each for each in row.get("candidates", ()) if each["score"] is not None]
+            ranked.sort(key=lambda each: -each["score"])
+            if len({each["score"] for each in ranked}) > 1:
+                likeliest = max(each["logp_given"] for each in ranked)
+                pairs, same = pairs + 1, same + (ranked[0]["logp_given"] == likeliest)
+                range_ = ranked[0]["score"] - ranked[-1]["score"]
+                widest = heapq.nlargest(3, [*widest, (range_, pairs, step, row, ranked)])
+    way = run.settings.get("select_by", "equation-5")
+    shown = [ranking(way, *each[2:]) for each in widest]
+    return {"way": way, "pairs": pairs, "same": same, "shown": shown}
+
+
+def ranking(way: str, step: str, row: Row, ranked: list[Row]) -> Row:
+    """The k proofs of one pair, the best first, on a scale from the worst score to 0."""
+    best, worst = 0 if way == "equation-5" else ranked[0]["score"], ranked[-1]["score"]
+    strips = []
+    every = ranked + [each for each in row["candidates"] if each["score"] is None]
+    for number, each in enumerate(every, 1):
+        chosen = row["chosen"] is not None and each["ids"] == row["chosen"]["ids"]
+        name, note, dots = f"proof {number}{', chosen' * chosen}", f"not eligible: {each['ineligible']}", []
+        if each["score"] is not None:
+            at = 100 * (each["score"] - worst) / (best - worst)
+            sums = [each[key] for key in ("logp_given", "logp_blank") if each[key] is not None]
+            note = f"{' / '.join(f'{value:.2f}' for value in sums)} → {each['score']:.5f}"
+            dots = [(at, at, at, "ours" if chosen else "other")]
+        strips.append(Strip(name, note, dots=dots))
+    texts = [(strip.name, each["text"]) for strip, each in zip(strips, every, strict=True)]
+    pair = Pair.from_json(row["pair"])
+    axis = [f"{worst:.5f}", f"{best:.5g}"]
+    return {"step": step, "pair": pair, "strips": strips, "texts": texts, "axis": axis}
+
+
+# ---------------------------------------------------------------------------------- examples
+
+
+def pick(pairs: Sequence[Judged]) -> dict[tuple[int, str], Judged]:
+    """At most `EXAMPLES` pairs, in turn from each outcome of each round, right and wrong apart."""
+    turns: Counter[tuple] = Counter()
+    order = []
+    for place, pair in enumerate(pairs):
+        if pair.p_a is None:
+            continue
+        group = (pair.round, pair.outcome, pair.right)
+        order.append((turns[group], place))
+        turns[group] += 1
+    chosen = sorted(place for _, place in heapq.nsmallest(EXAMPLES, order))
+    return {(pairs[place].round, pairs[place].id): pairs[place] for place in chosen}
+
+
+def examples(run: Run, wanted: dict[tuple[int, str], Judged]) -> Iterator[tuple]:
+    """Of the wanted pairs: what became of them, the votes cast, pair, judgment, and the row of its proofs."""
+    for number in run.rounds:
+        rows = run.rows(f"round-{number}-prove", "proofs.jsonl")
+        proved = {row["pair"]["id"]: row for row in rows if (number, row["pair"]["id"]) in wanted}
+        for row in run.rows(f"round-{number}-predict", "judged.jsonl"):
+            if found := wanted.get((number, row["id"])):
+                yield found, row["votes"], *as_filtered(run, row), proved.get(row["id"])
+
+
+def as_filtered(run: Run, row: Row) -> tuple[Pair, Judgment]:
+    """A judged row as the label filters read it: an incoherent vote is none."""
+    from gramr2.extras.toyworld import coherent
+
+    pair, settings = Pair.from_json(row["pair"]), SelfTrainConfig(without=tuple(run.settings["without"]))
+    judgment = Judgment.from_json({key: row[key] for key in row if key not in ("id", "pair")})
+    in_toy = run.settings.get("world") and pair.question.startswith("price of ")
+    rules = denoise.COHERENCE | ({"coherence": coherent} if in_toy else {})
+    return pair, denoise.only_coherent(pair, judgment, rules, settings)
+
+
+# ---------------------------------------------------------------------------------- the page
+
+
+def gaps(run: Run, truth: dict[str, str]) -> Iterator[str]:
+    """What a reader would look for and not find."""
+    if not run.results:
+        last = list(run.steps.values())[-1].name if run.steps else "none"
+        yield f"This run is not finished. Its last finished step: {last}. Below is what it has left so far."
+    if len(run.rounds) < run.settings["iters"]:
+        yield f"Of its {run.settings['iters']} rounds, {len(run.rounds)} have been judged."
+    if run.rounds and not truth:
+        yield "The true labels of the unlabelled pairs are not known: nothing here says which are right."
+    if not run.settings["baselines"]:
+        yield "It was asked to train no baselines."
+    if run.results.get("stopped"):
+        yield f"It stopped early: {run.results['stopped']}"
+
+
+def flat(value: Any, name: str = "") -> list[tuple[str, Any]]:
+    """Nested settings or figures as lines of a table."""
+    if isinstance(value, dict):
+        return [line for key, each in value.items() for line in flat(each, f"{name} {key}".strip())]
+    return [(name, value)]
+
+
+def page(run: Run) -> str:
+    import jinja2
+
+    here = Path(__file__)
+    truth = {row["id"]: row["label"] for row in run.rows("world", "truth.jsonl")}
+    rounds = {number: read_round(run, number, truth) for number in run.rounds}
+    pairs = [pair for each in rounds.values() for pair in each]
+    wanted = pick(pairs)
+    style, script = (here.with_suffix(end).read_text(encoding="utf-8") for end in (".css", ".js"))
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters |= {"show": show, "digest": digest}
+    return environment.from_string(here.with_suffix(".html").read_text(encoding="utf-8")).render(
+        name=run.root.resolve().name,
+        style=style,
+        script=script,
+        gaps=list(gaps(run, truth)),
+        accuracy=accuracy(run),
+        rounds=[funnel(run, *each) for each in rounds.items()],
+        confidence=confidence(run, pairs),
+        proofs=proofs(run),
+        prover=run.results.get("prover"),
+        examples=examples(run, wanted),
+        every=len(pairs),
+        outcomes=sorted({pair.outcome for pair in wanted.values()}),
+        settings=flat(run.settings),
+        seconds=[(place.name, round(run.done(step)["seconds"], 1)) for step, place in run.steps.items()],
+    )
+
+
+def digest(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def write_report(root: str | Path) -> Path:
+    """Makes report.html in a run's directory, from what the run has left there."""
+    path, text = Path(root) / "report.html", page(Run(root))
     with publish_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_bytes(text.encode("utf-8", "replace"))  # JSON may hold half a character
+    return path
+
+
+def main(argv: Sequence[str]) -> int:
+    about = __doc__.partition("\n\nEvery")[0]
+    lines = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("gramr2.extras.report", description=about, formatter_class=lines)
+    parser.add_argument("run", help="the directory of a run, such as runs/toy")
+    print(f"report: {write_report(parser.parse_args(argv).run)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main, sys.argv[1:]))

@@ -11,8 +11,10 @@ learns to copy names, to compare and to count, and knows no price. No fragment j
 
 The world is a directory: human.jsonl (label and rationale), labelled.jsonl (label), unlabelled.jsonl (no
 label; `truth.jsonl` beside it is for reporting only and is opened by nothing that trains or filters),
-dev.jsonl, test.jsonl, pretrain.jsonl, and backbone_init/, a random model with this world's tokenizer and
-prompts. The splits share no set of goods; they share the prices, which is the point.
+dev.jsonl, test.jsonl, and backbone/model/. The splits share no set of goods; they share the prices, which is
+the point. The goods have the same names in every world, so one backbone serves all seeds: it is shipped
+(toy_backbone/, made by `python train.py --stage pretrain`, settings and hashes in its training.json). A world
+of another shape has pretrain.jsonl and backbone_init/ instead, a random model with its tokenizer and prompts.
 
 It leaves out: language. The tokenizer has a token for each word and for each fixed phrase of the prompts
 and answers, so that the form which the real data have costs the toy only a few tokens.
@@ -24,15 +26,17 @@ import itertools
 import json
 import random
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from gramr2.config import resolve, setting
-from gramr2.files import InputError, publish_file, write_rows
+from gramr2.files import InputError, publish_file, read_json, write_rows
 from gramr2.prompts import judge_prompt, label_target, parse_rationale, proof_from_rationale
 from gramr2.records import Pair, mark, show
 
+SHIPPED = Path(__file__).parent / "toy_backbone"
 SPLITS = ("human", "labelled", "unlabelled", "dev", "test")
 JUDGE_TEMPLATE = "{question}\nResponse A: {response_a}\nResponse B: {response_b}"
 PROVER_TEMPLATE = "Prove {label}: {question}\nResponse A: {response_a}\nResponse B: {response_b}"
@@ -88,6 +92,12 @@ def good_names(count: int) -> list[str]:
     syllables = [a + b for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u")]
     names = [one + two for one, two in itertools.product(syllables, repeat=2)]
     return random.Random(7).sample(names, count)
+
+
+def prices_of(seed: int, names: list[str]) -> dict[str, int]:
+    """The secret of a world. For making it, and for measuring what was learnt of it."""
+    rng = random.Random(f"prices {seed}")
+    return {name: rng.randint(1, 9) for name in names}
 
 
 def _list(goods: tuple[str, ...], prices: dict[str, int]) -> str:
@@ -161,7 +171,7 @@ def coherent(pair: Pair, written: str, settings: object = None) -> str | None:
     return None if stated and pair.label in (None, better) else "the conclusion contradicts the count"
 
 
-def _make_pair(goods: tuple[str, ...], prices: dict[str, int], rng: random.Random, split: str) -> Pair:
+def make_pair(goods: tuple[str, ...], prices: dict[str, int], rng: random.Random, split: str) -> Pair:
     """A question with its two lists; the better one stands on either side with equal chance."""
     label, wrong = rng.choice("AB"), _wrong_prices(goods, prices, rng)
     right = {good: prices[good] for good in goods}
@@ -185,7 +195,7 @@ def _fragments(names: list[str], asked: int, count: int, rng: random.Random) -> 
     for _ in range(count):
         goods = tuple(rng.sample(names, asked))
         prices = {good: rng.randint(1, 9) for good in goods}
-        pair = _make_pair(goods, prices, rng, "human")
+        pair = make_pair(goods, prices, rng, "human")
         if rng.random() < 0.5:
             pair = pair.swapped()  # the statements about B come first then
         written = show(pair.rationale)
@@ -265,20 +275,39 @@ def make_world(directory: Path, seed: int = 0, **sizes: int) -> Path:
         return directory
     rng = random.Random(f"shop {seed}")
     names = good_names(config.goods)
-    prices = {name: rng.randint(1, 9) for name in names}
-    sizes = [getattr(config, split) for split in SPLITS]
-    sets = _distinct_sets(names, config.asked, sum(sizes), rng)
-    for split, size in zip(SPLITS, sizes, strict=True):
-        pairs = [_make_pair(next(sets), prices, rng, split) for _ in range(size)]
+    prices = prices_of(seed, names)
+    counts = [getattr(config, split) for split in SPLITS]
+    sets = _distinct_sets(names, config.asked, sum(counts), rng)
+    for split, count in zip(SPLITS, counts, strict=True):
+        pairs = [make_pair(next(sets), prices, rng, split) for _ in range(count)]
         if split == "unlabelled":
             write_rows(directory / "truth.jsonl", ({"id": pair.id, "label": pair.label} for pair in pairs))
             pairs = [Pair.from_json({**pair.to_json(), "label": None}) for pair in pairs]
         write_rows(directory / f"{split}.jsonl", (pair.to_json() for pair in pairs))
-    write_rows(directory / "pretrain.jsonl", _fragments(names, config.asked, config.pretrain, rng))
-    _write_backbone(directory / "backbone_init", names, config, seed)
+    if is_shipped(config):
+        shutil.copytree(SHIPPED, directory / "backbone" / "model", dirs_exist_ok=True)
+    else:
+        write_untrained(directory, seed, **sizes)
     with publish_file(about) as temporary:  # last: a world without it is made anew
         temporary.write_text(json.dumps(said))
     return directory
+
+
+def is_shipped(config: WorldConfig) -> bool:
+    """Whether the shipped backbone knows this world's words and has its shape."""
+    about = read_json(SHIPPED / "config.json")
+    shape = (about["hidden_size"], about["num_hidden_layers"], about["num_attention_heads"])
+    words = tokenizer_files(good_names(config.goods))["tokenizer.json"]
+    same = words == (SHIPPED / "tokenizer.json").read_bytes()
+    return same and shape == (config.hidden_size, config.layers, config.heads)
+
+
+def write_untrained(directory: Path, seed: int = 0, **sizes: int) -> None:
+    """What a backbone is made from: the fragments, and a random model of the world's shape."""
+    config = resolve(WorldConfig, None, [], sizes)
+    names, rng = good_names(config.goods), random.Random(f"fragments {seed}")
+    write_rows(directory / "pretrain.jsonl", _fragments(names, config.asked, config.pretrain, rng))
+    _write_backbone(directory / "backbone_init", names, config, seed)
 
 
 def _distinct_sets(names: list[str], size: int, count: int, rng: random.Random) -> Iterator[tuple[str, ...]]:

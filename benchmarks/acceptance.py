@@ -1,0 +1,213 @@
+"""One command for a machine with a GPU: every check and benchmark that needs one, in ten minutes at most.
+
+    python benchmarks/acceptance.py                          all parts, on one GPU or several
+    python benchmarks/acceptance.py --part judge round       only these; the others' results stay
+    python benchmarks/acceptance.py --device cpu --quick     a rehearsal with micro models: it shows that this
+                                                             script runs, and leaves no figure
+
+Each part is a process of its own with a time limit of its own, inside one deadline for all. A part that
+fails or runs out of time is written down with the end of its output and stops no other; what a benchmark
+had measured by then is kept. What comes first matters most: correctness, then the kernels, the sampler,
+the trainer, the judge, and a whole self-training round in bfloat16. Models have random weights.
+
+Everything ends in benchmarks/results/acceptance.json, from which `python benchmarks/tables.py` fills the
+GPU tables of the READMEs: that one file is all that has to be brought back from the machine. Exit status 0:
+every part passed; 1: one did not; 2: there is no GPU here.
+
+Left out: several nodes, published weights, and any judgment of the figures.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import common
+import torch
+
+from gramr2 import config as settings
+from gramr2.extras import toyworld
+from gramr2.files import read_json, write_json
+
+BENCHMARKS, TESTS = common.ROOT / "benchmarks", common.ROOT / "tests"
+MICRO = common.ROOT / "recipes/micro.toml"
+TAIL = 3000  # characters that are kept of what a failed part said
+GRACE = 5.0  # seconds between asking a part to stop and killing it
+
+
+@dataclass(frozen=True)
+class Part:
+    """One row of the report. `words` is what Python is started with, by (device, quick, directory)."""
+
+    name: str
+    about: str
+    limit: float  # seconds; the sum may be more than the deadline, since hardly any part needs its own
+    words: Callable[[str, bool, Path], list]
+    forbidden: str = ""  # a pattern that must not stand in what a part says on a GPU
+
+
+def tests(device: str, quick: bool, place: Path) -> list:
+    """Only the files that hold CUDA tests: the others would be imported for nothing."""
+    marked = [path for path in sorted(TESTS.glob("test_*.py")) if "@pytest.mark.cuda" in path.read_text()]
+    return ["-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider", "--rootdir", common.ROOT, *marked]
+
+
+def ranks(device: str, quick: bool, place: Path) -> list:
+    """Training by torchrun on every GPU there is (NCCL), from a backbone that has learnt nothing."""
+    count = torch.cuda.device_count() if device == "cuda" else 2
+    world = toyworld.make_world(place / "world", **micro_world())
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    return [*launch, common.ROOT / "train.py", "--stage", "reward", "--recipe", MICRO, "--device", device,
+            "--model", world / "backbone_init", "--data", world / "human.jsonl", "--out", place / "out",
+            "--steps", 4 if quick else 40, "--save-steps", 2 if quick else 20]  # fmt: skip
+
+
+def benchmark(name: str, full=(), quick=()):
+    """A script of this directory: its words for a GPU, and for a rehearsal."""
+    return lambda device, rehearsal, place: [
+        BENCHMARKS / f"{name}.py", "--device", device, *(["--quick", *quick] if rehearsal else full)
+    ]  # fmt: skip
+
+
+def whole_round(device: str, quick: bool, place: Path) -> list:
+    """selftrain.py with the micro recipe, which on a GPU trains in bfloat16; shorter in a rehearsal."""
+    recipe = place / "round.toml"
+    text = MICRO.read_text(encoding="utf-8")
+    shorter = re.sub(r"(?m)^steps = \d+", "steps = 4", text)
+    recipe.write_text(shorter.replace("pretrain = 1200", "pretrain = 64") if quick else text)
+    return [common.ROOT / "selftrain.py", "--recipe", recipe, *(["--no-baselines"] if quick else [])]
+
+
+def micro_world() -> dict:
+    return {key: value for key, value in settings.read_recipe(MICRO)["world"].items() if key != "directory"}
+
+
+PARTS = [
+    Part("tests", "every test that needs a GPU", 150, tests, forbidden=r"\d+ skipped"),
+    Part("ranks", "torchrun, a rank on each GPU", 60, ranks),
+    Part(
+        "kernels",
+        "sequence log-prob, three published heads",
+        110,
+        benchmark("sequence_logprob", ["--repeats", 3], ["--repeats", 1, "--ways", "ours"]),
+    ),
+    Part(
+        "sampler",
+        "decode steps of an 8B model, and grouped prefixes",
+        130,
+        benchmark("sampling", ["--no-continuous"], ["--no-continuous"]),
+    ),
+    Part("trainer", "training steps at 3B and, where it fits, 8B", 140, benchmark("training")),
+    Part("judge", "pairs per second with 1, 4 and 16 votes", 120, benchmark("judging", ["--repeats", 1])),
+    Part("round", "a self-training round in bfloat16", 120, whole_round),
+    Part("scorer", "log-probs of a 1B model", 60, benchmark("forward", ["--repeats", 2], ["--repeats", 1])),
+]
+
+
+def run(part: Part, arguments: argparse.Namespace, left: float) -> tuple[dict, dict]:
+    """-> (the part's row, the results that it left by their names)."""
+    limit = min(part.limit, left)
+    if limit < 1:
+        return {"part": part.name, "status": "not started", "seconds": 0.0, "said": "the deadline"}, {}
+    print(f"{part.name}: {part.about}, {limit:.0f} s at most …", file=sys.stderr, flush=True)
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
+        words = part.words(arguments.device, arguments.quick, place)
+        command = [sys.executable, *map(str, words)]
+        status, said = bounded(command, place, limit)
+        results = {path.stem: read_json(path) for path in sorted((place / "results").glob("*.json"))}
+    if (
+        status == "passed"
+        and part.forbidden
+        and arguments.device == "cuda"
+        and re.search(part.forbidden, said)
+    ):
+        status = "failed"
+    row = {"part": part.name, "status": status, "seconds": round(time.perf_counter() - started, 1)}
+    return row | ({} if status == "passed" else {"said": said[-TAIL:], "command": command}), results
+
+
+def bounded(command: list[str], place: Path, limit: float) -> tuple[str, str]:
+    """Runs a command and all that it starts for `limit` seconds at most. → (status, what it said)."""
+    environment = os.environ | {"GRAMR2_RESULTS": str(place / "results"), "PYTHONUNBUFFERED": "1"}
+    environment["PYTHONPATH"] = str(common.ROOT)
+    log = place / "log"
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            command, cwd=place, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            status = "passed" if child.wait(limit) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            status = "out of time"
+        finally:
+            end(child)
+    return status, log.read_text(encoding="utf-8", errors="replace")
+
+
+def end(child: subprocess.Popen) -> None:
+    """Whatever is left of a part: it was started as a group of its own."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(child.pid, number)
+        except ProcessLookupError:
+            return
+        try:
+            child.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def show(rows: list[dict]) -> None:
+    for row in rows:
+        about = next(part.about for part in PARTS if part.name == row["part"])
+        print(f"{row['part']:9}{row['status']:12}{row['seconds']:7.1f} s  {about}")
+    for row in (row for row in rows if row["status"] == "failed"):
+        print(f"\n{row['part']} said at its end:\n{row['said'].strip()[-1000:]}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [part.name for part in PARTS]
+    parser.add_argument("--part", nargs="+", choices=names, default=names, help="(default: all)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="micro models: a rehearsal, without figures")
+    parser.add_argument("--deadline", type=float, default=540.0, help="seconds for all parts (default: 540)")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("error: there is no GPU here; rehearse with --device cpu --quick", file=sys.stderr)
+        return 2
+    if arguments.device == "cpu" and not arguments.quick:
+        parser.error("--device cpu is for rehearsals: add --quick")
+    name = "acceptance_quick" if arguments.quick else "acceptance"
+    place = common.RESULTS / f"{name}.json"
+    before = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {"parts": [], "results": {}}
+    rows, results = {row["part"]: row for row in before["parts"]}, before["results"]
+    started = time.perf_counter()
+    for part in (part for part in PARTS if part.name in arguments.part):
+        left = arguments.deadline - (time.perf_counter() - started)
+        rows[part.name], found = run(part, arguments, left)
+        results |= found
+        for each, result in found.items() if not arguments.quick else ():
+            write_json(common.RESULTS / f"{each}.json", result)
+        # After each part, so that an interrupted call has written down what is done.
+        ordered = [rows[part] for part in names if part in rows]
+        common.write_result(name, {"parts": ordered, "results": results})
+    asked = [rows[part] for part in names if part in arguments.part]
+    show(asked)
+    return 0 if all(row["status"] == "passed" for row in asked) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

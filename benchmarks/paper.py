@@ -1,0 +1,207 @@
+"""The study: what the paper reports and argues, at the toy's scale. Hours on two cores; resumable.
+
+    python benchmarks/paper.py --part arms         every arm of toy.py, which makes the table
+    python benchmarks/paper.py --part gram         GRAM: pre-training on unlabelled responses, then labels
+    python benchmarks/paper.py --part amount       figure 5: accuracy against the amount of synthesized data
+    python benchmarks/paper.py --part adaptation   figure 4: units of task data, from four models
+    python benchmarks/paper.py --collect           benchmarks/results/paper.json from what is there
+
+Figure 3, best-of-n, is benchmarks/policy.py. Every part works on the runs of toy.py (runs/toy-seeds), which
+it makes where they are missing: the prover, the proofs and the judges are theirs.
+
+Two families of tasks stand for figure 4's two domains. *New prices*: a quarter of the shop's goods cost
+something else now, and questions ask for these. *Five goods*: longer questions at the old prices. A unit is
+one pair with its label and, for the models that reason, a rationale.
+
+Left out: the real data's scale; whether a direction found here holds there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import toy
+from toy import Seed, mean_with_interval
+
+from gramr2.data import Store
+from gramr2.extras import toyworld
+from gramr2.extras.evaluate import is_right
+from gramr2.files import write_rows
+from gramr2.records import Pair
+from gramr2.steps import Run, read_rows
+
+AMOUNTS = (30, 60, 120, 240, 480)
+UNITS = (0, 25, 50, 100)
+TASK_TEST = 300
+TASK_STEPS = 100
+SMOOTHING = 0.1
+
+Figures = dict[str, np.ndarray]  # row → whether each held-out pair was judged right
+
+
+class Bench:
+    """A seed's extra steps, in books of their own beside the arms of toy.py."""
+
+    def __init__(self, seed: Seed, part: str):
+        self.seed, self.run = seed, seed.open(part, Run, {})
+        self.test = seed.step("data") / "test.jsonl"
+
+    def model(self, step: str) -> Path:
+        return self.seed.step(step) / "model"
+
+    def train(self, name: str, kind: str, data: Sequence[Path], start: Path, **changes: Any) -> Path:
+        """A training step under the seed's settings with some of them changed."""
+        before = self.run.trains
+        self.run.trains = {**before, kind: replace(before[kind], **changes)}
+        try:
+            return self.run.train(name, kind, data, start)
+        finally:
+            self.run.trains = before
+
+    def hits(self, name: str, model: Path, pairs: Path) -> np.ndarray:
+        judged = self.run.judge(f"test-{name}", model, pairs, 1)
+        return np.array([is_right(row) for row in read_rows(judged)], dtype=float)
+
+    def write(self, name: str, rows: Iterator[dict[str, Any]]) -> Path:
+        path = self.run.books.place(name) / "pairs.jsonl"
+        self.run.books.step(name, lambda place: write_rows(place / path.name, rows) or {})
+        return path
+
+    @property
+    def synthesized(self) -> list[Path]:
+        """What the rounds of `main` trained on, the human rationales apart."""
+        rounds = [f"round-{n + 1}-rationales" for n in range(self.run.settings.iters)]
+        return [self.seed.step(name) / "kept.jsonl" for name in ("filter-labelled", *rounds)]
+
+    def gram(self) -> Path:
+        """GRAM (arXiv 2506.14175): responses of unlabelled pairs, then the labels with smoothing."""
+        judge = self.run.trains["reward"]
+        data = self.seed.step("data")
+        batches = [data / f"unlabelled-{n + 1}.jsonl" for n in range(self.run.settings.iters)]
+        responses = self.write(
+            "responses",
+            (
+                {"prompt": pair.question, "response": response}
+                for batch in batches
+                for pair in Store(batch, Pair.from_json)
+                for response in (pair.response_a, pair.response_b)
+            ),
+        )
+        backbone = self.seed.step("world") / "backbone/model"
+        same = {"steps": judge.steps, "lr": judge.lr, "weight_decay": judge.weight_decay}
+        begun = self.train("gram-pretrain", "pretrain", [responses], backbone, **same)
+        labelled = [data / "labelled.jsonl"]
+        return self.train("gram", "generative", labelled, begun, label_smoothing=SMOOTHING)
+
+
+# ---------------------------------------------------------------------------------- the parts
+
+
+def gram(seed: Seed) -> Figures:
+    bench = Bench(seed, "gram")
+    return {"GRAM": bench.hits("gram", bench.gram(), bench.test)}
+
+
+def amount(seed: Seed) -> Figures:
+    """Figure 5: the first N synthesized pairs, in the order in which the rounds made them."""
+    bench, figures = Bench(seed, "amount"), {}
+    pairs = [row for path in bench.synthesized for row in read_rows(path)]
+    human = [seed.step("data") / "human.jsonl"] if bench.run.settings.mix_human else []
+    backbone = seed.step("world") / "backbone/model"
+    for count in (*(n for n in AMOUNTS if n < len(pairs)), len(pairs)):
+        shown = "all" if count == len(pairs) else str(count)
+        data = bench.write(f"first-{shown}", iter(pairs[:count]))
+        model = bench.train(f"train-{shown}", "reward", [*human, data], backbone)
+        figures[shown] = bench.hits(shown, model, bench.test)
+    return figures
+
+
+def _tasks(seed: Seed) -> Iterator[tuple[str, list[Pair]]]:
+    """Two families of the shop's questions that the seed's run has not seen, with rationales."""
+    rng = random.Random(f"tasks {seed.number}")
+    world = toyworld.prices_of(seed.number, (names := toyworld.good_names(160)))
+    changed = names[:40]
+    new = {good: rng.choice([p for p in range(1, 10) if p != world[good]]) for good in changed}
+    for family, goods, asked, prices in (
+        ("new prices", changed, 3, new),
+        ("five goods", names, 5, world),
+    ):
+        sets: dict[frozenset[str], tuple[str, ...]] = {}
+        while len(sets) < max(UNITS) + TASK_TEST:
+            drawn = tuple(rng.sample(goods, asked))
+            sets.setdefault(frozenset(drawn), drawn)
+        yield family, [toyworld.make_pair(each, prices, rng, "human") for each in sets.values()]
+
+
+def adaptation(seed: Seed) -> Figures:
+    """Figure 4: accuracy on a task after units of its data, from four models."""
+    bench, figures = Bench(seed, "adaptation"), {}
+    trained_gram = Bench(seed, "gram").gram()
+    starts = {
+        "GRAM-R²": ("reward", bench.model("fine-tune"), {}),
+        "generative": ("generative", bench.model("generative"), {}),
+        "GRAM": ("generative", trained_gram, {"label_smoothing": SMOOTHING}),
+        "from the backbone": ("reward", seed.step("world") / "backbone/model", {}),
+    }
+    for family, pairs in _tasks(seed):
+        slug = family.replace(" ", "-")
+        test = bench.write(f"{slug}-test", (p.to_json() for p in pairs[max(UNITS) :]))
+        for units in UNITS:
+            data = bench.write(f"{slug}-{units}", (p.to_json() for p in pairs[:units]))
+            for name, (kind, start, changes) in starts.items():
+                step = f"{slug}-{units}-{name.replace(' ', '-')}"
+                changes = {**changes, "steps": TASK_STEPS}
+                model = bench.train(step, kind, [data], start, **changes) if units else start
+                figures[f"{family}: {name}, {units}"] = bench.hits(step, model, test)
+    return figures
+
+
+PARTS = {"gram": gram, "amount": amount, "adaptation": adaptation}
+
+
+def collect(seeds: Sequence[Seed]) -> dict[str, Any]:
+    """Means over the seeds whose part is whole; a part is asked again, and finds its steps done."""
+    result: dict[str, Any] = {"seeds": {}}
+    for part, work in PARTS.items():
+        whole = [seed for seed in seeds if (seed.place / part / "whole").is_file()]
+        rows: dict[str, list[np.ndarray]] = {}
+        for figures in map(work, whole):
+            for name, values in figures.items():
+                rows.setdefault(name, []).append(values)
+        result[part] = {name: mean_with_interval(values) for name, values in rows.items()}
+        result["seeds"][part] = [seed.number for seed in whole]
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--part", nargs="+", choices=["arms", *PARTS], default=["arms", *PARTS])
+    parser.add_argument("--seeds", type=toy.numbers, default=toy.numbers("100-102"), help="[100-102]")
+    parser.add_argument("--recipe", type=Path, default=common.ROOT / "recipes/toy.toml")
+    parser.add_argument("--collect", action="store_true", help="only make the table of what is there")
+    arguments = parser.parse_args()
+    seeds = [Seed(number, arguments.recipe.resolve()) for number in arguments.seeds]
+    if arguments.collect:
+        common.write_result("paper", collect(seeds))
+        return 0
+    for seed in seeds:
+        wanted = arguments.part
+        toy.run_arms(seed, lambda arm, wanted=wanted: "arms" in wanted or arm == "main")
+        for part in (part for part in PARTS if part in wanted):
+            PARTS[part](seed)
+            (seed.place / part / "whole").touch()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,386 @@
+"""Every arm of the toy study, over seeds: what each part of the algorithm buys, beside its controls.
+
+    python benchmarks/toy.py --seeds 100-109                 one process; several may share the seeds out
+    python benchmarks/toy.py --seeds 100-109 --arms main     the default command's rows alone
+    python benchmarks/toy.py --seeds 100-109 --collect       no runs: the table of what is there
+
+`main` is `python selftrain.py --seed S`, as a user types it. Every other arm starts from the same backbone
+with the same number of optimiser steps and the same schedule, on the same world; what it shares with `main`
+(the prover, the proofs, the first judge) is taken from there. Runs lie under runs/toy-seeds/seed-S/ARM and
+go on after an interruption. The result is benchmarks/results/toy.json.
+
+Differences are paired: both arms judged the same test pairs. An interval is a bootstrap, 95%, over a seed's
+test pairs; that of a mean draws seeds first, then pairs within each.
+
+Left out: tuning. The settings stand in the recipe; README.md lists what was tried, on which seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import torch
+
+import selftrain
+from gramr2 import config as settings
+from gramr2 import parallel
+from gramr2.data import Store
+from gramr2.extras.evaluate import is_right
+from gramr2.files import read_json, write_json, write_rows
+from gramr2.records import Pair
+from gramr2.steps import Books, Reached, Run, read_rows
+
+RUNS = Path("runs/toy-seeds")
+RESAMPLES = 2000
+
+# ---------------------------------------------------------------------------------- what an arm changes
+
+
+class OwnRationales(Run):
+    """Trains on the judge's own rationales: no prover writes any for the unlabelled pairs."""
+
+    def filter_labels(self, name: str, judged: Path, *more) -> Path:
+        self.judged = judged
+        return super().filter_labels(name, judged, *more)
+
+    def prove(self, name: str, prover: Path, pairs: Path) -> Path:
+        if not name.startswith("round"):
+            return super().prove(name, prover, pairs)
+
+        def work(place: Path) -> dict[str, Any]:
+            said = {row["id"]: row for row in read_rows(self.judged)}
+            rows = [self._own(pair, said[pair.id]) for pair in Store(pairs, Pair.from_json)]
+            write_rows(place / "proofs.jsonl", rows)
+            return {"pairs": len(rows), "proved": sum(bool(row["rationale"]) for row in rows)}
+
+        self.books.step(name, work)
+        return self.books.place(name) / "proofs.jsonl"
+
+    def _own(self, pair: Pair, row: dict[str, Any]) -> dict[str, Any]:
+        """The judgment's rationale belongs to the order that the pair was judged in."""
+        shown = Pair.from_json(row["pair"])
+        own = replace(shown, label=row["label"], rationale=row["rationale"])
+        turned = own if shown.response_a == pair.response_a else own.swapped()
+        bare = replace(turned, rationale=None).to_json()
+        return {"pair": bare, "chosen": None, "rationale": turned.rationale, "ineligible": {}}
+
+
+class ShuffledRationales(Run):
+    """Each pair gets the rationale of another one with the same label: the form without the content."""
+
+    def filter_rationales(self, name: str, proofs: Path, *more) -> Path:
+        kept = super().filter_rationales(name, proofs, *more)
+
+        def work(place: Path) -> dict[str, Any]:
+            pairs = list(Store(kept, Pair.from_json))
+            for label in "AB":
+                members = [i for i, pair in enumerate(pairs) if pair.label == label]
+                texts = [pairs[i].rationale for i in members]
+                for i, text in zip(members, texts[1:] + texts[:1], strict=True):
+                    pairs[i] = replace(pairs[i], rationale=text)
+            write_rows(place / "kept.jsonl", (pair.to_json() for pair in pairs))
+            return {"pairs": len(pairs)}
+
+        self.books.step(f"{name}-shuffled", work)
+        return self.books.place(f"{name}-shuffled") / "kept.jsonl"
+
+
+class Continued(Run):
+    """Each round goes on from the last judge instead of from the backbone."""
+
+    last: Path | None = None
+
+    def train(self, name: str, kind: str, data: Sequence[Path], start: Path, *more) -> Path:
+        begin = self.last if kind == "reward" and self.last else start
+        model = super().train(name, kind, data, begin, *more)
+        self.last = model if kind == "reward" else self.last
+        return model
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Three rounds with one thing changed; `shares` is the last step that is the same as in `main`."""
+
+    shares: str
+    run: type[Run] = Run
+    changes: dict[str, Any] | None = None
+
+
+LABELS, RULES = settings.FILTERS[:3], settings.FILTERS[3:]
+LOOPS = {
+    "no denoising": Loop("round-1-predict", changes={"without": settings.FILTERS}),
+    "no coherence rule": Loop("round-1-predict", changes={"without": ("coherence", "quotes")}),
+    "no label filters": Loop("round-1-predict", changes={"without": LABELS}),
+    "no rationale filters": Loop("round-1-predict", changes={"without": tuple(RULES)}),
+    "no agreement": Loop("round-1-predict", changes={"without": ("agreement",)}),
+    "no confidence": Loop("round-1-predict", changes={"without": ("confidence",)}),
+    "random eligible proof": Loop("prover", changes={"select_by": "random"}),
+    "by the numerator alone": Loop("prover", changes={"select_by": "numerator"}),
+    "by the label contrast": Loop("prover", changes={"select_by": "contrast"}),
+    "the judge's own rationales": Loop("round-1-labels", OwnRationales),
+    "shuffled rationales": Loop("prove-labelled", ShuffledRationales),
+    "continued, not restarted": Loop("round-1-predict", Continued),
+}
+
+
+# ---------------------------------------------------------------------------------- running
+
+
+@dataclass
+class Seed:
+    """One world, and the arms that are run on it."""
+
+    number: int
+    recipe: Path
+
+    @property
+    def place(self) -> Path:
+        return RUNS / f"seed-{self.number}"
+
+    def main(self) -> None:
+        name = str((self.place / "main").relative_to("runs"))
+        words = ["--recipe", str(self.recipe), "--seed", str(self.number), "--name", name]
+        if selftrain.main(words):
+            raise SystemExit(f"seed {self.number}: the default command failed")
+
+    def settings(self) -> tuple[settings.SelfTrainConfig, dict[str, settings.TrainConfig]]:
+        seed = {"seed": self.number}
+        trains = {
+            kind: settings.resolve(settings.TrainConfig, self.recipe, ["train", *tables], seed)
+            for kind, tables in selftrain.STAGES.items()
+        }
+        return settings.resolve(settings.SelfTrainConfig, self.recipe, ["selftrain"], seed), trains
+
+    def open(self, arm: str, kind: type[Run], changes: dict[str, Any], until: str | None = None) -> Run:
+        from gramr2.extras import toyworld
+
+        config, trains = self.settings()
+        config = replace(config, **changes)
+        plan = {"arm": arm, **asdict(config)} | {name: asdict(each) for name, each in trains.items()}
+        print(f"seed {self.number}, {arm}", file=sys.stderr)
+        here = parallel.World(0, 1, torch.device("cpu"))
+        books = Books(self.place / _slug(arm), plan, [], here, until)
+        return kind(books, config, trains, {"coherence": toyworld.coherent})
+
+    def loop(self, arm: str, loop: Loop) -> None:
+        """The loop of selftrain.py under other settings, with the steps that it shares linked in."""
+        run = self.open(arm, loop.run, loop.changes or {}, until="test-round-3")
+        for step in sorted((self.place / "main/steps").iterdir()):
+            there = run.books.root / "steps" / step.name
+            if not there.exists():
+                shutil.copytree(step, there, copy_function=os.link)
+            if step.name[3:] == loop.shares:
+                break
+        try:
+            world = selftrain.toy_world(
+                run.books, settings.read_recipe(self.recipe), run.settings, run.trains
+            )
+            selftrain.self_train(run, world, selftrain.Table(run, world))
+        except Reached:
+            pass
+
+    def singles(self) -> None:
+        """Arms of one training each: what true labels would give, and less data than `initial` has."""
+        run, main = self.open("single models", Run, {}), self.step
+        human, labelled, test = (main("data") / f"{name}.jsonl" for name in ("human", "labelled", "test"))
+        truth = {row["id"]: row["label"] for row in read_rows(main("world") / "truth.jsonl")}
+
+        def reveal(place: Path) -> dict[str, Any]:
+            batches = [main("data") / f"unlabelled-{n + 1}.jsonl" for n in range(run.settings.iters)]
+            pairs = [pair for batch in batches for pair in Store(batch, Pair.from_json)]
+            revealed = (replace(pair, label=truth[pair.id]).to_json() for pair in pairs)
+            write_rows(place / "pairs.jsonl", revealed)
+            return {"pairs": len(pairs)}
+
+        run.books.step("true-labels", reveal)
+        true = run.books.place("true-labels") / "pairs.jsonl"
+        backbone = main("world") / "backbone/model"
+        proofs = run.prove("true-prove", main("prover") / "model", true)
+        kept = run.filter_rationales("true-rationales", proofs)
+        known = main("filter-labelled") / "kept.jsonl"
+        for name, stage, data in (
+            ("true labels on the pool", "reward", [human, known, kept]),
+            ("generative, true labels on the pool", "generative", [labelled, true]),
+            ("labelled, without the human rationales", "reward", [known]),
+            ("human rationales alone", "reward", [human]),
+        ):
+            model = run.train(_slug(name), stage, data, backbone)
+            run.judge(f"test-{_slug(name)}", model, test, 1)
+
+    def step(self, name: str, arm: str = "main") -> Path:
+        """A step's directory in an arm, by the step's name."""
+        found = [path for path in (self.place / _slug(arm) / "steps").glob("*") if path.name[3:] == name]
+        return found[0] if found else self.place / _slug(arm) / "steps" / f"00-{name}"
+
+
+def _slug(name: str) -> str:
+    return name.replace("'", "").replace(",", "").replace(" ", "-")
+
+
+# ---------------------------------------------------------------------------------- comparing
+
+MAIN = ("backbone", "discriminative", "generative", "initial", "round 1", "round 2", "round 3")
+MAIN += ("labelled only, 2x steps", "fine-tuned", "voting@16")
+SINGLES = ("true labels on the pool", "generative, true labels on the pool")
+SINGLES += ("labelled, without the human rationales", "human rationales alone")
+# What the paper says or argues, as a difference that should be above zero.
+CLAIMS = [
+    ("self-training gains over its start, same steps", "round 3", "initial"),
+    ("and over the labelled pairs trained twice as long", "round 3", "labelled only, 2x steps"),
+    ("a rationale before the label beats the label alone", "initial", "generative"),
+    ("and a scalar head", "initial", "discriminative"),
+    ("the first round gains", "round 1", "initial"),
+    ("the second round gains", "round 2", "round 1"),
+    ("the third round gains", "round 3", "round 2"),
+    ("the last fine-tuning gains", "fine-tuned", "round 3"),
+    ("sixteen votes beat one", "voting@16", "fine-tuned"),
+    ("denoising helps", "round 3", "no denoising"),
+    ("label filters by themselves help", "round 3", "no label filters"),
+    ("rationale filters by themselves help", "round 3", "no rationale filters"),
+    ("the rule of coherence helps", "round 3", "no coherence rule"),
+    ("agreement of the two orders helps", "round 3", "no agreement"),
+    ("the share of votes helps", "round 3", "no confidence"),
+    ("a prover beats the judge's own rationales", "round 3", "the judge's own rationales"),
+    ("equation 5 beats a random eligible proof", "round 3", "random eligible proof"),
+    ("and the numerator alone", "round 3", "by the numerator alone"),
+    ("and the contrast of the two labels", "round 3", "by the label contrast"),
+    ("what a rationale says matters", "round 3", "shuffled rationales"),
+    ("starting again beats going on", "round 3", "continued, not restarted"),
+    ("labelled pairs add to the human rationales", "initial", "human rationales alone"),
+    ("human rationales add to the labelled pairs", "initial", "labelled, without the human rationales"),
+    ("rationales beat the true labels of all pairs", "round 3", "generative, true labels on the pool"),
+    ("true labels of the pool would do better still", "true labels on the pool", "round 3"),
+]
+
+
+def judged(seed: Seed, row: str) -> Path:
+    """The judged test pairs behind a row of the table."""
+    if row in MAIN:
+        return seed.step(f"test-{_slug(row)}") / "judged.jsonl"
+    if row in LOOPS:
+        return seed.step("test-round-3", row) / "judged.jsonl"
+    return seed.step(f"test-{_slug(row)}", "single models") / "judged.jsonl"
+
+
+def hits(seed: Seed, row: str) -> np.ndarray | None:
+    path = judged(seed, row)
+    if not (path.parent / "done.json").is_file():
+        return None
+    return np.array([is_right(each) for each in read_rows(path)], dtype=float)
+
+
+def interval(drawn: np.ndarray) -> list[float]:
+    return [round(100 * float(value), 2) for value in np.quantile(drawn, (0.025, 0.975))]
+
+
+def mean_with_interval(per_seed: list[np.ndarray], seed: int = 0) -> dict[str, Any]:
+    """The mean over seeds in points; seeds are drawn with replacement, then pairs within each."""
+    rng, drawn = np.random.default_rng(seed), []
+    for _ in range(RESAMPLES):
+        chosen = (per_seed[i] for i in rng.integers(len(per_seed), size=len(per_seed)))
+        drawn.append(
+            np.mean([values[rng.integers(len(values), size=len(values))].mean() for values in chosen])
+        )
+    mean = float(np.mean([values.mean() for values in per_seed]))
+    return {"mean": round(100 * mean, 2), "interval": interval(np.array(drawn)), "seeds": len(per_seed)}
+
+
+def compare(found: dict[str, dict[int, np.ndarray]], one: str, other: str) -> dict[str, Any] | None:
+    """One row less another, seed by seed and in the mean."""
+    both = [seed for seed in found.get(one, {}) if seed in found.get(other, {})]
+    if not both:
+        return None
+    rng, differences, seeds = np.random.default_rng(0), [], {}
+    for seed in both:
+        values = found[one][seed] - found[other][seed]
+        drawn = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
+        seeds[str(seed)] = {"difference": round(100 * float(values.mean()), 2), "interval": interval(drawn)}
+        differences.append(values)
+    above = sum(each["interval"][0] > 0 for each in seeds.values())
+    below = sum(each["interval"][1] < 0 for each in seeds.values())
+    return {**mean_with_interval(differences), "above zero": above, "below zero": below, "by seed": seeds}
+
+
+def collect(seeds: Sequence[Seed]) -> dict[str, Any]:
+    rows = (*MAIN, *LOOPS, *SINGLES)
+    found = {row: {s.number: values for s in seeds if (values := hits(s, row)) is not None} for row in rows}
+    config, trains = seeds[0].settings()
+    results = [read_json(path) for s in seeds if (path := s.place / "main/results.json").is_file()]
+    return {
+        "settings": {"self-training": asdict(config), "judge": asdict(trains["reward"])},
+        "seeds": sorted({seed for values in found.values() for seed in values}),
+        "accuracy": {
+            row: mean_with_interval(list(values.values()))
+            | {"by seed": {str(s): round(100 * float(each.mean()), 2) for s, each in values.items()}}
+            for row, values in found.items()
+            if values
+        },
+        "differences": [
+            {"claim": claim, "of": one, "less": other, **figures}
+            for claim, one, other in CLAIMS
+            if (figures := compare(found, one, other))
+        ],
+        "rounds": {str(each["seed"]): each["rounds"] for each in results},
+        "seconds": {str(each["seed"]): round(sum(each["seconds"].values())) for each in results},
+    }
+
+
+# ---------------------------------------------------------------------------------- the command
+
+
+def numbers(text: str) -> list[int]:
+    """100-109, or 3,5,8."""
+    first, dash, last = text.partition("-")
+    return list(range(int(first), int(last) + 1)) if dash else [int(each) for each in text.split(",")]
+
+
+def run_arms(seed: Seed, wanted: Callable[[str], bool]) -> None:
+    if wanted("main"):
+        seed.main()
+    for arm, loop in LOOPS.items():
+        if wanted(arm):
+            seed.loop(arm, loop)
+    if wanted("single models"):
+        seed.singles()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    arms = ["main", *LOOPS, "single models"]
+    parser.add_argument("--seeds", type=numbers, default=numbers("100-109"), help="[100-109]")
+    parser.add_argument("--arms", nargs="+", choices=arms, default=arms, metavar="ARM", help="; ".join(arms))
+    parser.add_argument("--recipe", type=Path, default=common.ROOT / "recipes/toy.toml")
+    parser.add_argument("--collect", action="store_true", help="only make the table of what is there")
+    parser.add_argument("--out", type=Path, help="JSON of the table [benchmarks/results/toy.json]")
+    arguments = parser.parse_args()
+    seeds = [Seed(number, arguments.recipe.resolve()) for number in arguments.seeds]
+    if not arguments.collect:
+        for seed in seeds:
+            run_arms(seed, arguments.arms.__contains__)
+        return 0
+    result = collect(seeds)
+    if arguments.out:
+        write_json(arguments.out, result)
+    else:
+        common.write_result("toy", result)
+    for row, figures in result["accuracy"].items():
+        print(f"{row:42} {figures['mean']:6.2f} {figures['interval']} {list(figures['by seed'].values())}")
+    for each in result["differences"]:
+        what, above = f"{each['of']} - {each['less']}", f"{each['above zero']} of {each['seeds']}"
+        print(f"{what}: {each['mean']} {each['interval']}, above zero in {above}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,336 @@
+"""Policy optimisation: a reward model at work, the application that the paper names and does not describe.
+
+How does a model that compares two responses reward a single one? A reward is a function with the signature
+of `RewardModel.reward`, (prompts, completions, references=None) -> a number for each completion:
+
+    pairwise     against the policy's own greedy answer: the probability that the rollout is better, the mean
+                 over both orders and all votes
+    tournament   each against each among the rollouts of a prompt: the share won
+    scalar       a discriminative model's score
+
+Any Python callable with that signature serves; `references` are the greedy answers where the setting is
+pairwise, and None otherwise. A batch is `group` rollouts of each of some prompts, drawn from the policy as it
+stands (at temperature 1: their log-probs are the sampler's own) and judged in one batch. Rewards become
+advantages within each group; `inner` steps of the clipped objective follow (loss.PolicyGradient), in the loop
+that trains everything else (fit.Loop). Targets are the rollout's tokens, its stop token the last.
+
+Nothing is silent. Equal rewards are no advantage. A rollout that was cut at the length limit is not judged
+and takes its group's lowest reward. An empty rollout is a rollout: its one token is the stop. One whose
+logits were not finite is left out, and counted. What has no verdict counts one half; where that is more than
+`max_abstained` of a batch's comparisons, the run stops and says so.
+
+OUT/rollouts.jsonl has a row for each rollout: response, reward, advantage, and what the judge wrote about it.
+From these rows a run that was cut between two inner steps goes on, to the same bits.
+
+Each rank holds the policy whole beside its shard, to sample from, and the starting model and the judge; it
+draws and judges its share of the prompts. It leaves out: a value model, rewards within a rollout, and policy
+and judge on different machines.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gramr2 import fit, parallel
+from gramr2.config import PolicyConfig
+from gramr2.data import Shard, Store
+from gramr2.files import InputError, read_json
+from gramr2.judge import RewardModel, preference
+from gramr2.loss import PolicyGradient, Row
+from gramr2.model import Decoder
+from gramr2.records import Example, Judgment, Pair, as_messages, show
+from gramr2.sampler import generate
+from gramr2.tokenizer import Tokenizer
+from gramr2.weights import load_model
+
+Reward = Callable[..., Sequence[float]]
+Log = list[tuple[Pair, Judgment | InputError]]
+
+
+class Judged:
+    """A reward model's rewards under a run's settings. Equal rollouts of a prompt are one contestant.
+
+    Two votes are not drawn: they are the greedy answer in each order. `log` is the last call's comparisons.
+    """
+
+    def __init__(self, judge: RewardModel, config: PolicyConfig):
+        if (config.reward == "scalar") != (judge.endings is None):
+            kind = "a judge that writes verdicts" if judge.endings else "a discriminative model"
+            raise InputError(f"reward: {config.reward} cannot come from {kind}; give another --judge")
+        self.judge, self.log = judge, []
+        self.options = {"votes": config.votes, "temperature": float(config.votes > 2), "seed": config.seed}
+        self.options |= {"max_new_tokens": config.judge_tokens, "progress": False}
+
+    def __call__(self, prompts, completions, references=None) -> list[float]:
+        self.log = []
+        asked = list(zip(prompts, completions, references or completions, strict=True))
+        different = list(dict.fromkeys(asked))
+        one, two, three = (list(column) for column in zip(*different, strict=True))
+        values = self.judge.reward(one, two, references and three, **self.options, log=self.log)
+        found = dict(zip(different, values, strict=True))
+        return [found[each] for each in asked]
+
+
+def advantages(groups: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Rewards above their group's mean, in units of their spread over the batch; a group's sum to 0.
+
+    Equal rewards give exactly 0. (Divided by its own spread, a group whose rewards differ by a judge's noise
+    would have as much to say as one with right and wrong answers.)
+    """
+    above = [[r - fmean(group) if len(set(group)) > 1 else 0.0 for r in group] for group in groups]
+    spread = math.sqrt(fmean(each * each for group in above for each in group)) or 1.0
+    return [[each / spread for each in group] for group in above]
+
+
+class Prompt(NamedTuple):
+    question: str  # a longer conversation as judges read it: "Role: content" blocks
+    ids: list[int]
+
+
+@dataclass
+class Rollout:
+    """A row of rollouts.jsonl. `step` is the first optimizer step that it serves, from 1 as in metrics."""
+
+    step: int
+    prompt: int  # counts the prompts that are used
+    question: str
+    response: str
+    finish: str  # "stop", or "length": cut, and not judged
+    ids: list[int]
+    logprobs: list[float]
+    greedy: str | None = None  # what a pairwise reward compared it with
+    reward: float = 0.0
+    advantage: float = 0.0
+    judged: list[dict[str, Any]] = field(default_factory=list)
+
+
+def read_prompts(data: Sequence[Path], tokenizer: Tokenizer, config: PolicyConfig) -> list[Prompt]:
+    """The prompts of the files, pair files among them, that leave room for an answer."""
+    prompts, room = [], config.max_length - config.max_new_tokens
+    for path in data:
+        for number, row in enumerate(Store(path), 1):
+            asked = [{"role": "user", "content": row.get("question", row.get("prompt"))}]
+            if "messages" not in row and not isinstance(asked[0]["content"], str):
+                raise InputError(f'{path}: row {number}: no "question", "prompt" or "messages"')
+            messages = as_messages(row.get("messages", asked))
+            ids = tokenizer.chat([{"role": role, "content": text} for role, text in messages])
+            prompts.append(Prompt(Pair(messages, "", "").question, ids))
+    kept = [prompt for prompt in prompts[: config.limit or None] if len(prompt.ids) <= room]
+    if not kept:
+        names = ", ".join(map(str, data))
+        raise InputError(f"{names}: no prompt of {room} tokens or less (max_length less max_new_tokens)")
+    return kept
+
+
+# ---------------------------------------------------------------------------------- a batch of rollouts
+
+
+@dataclass
+class Rollouts:
+    """The stream of global batches: rollouts of the policy as it stands when a batch begins."""
+
+    config: PolicyConfig
+    prompts: list[Prompt]
+    plan: fit.Plan
+    loop: fit.Loop
+    actor: Decoder
+    reward: Reward
+    batch: list[Rollout] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.path, self.here = self.loop.out / "rollouts.jsonl", self.loop.here
+
+    def stream(self, first: int) -> Iterator[list[Row]]:
+        for step in range(first, self.loop.steps):
+            number, again = divmod(step, self.config.inner)
+            if not again:
+                self.draw(number, step + 1)
+            elif step == first:  # cut between two inner steps: the rollouts that the first one used
+                self.batch = [Rollout(**row) for row in Store(self.path) if row["step"] == step - again + 1]
+            yield list(map(self.row, self.batch))
+
+    def row(self, rollout: Rollout) -> Row:
+        asked, count = self.prompts[rollout.prompt].ids, len(rollout.ids)
+        example = Example((*asked, *rollout.ids), len(asked))
+        return Row((example,), (rollout.advantage,) * count, tuple(rollout.logprobs))
+
+    def draw(self, number: int, step: int) -> None:
+        """A batch, in the plan's order whatever the number of ranks. The first rank writes it down."""
+        parameters = dict(self.actor.named_parameters())
+        for name, tensor in parallel.whole_tensors(self.loop.trainee, self.actor.head_weight.dtype):
+            parameters[name].data.copy_(tensor)
+        chosen, size = [row for row, _, _ in self.plan.step(number)], self.here.size
+        groups, failure = [], None
+        try:
+            groups = self.sample(chosen[self.here.rank :: size], step)
+            self.assign(groups)
+        except InputError as error:
+            failure = str(error)
+        parts = self.here.gather((groups, failure))
+        for failure in (failure for _, failure in parts if failure):
+            raise InputError(failure)
+        groups = [parts[i % size][0][i // size] for i in range(len(chosen))]
+        values = advantages([[each.reward for each in group] for group in groups])
+        self.batch = [each for group in groups for each in group]
+        for rollout, value in zip(self.batch, chain.from_iterable(values), strict=True):
+            rollout.advantage = value
+        if self.here.first:
+            with Shard(self.path) as file:
+                for rollout in self.batch:
+                    file.write(asdict(rollout))
+        self.check(step)
+
+    def sample(self, chosen: Sequence[int], step: int) -> list[list[Rollout]]:
+        """The groups of some prompts. A rollout is the same whatever rank draws it."""
+        questions, ids = zip(*(self.prompts[i] for i in chosen), strict=True) if chosen else ((), ())
+        how = {"max_new_tokens": self.config.max_new_tokens, "seed": self.config.seed, "progress": False}
+        drawn = generate(self.actor, ids, n=self.config.group, keys=[f"{step} {i}" for i in chosen], **how)
+        greedy = [None] * len(chosen)
+        if self.config.reward == "pairwise":
+            greedy = [self.text(each) for (each,) in generate(self.actor, ids, temperature=0.0, **how)]
+        return [
+            [
+                Rollout(step, i, question, self.text(each), each.finish, each.ids, each.logprobs, answer)
+                for each in group
+                if each.finish != "error"
+            ]
+            for i, question, group, answer in zip(chosen, questions, drawn, greedy, strict=True)
+        ]
+
+    def text(self, sample) -> str:
+        """An answer as its reader gets it."""
+        return self.loop.decode(sample.ids).strip()
+
+    def assign(self, groups: list[list[Rollout]]) -> None:
+        """Rewards, from one call, and what was said."""
+        whole, log = [each for group in groups for each in group if each.finish == "stop"], []
+        if whole:
+            references = [each.greedy for each in whole] if self.config.reward == "pairwise" else None
+            asked = [each.question for each in whole], [each.response for each in whole], references
+            values = list(self.reward(*asked))
+            if len(values) != len(whole) or not all(map(math.isfinite, values)):
+                raise InputError(f"reward: gave {values!r:.60}; expected {len(whole)} finite numbers")
+            for each, value in zip(whole, values, strict=True):
+                each.reward = float(value)
+            log = getattr(self.reward, "log", [])
+        written = by_response(log)
+        for group in groups:
+            lowest = min((each.reward for each in group if each.finish == "stop"), default=0.0)
+            for each in group:
+                each.reward = each.reward if each.finish == "stop" else lowest
+                each.judged = written.pop((each.question, each.response), [])
+
+    def counts(self) -> dict[str, int]:
+        judged = [row for each in self.batch for row in each.judged]
+        return {
+            "failed": self.config.batch_size - len(self.batch),
+            "cut": sum(each.finish == "length" for each in self.batch),
+            "comparisons": len(judged),
+            "no verdict": sum(not row["read"] for row in judged),
+        }
+
+    def check(self, step: int) -> None:
+        if not self.batch:
+            raise InputError(f"step {step}: no rollout had finite logits; lower --lr")
+        asked, lost = self.counts()["comparisons"], self.counts()["no verdict"]
+        if lost > self.config.max_abstained * asked:
+            raise InputError(
+                f"step {step}: {lost} of {asked} comparisons have no verdict, more than max_abstained "
+                f"{self.config.max_abstained:g}; {self.path} shows what was written; give a judge that knows "
+                "such pairs, or more --judge-tokens"
+            )
+
+    def figures(self) -> dict[str, Any]:
+        """What metrics.jsonl says of a step beside its loss, over all ranks."""
+        objective = self.loop.trainee.objective
+        kl, clipped, tokens = self.here.total(*objective.seen)
+        objective.seen = [0.0, 0, 0]
+        mean = fmean(each.reward for each in self.batch)
+        return {"reward": mean, "kl": kl / tokens, "clipped": clipped / tokens, **self.counts()}
+
+
+def is_read(judgment: Judgment | InputError) -> bool:
+    """Whether a vote could be read. (Equal responses are not asked about, which is no failure.)"""
+    if isinstance(judgment, InputError):
+        return False
+    return judgment.abstained == 0 or judgment.abstained < sum(judgment.votes.values())
+
+
+def by_response(log: Log) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """What was judged of each response, as its rollout's row says it."""
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for pair, found in log:
+        row = {"against": pair.response_b, "p": preference(found), "read": is_read(found)}
+        if isinstance(found, InputError):
+            row["error"] = str(found)
+        else:
+            row["written"] = show(found.rationale or "") if row["read"] else found.details[0].text
+        rows.setdefault((pair.question, pair.response_a), []).append(row)
+    return rows
+
+
+# ---------------------------------------------------------------------------------- a run
+
+
+def train(
+    config: PolicyConfig,
+    data: Sequence[Path],
+    model_dir: Path,
+    out: Path,
+    reward: Reward,
+    judge_dir: Path | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Optimises the policy in `model_dir` whole, or goes on with it, or finds it done, as fit.train does.
+
+    `judge_dir` is where the reward's model stands, if it has one: a run with another model is another run.
+    """
+    data, model_dir, out = [Path(path) for path in data], Path(model_dir), Path(out)
+    with parallel.world(config) as here, fit.stop_on_signals() as stop:
+        tokenizer = Tokenizer.load(model_dir, date=config.date)
+        model = fit.read_model_config("policy", config, model_dir, tokenizer)
+        files = [*data, *(sorted(Path(judge_dir).glob("*.safetensors")) if judge_dir else ())]
+        now = here.gather(fit.identity("policy", config, files, model_dir) if here.first else None)[0]
+        if (out / "model" / "training.json").exists():
+            record = read_json(out / "model" / "training.json")
+            fit.check_identity(record["run"], now, out)
+            return record["figures"]
+        prompts = read_prompts(data, tokenizer, config)
+        plan, steps = make_plan(config, len(prompts))
+        fit.open_run(out, now, here)
+        if here.first and progress:
+            how = f"{config.reward} reward from {judge_dir or reward}"
+            size = f"{plan.batch_size} x {config.group} rollouts, {config.inner} steps on each batch"
+            fit.say([f"policy   {model_dir}, {how}", f"steps    {steps:,}: {len(prompts):,} prompts, {size}"])
+        actor, reference = (
+            load_model(model_dir, here.device, parallel.compute_dtype(config, here.device)) for _ in range(2)
+        )
+        actor.stop_ids = tokenizer.stop_ids
+        objective = PolicyGradient(reference, config.clip_ratio, config.kl)
+        trainee = fit.make_trainee(objective, config, model, model_dir, here)
+        loop = fit.Loop(trainee, config, here, out, steps, tokenizer.decode)
+        rollouts = Rollouts(config, prompts, plan, loop, actor, reward)
+        loop.more = rollouts.figures
+        loop.restore()
+        if here.first:
+            fit.keep_metrics(rollouts.path, loop.at.step)
+        here.gather(None)  # the others read what is left
+        fit.run_loop(loop, rollouts.stream(loop.at.step), "policy", model, progress, stop)
+        figures = asdict(loop.at)
+        fit.publish_model(loop, tokenizer, model, model_dir, {"run": now, "figures": figures}, {})
+        return figures
+
+
+def make_plan(config: PolicyConfig, prompts: int) -> tuple[fit.Plan, int]:
+    """Which prompts each batch takes, and how many optimizer steps there are."""
+    each, rows = config.batch_size // config.group, np.arange(prompts)
+    steps = config.steps or math.ceil(config.epochs * prompts / each) * config.inner
+    return fit.Plan(rows, rows, rows, {}, each, math.ceil(steps / config.inner) * each, config.seed), steps

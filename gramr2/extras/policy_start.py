@@ -1,0 +1,112 @@
+"""What `train.py --stage policy` starts from: a policy, prompts and a judge, found or made.
+
+Named on the command line, or in the recipe. In the toy shop the judge is the newest self-training run's, and
+world and backbone are then that run's too, for a judge knows the prices of its own world only. Where no run
+has finished, the toy makes its world and trains a judge on the few labelled pairs it has. The toy's policy
+imitates the lists of both clerks.
+
+It leaves out: what is then done with them (policy.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from gramr2 import fit, parallel
+from gramr2.config import PolicyConfig, Sources, TrainConfig, read_recipe, resolve
+from gramr2.data import Store
+from gramr2.extras.policy import Judged, train
+from gramr2.files import InputError, read_json, write_rows
+from gramr2.judge import RewardModel
+from gramr2.records import Pair
+
+IMITATED = 300  # unlabelled pairs whose lists the toy's policy has read: so few that it is often wrong
+IMITATION = {"batch_size": 64, "steps": 100, "max_length": 64, "lr": 3e-3}
+
+
+def command(
+    arguments, config: PolicyConfig, sources: Sources, make_toy: Callable, here: parallel.World
+) -> Path:
+    """`train.py --stage policy`: finds or makes what was not named, and trains; -> its directory.
+
+    In the toy world, world and backbone are those of the run that the judge is from, for a judge knows the
+    prices of its own world only.
+    """
+    out, judge = arguments.out or Path("runs/train-policy"), arguments.judge
+    data, model = arguments.data or [Path(path) for path in sources.unlabelled], arguments.model
+    world = dict(read_recipe(arguments.recipe).get("world", {}))
+    place = Path(world.pop("directory", ""))
+    run = newest_run(world)
+    if world and not (arguments.data and model):
+        backbone = Path(sources.backbone)
+        if run:
+            place = next(run.glob("steps/*-world"))
+            backbone = next(run.glob("steps/*-backbone/model"), place / "backbone" / "model")
+        elif not arguments.dry_run:
+            make_toy()
+            judge = judge or make_judge(arguments.recipe, config, place, backbone, out, here)
+        data = arguments.data or [place / "unlabelled.jsonl"]
+    judge = judge or (judge_of(run, config) if run else None)
+    if arguments.dry_run:
+        found = {"judge": judge, "policy": model, "prompts": ", ".join(map(str, data)), "out": out}
+        lines = [f"{name:8} {path or 'none yet; it would be made'}" for name, path in found.items()]
+        print(*lines, *(f"{name:8} {value}" for name, value in asdict(config).items()), sep="\n")
+        return out
+    if judge is None or not (model or world):
+        what, flag = ("judge", "--judge") if judge is None else ("policy to start from", "--model")
+        raise InputError(f"no {what}; give {flag} DIR (`python selftrain.py` makes a judge under runs/)")
+    model = model or imitate(place, backbone, out.with_name(f"{out.name}-start"), here, config)
+    dtype = str(parallel.compute_dtype(config, here.device)).removeprefix("torch.")
+    reward = Judged(RewardModel.load(judge, here.device, dtype), config)
+    train(config, data, model, out, reward, judge)
+    return out
+
+
+def newest_run(world: dict[str, Any]) -> Path | None:
+    """The self-training run under runs/ that finished last; where a world is asked for, one that made it."""
+    finished = sorted(Path("runs").glob("*/results.json"), key=lambda path: -path.stat().st_mtime)
+    for run in (path.parent for path in finished):
+        made = next(run.glob("steps/*-world/world.json"), None)
+        if not world or (made and world.items() <= read_json(made).items()):
+            return run
+    return None
+
+
+def judge_of(run: Path, config: PolicyConfig) -> Path:
+    """A run's own judge: its last one, or for scalar rewards its discriminative model."""
+    if config.reward != "scalar":
+        return run / read_json(run / "results.json")["model"]
+    found = next(run.glob("steps/*-discriminative/model"), None)
+    if found is None:
+        raise InputError(f"{run}: has no discriminative model (run it with --baselines); give --judge DIR")
+    return found
+
+
+def make_judge(
+    recipe: Path, config: PolicyConfig, world: Path, backbone: Path, out: Path, here: parallel.World
+) -> Path:
+    """Where no run has finished: a judge from the toy's few labelled pairs, which knows few prices."""
+    kind, pairs = ("discriminative", "labelled") if config.reward == "scalar" else ("reward", "human")
+    if here.first:
+        fit.say([f"no finished run in runs/: a judge is trained on {pairs}.jsonl; selftrain.py makes better"])
+    same = {name: getattr(config, name) for name in ("seed", "device", "threads")}
+    settings, place = resolve(TrainConfig, recipe, ["train", f"train.{kind}"], same), f"{out.name}-judge"
+    fit.train(kind, settings, [world / f"{pairs}.jsonl"], backbone, out.with_name(place))
+    return out.with_name(place) / "model"
+
+
+def imitate(world: Path, backbone: Path, out: Path, here: parallel.World, config: TrainConfig) -> Path:
+    """A policy that answers as both of the toy's clerks do, right or wrong alike; -> its directory."""
+    pairs, lists = Store(world / "unlabelled.jsonl", Pair.from_json), out / "lists.jsonl"
+    some = [pairs[i] for i in range(min(IMITATED, len(pairs)))]
+    both = [(pair.question, each) for pair in some for each in (pair.response_a, pair.response_b)]
+    if here.first:
+        # The toy's tokenizer knows a word by the blank before it.
+        write_rows(lists, ({"question": question, "response": f" {each}"} for question, each in both))
+    here.gather(None)
+    same = {name: getattr(config, name) for name in ("seed", "device", "threads")}
+    fit.train("pretrain", TrainConfig(**IMITATION, **same), [lists], backbone, out)
+    return out / "model"

@@ -1,0 +1,201 @@
+"""Runs selftrain.py for tests in forked children, killed where a test asks. See `job` for what may be asked.
+
+As a script it is a process that has imported everything and computes nothing itself, so that every fork is
+as good as a fresh start and costs no import: JSON jobs come on stdin, a line each, and results go back.
+"""
+
+import errno
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SMALL = """
+[models]
+backbone = "{micro}/steps/09-initial/model"
+prover = "{micro}/steps/05-prover/model"
+
+[data]
+human = ["{place}/human.jsonl"]
+labelled = ["{place}/labelled.jsonl"]
+unlabelled = ["{place}/unlabelled.jsonl"]
+test = ["{place}/test.jsonl"]
+
+[selftrain]
+iters = 1
+k = 2
+votes = 2
+test_votes = 2
+proof_tokens = 96
+judge_tokens = 96
+confidence = 0.0
+without = ["agreement", "coherence", "quotes", "states_label", "states_other", "structure", "repetition"]
+
+[train]
+batch_size = 8
+steps = 4
+max_length = 160
+token_budget = 4096
+lr = 1e-4
+save_steps = 2
+"""
+ROWS = {"human": 8, "labelled": 12, "unlabelled": 12, "test": 4}
+
+
+def finished_micro(place: Path) -> Path:
+    """The finished run of the micro recipe, made once for all tests of a session."""
+    if not (place / "runs/micro/results.json").is_file():
+        command = [sys.executable, str(ROOT / "selftrain.py"), "--recipe", str(ROOT / "recipes/micro.toml")]
+        subprocess.run(command, cwd=place, check=True, capture_output=True)
+    return place / "runs/micro"
+
+
+def small_world(micro: Path, place: Path) -> Path:
+    """A recipe whose run takes seconds: a few of micro's pairs, and its trained models to begin from."""
+    for name, count in ROWS.items():
+        lines = (micro / f"steps/01-world/{name}.jsonl").read_text().splitlines(keepends=True)
+        (place / f"{name}.jsonl").write_text("".join(lines[:count]))
+    (place / "small.toml").write_text(SMALL.format(micro=micro, place=place))
+    return place / "small.toml"
+
+
+class Forks:
+    """The other end of the script: `run` gives it a job and waits for the result."""
+
+    def __init__(self):
+        command = [sys.executable, __file__]
+        self.parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(self, cwd, words, **how) -> dict:
+        """A job. `ranks` of it; `kill`: ["before" | "after" | "full", n], around the n-th publication, or a
+        disk that is full from there on; `kill_after`: seconds; `die`: [rank, n], at the n-th shard it takes;
+        `shard`: pairs of a shard."""
+        job = {"cwd": str(cwd), "words": [str(word) for word in words], **how}
+        self.parent.stdin.write(json.dumps(job) + "\n")
+        self.parent.stdin.flush()
+        return json.loads(self.parent.stdout.readline())
+
+    def close(self):
+        self.parent.stdin.close()
+        self.parent.wait()
+
+
+def same_results(one: Path, other: Path) -> bool:
+    """results.json of two runs, seconds aside."""
+    first, second = (json.loads((root / "results.json").read_text()) for root in (one, other))
+    return {**first, "seconds": None} == {**second, "seconds": None}
+
+
+# ---------------------------------------------------------------------------------- the script
+
+
+def watch_publications(kill, written: Path) -> None:
+    """Patches the two calls by which anything is published: death, or a full disk, at the n-th of them."""
+    seen = 0
+    for name in ("rename", "replace"):
+        original = getattr(os, name)
+
+        def patched(*arguments, original=original, **named):
+            nonlocal seen
+            seen += 1
+            written.write_text(str(seen))
+            if kill == ["before", seen]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if kill and kill[0] == "full" and seen >= kill[1]:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[1]))
+            result = original(*arguments, **named)
+            if kill == ["after", seen]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(os, name, patched)
+
+
+def watch_shards(die) -> None:
+    from gramr2 import steps
+
+    original, taken = steps.claim, 0
+
+    def claim(shard):
+        nonlocal taken
+        mine = original(shard)
+        taken += mine
+        if mine and taken == die:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return mine
+
+    steps.claim = claim
+
+
+def child(job: dict, rank: int, port: int) -> int:
+    import selftrain
+    from gramr2 import steps
+    from gramr2.files import exit_status
+
+    os.chdir(job["cwd"])
+    ranks = job.get("ranks", 1)
+    if ranks > 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank))
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks))
+    for descriptor in (1, 2):
+        os.dup2(os.open(f"log.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), descriptor)
+    steps.SHARD = job.get("shard", steps.SHARD)
+    if rank == 0:
+        watch_publications(job.get("kill"), Path(job["cwd"]) / "publications")
+    if job.get("die", [None])[0] == rank:
+        watch_shards(job["die"][1])
+    return exit_status(selftrain.main, job["words"])
+
+
+def fork(job: dict, rank: int, port: int) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        status = child(job, rank, port)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def run(job: dict) -> dict:
+    cwd, ranks = Path(job["cwd"]), job.get("ranks", 1)
+    for rank in range(ranks):
+        (cwd / f"log.{rank}").unlink(missing_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = time.monotonic()
+    children = [fork(job, rank, port) for rank in range(ranks)]
+    if "kill_after" in job:
+        time.sleep(job["kill_after"])
+        for pid in children:
+            os.kill(pid, signal.SIGKILL)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    logs = [(cwd / f"log.{rank}").read_text() for rank in range(ranks)]
+    return {"statuses": statuses, "seconds": time.monotonic() - started, "logs": logs}
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    # A training step imports the first late, and a run the others: in every fork anew if they are not here.
+    late = [
+        "torch._dynamo",
+        "gramr2.steps",
+        *(f"gramr2.extras.{x}" for x in ("evaluate", "report", "toyworld")),
+    ]
+    for module in [*late, "selftrain"]:
+        importlib.import_module(module)
+    for line in sys.stdin:
+        print(json.dumps(run(json.loads(line))), flush=True)

@@ -1,0 +1,94 @@
+"""benchmarks/acceptance.py: what it does on a GPU, rehearsed, and what it does with parts that go wrong."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import acceptance  # noqa: E402
+import common  # noqa: E402
+import tables  # noqa: E402
+
+
+def call(*words, results: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "benchmarks/acceptance.py", *words]
+    environment = os.environ | {"GRAMR2_RESULTS": str(results)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
+    """Broken, it would fill the README's GPU cells from a CPU, or end in a traceback."""
+    said = call(results=tmp_path)
+    assert said.returncode == 2 and said.stderr.startswith("error: there is no GPU here")
+    assert len(said.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_rehearsal_runs_the_gpus_code_and_fills_its_tables(tmp_path):
+    """The code of the GPU's benchmarks with micro models: arguments that do not exist, results that the
+    tables cannot read, or a part that cannot start would otherwise be met on the day a GPU is at hand."""
+    said = call("--device", "cpu", "--quick", "--part", "kernels", "sampler", "trainer", results=tmp_path)
+    assert said.returncode == 0, said.stdout + said.stderr
+    (written,) = tmp_path.iterdir()
+    whole = json.loads(written.read_text())
+    assert [row["status"] for row in whole["parts"]] == ["passed"] * 3
+    results = {name.replace("_quick", "_cuda"): result for name, result in whole["results"].items()}
+    for name in ("sequence-logprob-cuda", "sampling-cuda", "training-cuda"):
+        table = tables.TABLES[name](results.get)
+        assert "Unmeasured" not in table and table.count("|") > 12
+
+
+def python(code: str):
+    return lambda device, quick, place: ["-c", code]
+
+
+def test_a_part_that_hangs_or_fails_stops_no_other(tmp_path, monkeypatch, capsys):
+    """One bad part must cost its own limit and nothing else, and must leave no process behind."""
+    beats = tmp_path / "beats"
+    child = f"import time\nwhile True: open({str(beats)!r}, 'a').write('.'); time.sleep(0.05)"
+    hangs = (
+        "import os, subprocess, sys, time; os.makedirs('results'); open('results/half.json', 'w').write('1');"
+    )
+    hangs += (
+        f"print('I began', flush=True); subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    )
+    parts = {
+        "hangs": acceptance.Part("hangs", "", 2, python(hangs)),
+        "fails": acceptance.Part("fails", "", 9, python("raise SystemExit('it broke')")),
+        "works": acceptance.Part("works", "", 9, python("print('fine')")),
+    }
+    monkeypatch.setattr(acceptance, "PARTS", list(parts.values()))
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+
+    def main(*words):
+        monkeypatch.setattr(sys, "argv", ["acceptance.py", "--device", "cpu", "--quick", *words])
+        status = acceptance.main()
+        written = json.loads((tmp_path / "acceptance_quick.json").read_text())
+        return status, {row["part"]: row for row in written["parts"]}, written["results"]
+
+    started = time.monotonic()
+    status, rows, results = main()
+    assert status == 1 and time.monotonic() - started < 9
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "hangs": "out of time", "fails": "failed", "works": "passed",
+    }  # fmt: skip
+    assert "I began" in rows["hangs"]["said"] and "it broke" in rows["fails"]["said"]
+    assert results == {"half": 1}, "what was measured before the limit is kept"
+    beaten = beats.stat().st_size
+    time.sleep(0.3)
+    assert beaten == beats.stat().st_size > 0, "what a part had started goes with it"
+    assert "it broke" in capsys.readouterr().out
+
+    # Again, one part alone: the others' rows stay; and past the deadline nothing is started.
+    status, again, _ = main("--part", "works")
+    assert status == 0 and again["fails"] == rows["fails"]
+    status, again, _ = main("--part", "works", "--deadline", "0")
+    assert status == 1 and again["works"]["status"] == "not started"

@@ -1,0 +1,393 @@
+"""The policy stage: its objective against float64, what moves it and what does not, resume, and bad input."""
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from checkpoints import make_checkpoint, random_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_loss import compare, examples, log_p
+from trainings import same_bits, weights_of, write_rows
+
+from gramr2 import fit, loss, parallel
+from gramr2.config import PolicyConfig, TrainConfig
+from gramr2.extras import policy
+from gramr2.files import InputError
+from gramr2.judge import RewardModel
+from gramr2.loss import PolicyGradient, Row, Trainee, collate
+from gramr2.records import Judgment, Vote
+from gramr2.weights import load
+
+ROOT = Path(__file__).parents[1]
+CONFIG = {"batch_size": 8, "group": 4, "inner": 2, "steps": 4, "max_length": 256, "max_new_tokens": 40}
+CONFIG |= {"lr": 3e-3, "device": "cpu", "save_minutes": 0.0, "judge_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """(a policy that has learned to end, a file of prompts)."""
+    place = tmp_path_factory.mktemp("world")
+    asked = [{"question": f"What is {n} + {n}?"} for n in range(5)]
+    asked += [{"messages": [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "It."},
+                            {"role": "user", "content": "Again."}]}]  # fmt: skip
+    said = [{"question": f"What is {n} + {n}?", "response": "it is " * k} for n in range(8) for k in range(4)]
+    random = make_checkpoint(place / "random", max_positions=1024)
+    config = TrainConfig(batch_size=16, steps=60, lr=1e-2, device="cpu")
+    fit.train("pretrain", config, [write_rows(place / "said.jsonl", said)], random, place / "start", False)
+    return place / "start/model", write_rows(place / "prompts.jsonl", asked)
+
+
+def run(world, out: Path, function, **config):
+    settings = PolicyConfig(**CONFIG | config)
+    return policy.train(settings, [world[1]], world[0], out, function, progress=False)
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def constant(prompts, completions, references=None) -> list[float]:
+    return [0.3] * len(prompts)
+
+
+def short(prompts, completions, references=None) -> list[float]:
+    """Rewards few characters."""
+    return [-float(len(each)) for each in completions]
+
+
+# ---------------------------------------------------------------------------------- the objective
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen3"])  # tied, and a head of its own
+def test_the_objective_is_its_naive_form_by_value_and_gradient(family):
+    """Far from the policy that drew, so that tokens of either sign are clipped on either side."""
+    model, reference = random_model(family, 0), random_model(family, 3)
+    generator, rows = torch.Generator().manual_seed(5), []
+    with torch.no_grad():
+        for sign, example in zip((1.5, -0.7, 0.9, -1.1), examples(), strict=True):
+            logp = torch.stack(log_p(model, example))
+            old = logp + 0.5 * torch.randn(len(logp), generator=generator)
+            rows.append(Row((example,), (sign,) * len(logp), tuple(old.tolist())))
+
+    clipped = []
+
+    def oracle(model):
+        total, reference64 = 0, reference.double()
+        for row in rows:
+            here, there = log_p(model, row.sequences[0]), log_p(reference64, row.sequences[0])
+            for advantage, old, p, q in zip(row.coefficients, row.old, here, there, strict=True):
+                ratio = torch.exp(p - old)
+                kept = min(max(ratio.item(), 0.8), 1.2)
+                clipped.append((advantage > 0, ratio.item() > kept, ratio.item() < kept))
+                total = total - min(ratio * advantage, torch.tensor(kept * advantage, dtype=torch.float64))
+                q = q.detach()
+                total = total + 0.3 * (torch.exp(q - p) - (q - p) - 1)
+        return total / 31
+
+    objective = PolicyGradient(reference, 0.2, 0.3)
+    compare(model, rows, objective, oracle, 1 / 31)
+    assert {(True, True, False), (True, False, True), (False, True, False), (False, False, True)} <= {
+        *clipped
+    }
+    assert objective.seen[1:] == [sum(high or low for _, high, low in clipped), 31]
+
+
+def test_k3_is_the_divergence_on_average_and_nothing_where_the_models_agree():
+    """Its mean under the policy is KL(policy || reference), its value never below 0."""
+    p, q = (torch.randn(7, generator=torch.Generator().manual_seed(n)).log_softmax(0) for n in (1, 2))
+    assert float((p.exp() * loss.k3(p, q)).sum()) == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-5)
+    assert (loss.k3(p, q) >= 0).all()
+    p.requires_grad_()
+    value = loss.k3(p, p.detach()).sum()
+    value.backward()
+    assert value.item() == 0 and not p.grad.any()
+
+
+def test_an_empty_pack_of_a_policy_adds_nothing():
+    """A rank without rollouts must still take part in every reduction."""
+    model = random_model("llama3")
+    objective = PolicyGradient(random_model("llama3"), 0.2, 0.1)
+    value = Trainee(model, objective)(collate([], 1.0, "cpu"))
+    value.backward()
+    assert value.item() == 0 and objective.seen == [0.0, 0, 0]
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+groups = st.lists(st.lists(st.floats(-50, 50), min_size=1, max_size=8), min_size=1, max_size=6)
+
+
+@given(groups)
+@settings(max_examples=80, deadline=None)
+def test_advantages_of_a_group_sum_to_zero_and_keep_the_order(rewards):
+    """A sum that is not 0 rewards or punishes whatever was drawn; equal rewards are no advantage at all."""
+    for group, found in zip(rewards, policy.advantages(rewards), strict=True):
+        assert math.fsum(found) == pytest.approx(0, abs=1e-6)
+        order = sorted(range(len(group)), key=group.__getitem__)
+        assert all(found[i] <= found[j] for i, j in itertools.pairwise(order))
+    equal = [[group[0]] * 3 for group in rewards]
+    assert policy.advantages(equal) == [[0.0] * 3] * len(equal)
+    assert policy.advantages([[1.0, 0.0], [0.3, 0.3]]) == [pytest.approx([2**0.5, -(2**0.5)]), [0.0, 0.0]]
+
+
+# ---------------------------------------------------------------------------------- what a run does
+
+
+def test_a_reward_that_says_nothing_moves_nothing(world, tmp_path):
+    """Level 1. At the start the divergence and its gradient are exactly 0, in whatever packs."""
+    run(world, tmp_path / "out", constant, token_budget=256)
+    before = load(world[0])[0].state_dict()
+    after = load(tmp_path / "out/model")[0].state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    metrics = rows_of(tmp_path / "out/metrics.jsonl")
+    assert [row["kl"] for row in metrics] == [0.0] * 4 and {row["reward"] for row in metrics} == {0.3}
+
+
+def test_a_reward_is_learned_and_a_heavy_pull_holds_the_policy_back(world, tmp_path):
+    """A sign or a shift wrong between the sampler and the loss learns the opposite, or nothing."""
+    options = {"steps": 16, "batch_size": 32, "group": 8, "lr": 5e-3, "kl": 0.0}
+    run(world, tmp_path / "free", short, **options)
+    run(world, tmp_path / "held", short, **options | {"kl": 10.0})
+    free, held = (rows_of(tmp_path / f"{name}/metrics.jsonl") for name in ("free", "held"))
+    assert free[0]["kl"] == held[0]["kl"] == 0.0
+    assert free[-1]["reward"] > free[0]["reward"] + 4
+    assert 0 < held[-1]["kl"] < 0.5 * free[-1]["kl"]
+
+
+def test_targets_are_the_rollout_and_its_stop_token_and_nothing_else(world, tmp_path):
+    """A prompt that is a target trains the asking; what stands behind the stop was never drawn."""
+    run(world, tmp_path / "out", short, steps=1, inner=1, max_new_tokens=6)
+    tokenizer = load(world[0])[1]
+    prompts = policy.read_prompts([world[1]], tokenizer, PolicyConfig(**CONFIG))
+    assert prompts[5].question == "User: Say it.\n\nAssistant: It.\n\nUser: Again."
+    rows = rows_of(tmp_path / "out/rollouts.jsonl")
+    stopped = 0
+    for row in rows:
+        rollout = policy.Rollout(**row)
+        made = policy.Rollouts.row(SimpleNamespace(prompts=prompts), rollout)
+        (example,) = made.sequences
+        assert list(example.ids[: example.start]) == prompts[row["prompt"]].ids
+        assert list(example.ids[example.start :]) == row["ids"] and len(made.old) == len(row["ids"])
+        ends = [i for i, token in enumerate(row["ids"]) if token in tokenizer.stop_ids]
+        assert ends == ([len(row["ids"]) - 1] if row["finish"] == "stop" else [])
+        stopped += bool(ends)
+    metrics = rows_of(tmp_path / "out/metrics.jsonl")[0]
+    assert metrics["targets"] == sum(len(row["ids"]) for row in rows) and stopped > 0
+    assert metrics["cut"] == len(rows) - stopped
+
+
+class Cut:
+    """A reward that ends the process's work at its n-th call, as a kill would."""
+
+    def __init__(self, at: int):
+        self.calls, self.at = 0, at
+
+    def __call__(self, prompts, completions, references=None):
+        self.calls += 1
+        if self.calls == self.at:
+            raise RuntimeError("cut")
+        return short(prompts, completions)
+
+
+@pytest.mark.parametrize("save_steps", [2, 3])
+def test_resumed_equals_uninterrupted(world, tmp_path, save_steps):
+    """Level 1. A state after step 3 stands between two inner steps on the same rollouts."""
+    options = {"steps": 9, "save_steps": save_steps, "reward": "pairwise"}
+    run(world, tmp_path / "whole", short, **options)
+    with pytest.raises(RuntimeError, match="cut"):
+        run(world, tmp_path / "cut", Cut(5), **options)
+    assert list((tmp_path / "cut/resume").glob("step-*"))
+    run(world, tmp_path / "cut", short, **options)
+    assert same_bits(tmp_path / "whole", tmp_path / "cut")
+    assert rows_of(tmp_path / "whole/rollouts.jsonl") == rows_of(tmp_path / "cut/rollouts.jsonl")
+    whole, cut = (rows_of(tmp_path / f"{name}/metrics.jsonl") for name in ("whole", "cut"))
+    assert [row | {"seconds": 0} for row in whole] == [row | {"seconds": 0} for row in cut]
+    assert len(cut) == 9 and whole[-1]["norm"] > 0
+    with pytest.raises(InputError, match="differs in steps"):
+        run(world, tmp_path / "cut", short, **options | {"steps": 10})
+
+
+# ---------------------------------------------------------------------------------- rewards
+
+
+class Verdicts:
+    """Stands for a judge: says which it was asked, and prefers the longer."""
+
+    endings, format = ("A", "B"), "think"
+
+    def __init__(self, silent: bool = False):
+        self.silent, self.asked = silent, []
+
+    def judge_many(self, pairs, votes, seed, **options):
+        for pair in pairs:
+            self.asked.append((pair.question, pair.response_a, pair.response_b))
+            if pair.response_a == pair.response_b:
+                yield pair, Judgment.from_votes([])
+            elif self.silent:
+                yield (
+                    pair,
+                    Judgment.from_votes(
+                        [Vote(None, order, None, "no answer", "hm") for order in ("AB", "BA")]
+                    ),
+                )
+            else:
+                p = 0.9 if len(pair.response_a) > len(pair.response_b) else 0.2
+                yield pair, Judgment("A" if p > 0.5 else "B", p, {"A": 2, "B": 0, "none": 0})
+
+    reward = RewardModel.reward
+
+
+ASKED = (["q", "q", "q", "r"], ["aa", "b", "aa", "ccc"])
+
+
+def test_pairwise_is_the_probability_of_beating_the_reference():
+    """Equal rollouts are judged once, and one that equals the reference counts one half."""
+    judge = Verdicts()
+    reward = policy.Judged(judge, PolicyConfig(**CONFIG))
+    assert reward(*ASKED, ["b", "b", "b", "dddd"]) == [0.9, 0.5, 0.9, 0.2]
+    assert judge.asked == [("q", "aa", "b"), ("q", "b", "b"), ("r", "ccc", "dddd")]
+
+
+def test_tournament_is_the_share_won_among_the_rollouts_of_a_prompt():
+    """Equal rollouts are one contestant; a lone one has won one half."""
+    judge = Verdicts()
+    reward = policy.Judged(judge, PolicyConfig(**CONFIG | {"reward": "tournament"}))
+    assert reward(*ASKED) == [1.0, 0.0, 1.0, 0.5]
+    assert judge.asked == [("q", "aa", "b")]
+
+
+def test_a_source_that_does_not_suit_its_judge_is_refused():
+    for kind, endings in (("scalar", ("A", "B")), ("tournament", None), ("pairwise", None)):
+        with pytest.raises(InputError, match=f"reward: {kind} cannot come from"):
+            policy.Judged(SimpleNamespace(endings=endings), PolicyConfig(**CONFIG | {"reward": kind}))
+
+
+def stream(tmp_path, reward, **config) -> policy.Rollouts:
+    loop = SimpleNamespace(out=tmp_path, here=parallel.World(0, 1, torch.device("cpu")))
+    return policy.Rollouts(PolicyConfig(**CONFIG | config), [], None, loop, None, reward)
+
+
+def rollout(response: str, finish: str = "stop", question: str = "q") -> policy.Rollout:
+    return policy.Rollout(1, 0, question, response, finish, [5, 7], [-1.0, -2.0], greedy="greedy")
+
+
+def test_an_empty_rollout_is_judged_and_a_cut_one_takes_its_groups_lowest(tmp_path):
+    """Cut answers are no matter for the judge; a group of nothing else has no preference."""
+    groups = [[rollout("abc"), rollout(""), rollout("a" * 50, "length")], [rollout("x", "length", "r")] * 2]
+    judge = Verdicts()
+    made = stream(tmp_path, policy.Judged(judge, PolicyConfig(**CONFIG)))
+    made.assign(groups)
+    assert judge.asked == [("q", "abc", "greedy"), ("q", "", "greedy")]
+    assert [each.reward for each in groups[0]] == [0.2, 0.2, 0.2]
+    made.batch = [each for group in groups for each in group]
+    assert made.counts() == {"failed": 3, "cut": 3, "comparisons": 2, "no verdict": 0}
+    (said,) = groups[0][0].judged
+    assert said["against"] == "greedy" and said["p"] == 0.2
+    groups = [[rollout("a" * 9), rollout("b"), rollout("c" * 50, "length")]]
+    made.assign(groups)
+    assert [each.reward for each in groups[0]] == [0.9, 0.2, 0.2]
+
+
+def test_a_judge_that_says_nothing_counts_one_half_and_stops_the_run(world, tmp_path):
+    """Past the share the run ends in one line, with what was written on disk; allowed, it moves nothing."""
+    silent = policy.Judged(Verdicts(silent=True), PolicyConfig(**CONFIG))
+    with pytest.raises(InputError, match=r"step 1: \d+ of \d+ comparisons have no verdict, more than max_ab"):
+        run(world, tmp_path / "out", silent, max_abstained=0.2)
+    rows = rows_of(tmp_path / "out/rollouts.jsonl")
+    assert {row["reward"] for row in rows if row["finish"] == "stop"} <= {0.5}
+    run(world, tmp_path / "all", silent, max_abstained=1.0)
+    before, after = load(world[0])[0].state_dict(), load(tmp_path / "all/model")[0].state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_equals_are_no_abstentions():
+    """Late in training most rollouts equal the greedy answer: that must not stop the run."""
+    assert policy.is_read(Judgment.from_votes([])) and not policy.is_read(InputError("too long"))
+    votes = [Vote("A", "AB", 0.9), Vote(None, "BA", None)]
+    assert policy.is_read(Judgment.from_votes(votes)) and not policy.is_read(Judgment.from_votes(votes[1:]))
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"group": 1, "batch_size": 8}, "group: 1 is too few"),
+        ({"batch_size": 10}, "batch_size: 10 is not whole groups of 4"),
+        ({"votes": 3}, "votes: 3 must be even"),
+        ({"reward": "guess"}, "reward: 'guess' must be one of pairwise"),
+        ({"max_abstained": 1.5}, "max_abstained: 1.5 must be from 0 to 1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_by_name(config, message):
+    with pytest.raises(InputError, match=message):
+        PolicyConfig(**CONFIG | config)
+
+
+@pytest.mark.parametrize(
+    "reward, message",
+    [(lambda *a: [1.0], "gave .1.0.; expected"), (lambda p, c, r: [math.nan] * len(p), "finite numbers")],
+)
+def test_a_reward_that_is_no_number_for_each_is_refused(world, tmp_path, reward, message):
+    with pytest.raises(InputError, match=message):
+        run(world, tmp_path / "out", reward)
+
+
+def test_prompts_that_cannot_be_used_are_said_before_anything_is_trained(world, tmp_path):
+    for rows, message in (
+        ([{"x": 1}], 'row 1: no "question"'),
+        ([{"question": "q " * 500}], "no prompt of 216"),
+    ):
+        data = write_rows(tmp_path / "bad.jsonl", rows)
+        with pytest.raises(InputError, match=rf"bad\.jsonl.*{message}"):
+            run((world[0], data), tmp_path / "out", short)
+        assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------- ranks, and the command
+
+
+def command(recipe: Path, world, judge: Path, out: Path, *more: str, ranks: int = 1):
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    words = ["--recipe", recipe, "--model", world[0], "--data", world[1], "--judge", judge, "--out", out]
+    line = [sys.executable, *launch, ROOT / "train.py", "--stage", "policy", *words, *more]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(list(map(str, line)), env=environment, capture_output=True, text=True)
+
+
+def test_the_command_on_two_ranks_draws_the_same_and_trains_alike(world, tmp_path):
+    """Level 1 for a batch's rollouts and rewards, level 2 for the two steps that it serves."""
+    options = CONFIG | {"steps": 2, "batch_size": 12, "lr": 1e-4, "reward": "scalar"}  # prompts: 2 and 1
+    recipe, judge = tmp_path / "r.toml", make_checkpoint(tmp_path / "judge", "qwen3", 4, num_labels=1)
+    settings = "\n".join(f"{name} = {json.dumps(value)}" for name, value in options.items())
+    recipe.write_text(f"[train.policy]\n{settings}\n")
+    reward = policy.Judged(RewardModel.load(judge), PolicyConfig(**options))
+    run(world, tmp_path / "one", reward, **options)
+    said = command(recipe, world, judge, tmp_path / "two", ranks=2)
+    assert said.returncode == 0 and said.stdout == f"model: {tmp_path / 'two/model'}\n", said.stderr
+    one, two = (rows_of(tmp_path / f"{name}/rollouts.jsonl") for name in ("one", "two"))
+    assert one == two and len({row["reward"] for row in one}) > 6
+    one, two = (rows_of(tmp_path / f"{name}/metrics.jsonl") for name in ("one", "two"))
+    assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in two], abs=1e-4)
+    assert two[0]["kl"] == 0.0 and two[1]["kl"] == pytest.approx(one[1]["kl"], rel=1e-3)
+    weights = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
+    assert max(float((weights[0][n] - weights[1][n]).abs().max()) for n in weights[0]) < 2e-4
+
+
+def test_the_command_says_in_one_line_what_is_missing(world, tmp_path):
+    """A judge that is not one, and a setting of this stage given to another."""
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("[train.policy]\nmax_new_tokens = 8\n")
+    for judge, more, message in (
+        (world[0], ("--reward", "scalar"), "scalar cannot come from a judge that writes verdicts"),
+        (tmp_path / "none", (), "no such model directory"),
+    ):
+        said = command(recipe, world, judge, tmp_path / "out", *more)
+        errors = [line for line in said.stderr.splitlines() if line.startswith("error: ")]
+        assert said.returncode == 2 and len(errors) == 1 and message in errors[0], said.stderr
+        assert said.stdout == "" and not (tmp_path / "out").exists()
