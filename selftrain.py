@@ -98,16 +98,7 @@ STAGES_OF_A_ROUND = ("judged", "agreed", "confident", "wellformed", "kept")
 class Table:
     """results.json, made as the run goes; the truth of unlabelled pairs is opened here alone."""
 
-    ORDER = (
-        "backbone",
-        "discriminative",
-        "generative",
-        "initial",
-        "round",
-        "labelled only",
-        "fine-tuned",
-        "voting",
-    )
+    ORDER = ("backbone", "discr", "gener", "initial", "round", "labelled", "fine", "voting")
 
     def __init__(self, run, world: World):
         self.run, self.world, self.model = run, world, world.backbone
@@ -168,38 +159,32 @@ class Table:
 
 def show(results: dict[str, Any], root: Path) -> None:
     """The end of a run, as a person reads it."""
-    domains = sorted({name for row in results["rows"] for name in row["by_domain"]})
-    domains = domains if 1 < len(domains) <= 6 else []
-    print(
-        f"{'accuracy in per cent':26}        95% interval   pairs  "
-        + "  ".join(f"{name:>10}" for name in domains)
-    )
+    names = sorted({name for row in results["rows"] for name in row["by_domain"]})
+    domains = names if 1 < len(names) <= 6 else []
+    print(f"{'accuracy, %':26}        95% interval   pairs" + "".join(f"  {name:>10}" for name in domains))
     for row in results["rows"]:
-        by_domain = "  ".join(
-            f"{row['by_domain'].get(name, math.nan):{max(10, len(name))}.1f}" for name in domains
-        )
+        hits = ((row["by_domain"].get(name, math.nan), max(10, len(name))) for name in domains)
+        cells = "".join(f"  {hit:{width}.1f}" for hit, width in hits)
         span = f"{row['low']:5.1f} – {row['high']:5.1f}"
-        print(f"{row['name']:26}{row['accuracy']:6.1f}  {span} {row['n']:7}  {by_domain}")
+        print(f"{row['name']:26}{row['accuracy']:6.1f}  {span} {row['n']:7}{cells}")
     for number, each in enumerate(results["rounds"], 1):
-        print(f"\n{f'round {number}':18}" + "".join(f"{stage:>12}" for stage in STAGES_OF_A_ROUND))
-        print(f"{'pairs':18}" + "".join(f"{each[stage]:12}" for stage in STAGES_OF_A_ROUND))
-        right = each["label_accuracy"]
-        if right["judged"] is not None:
-            cells = ("" if right[stage] is None else f"{right[stage]:.1f}" for stage in STAGES_OF_A_ROUND)
-            print(f"{'labels right, %':18}" + "".join(f"{cell:>12}" for cell in cells))
+        known = [each["label_accuracy"][stage] for stage in STAGES_OF_A_ROUND]
+        lines = {f"round {number}": STAGES_OF_A_ROUND, "pairs": [each[stage] for stage in STAGES_OF_A_ROUND]}
+        lines |= {"labels right, %": ["" if right is None else f"{right:.1f}" for right in known]}
+        print()
+        for head, cells in lines.items():
+            print(f"{head:18}" + "".join(f"{cell:>12}" for cell in cells))
         print(
             "dropped by "
             + (", ".join(f"{name} {n}" for name, n in each["dropped"].items() if n) or "nothing")
         )
     if results["prover"]:
         asked = (f"{each['passed']} of {each['asked']} {label}" for label, each in results["prover"].items())
-        print(f"\nprover: proofs that pass every rule, by the label asked for: {', '.join(asked)}")
+        print(f"\nproofs that pass every rule, by the label asked for: {', '.join(asked)}")
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in results["seconds"].items())
     print("\n" + textwrap.fill(f"seconds: {seconds}", 110, break_on_hyphens=False))
-    print(
-        f"model:   {os.path.normpath(root / results['model'])}\nbooks:   {root / 'steps'}, {root / 'results.json'}"
-    )
-    print(f"report:  {root / 'report.html'}\nnext:    {results['next']}")
+    print(f"model:   {os.path.normpath(root / results['model'])}\nbooks:   {root / 'steps'}")
+    print(f"results: {root / 'results.json'}, {root / 'report.html'}\nnext:    {results['next']}")
 
 
 # ---------------------------------------------------------------------------------- what a run starts from

@@ -32,18 +32,20 @@ from gramr2 import parallel
 from gramr2.config import PolicyConfig
 from gramr2.extras import policy, policy_start
 from gramr2.extras.evaluate import average
-from gramr2.files import InputError, exit_status, read_json, write_json
+from gramr2.files import InputError, digest, exit_status, read_json, write_json
 from gramr2.judge import RewardModel, preference
 from gramr2.sampler import generate
 from gramr2.weights import load
 
 RECIPE = common.ROOT / "recipes/toy.toml"
-# Name of the row: the reward, and which of the run's models gives it.
+# Name of the row: the reward, and which of the run's models gives it. A tournament of eight asks six times as
+# much as eight comparisons with the greedy answer; with these sizes a batch costs the judge about the same.
+SMALL = {"batch_size": 64, "group": 4}
 REWARDS = {
-    "reasoning, pairwise": ("pairwise", "fine-tune"),
-    "reasoning, tournament": ("tournament", "fine-tune"),
-    "label only, pairwise": ("pairwise", "generative"),
-    "scalar": ("scalar", "discriminative"),
+    "reasoning, pairwise": ("pairwise", "fine-tune", {}),
+    "reasoning, tournament": ("tournament", "fine-tune", SMALL),
+    "label only, pairwise": ("pairwise", "generative", {}),
+    "scalar": ("scalar", "discriminative", {}),
 }
 QUESTIONS, DRAWN = 300, 4  # held-out questions, and answers drawn for each
 LISTS, MOST = 100, 64  # held-out questions of the best of n
@@ -100,9 +102,9 @@ def success(shop: Shop, model: Path) -> dict[str, list[float]]:
 
 
 def optimised(shop: Shop, start: Path, name: str, out: Path) -> dict[str, list[float]]:
-    kind, step = REWARDS[name]
+    kind, step, sizes = REWARDS[name]
     judge = shop.place(step) / "model"
-    given = {"reward": kind, "seed": shop.seed, "device": "cpu"}
+    given = {"reward": kind, "seed": shop.seed, "device": "cpu", **sizes}
     config = settings.resolve(PolicyConfig, RECIPE, ["train", "train.policy"], given)
     reward = policy.Judged(RewardModel.load(judge), config)
     policy.train(config, [shop.world / "unlabelled.jsonl"], start, out, reward, judge)
@@ -167,6 +169,10 @@ def part(path: Path, work: Callable) -> dict:
 def measure(run: Path) -> dict:
     shop = Shop(run)
     place = Path("runs/policy") / f"seed-{shop.seed}"
+    judges = sorted({shop.place(step) / "model" / "model.safetensors" for _, step, _ in REWARDS.values()})
+    about = {str(path): digest(path) for path in judges}
+    if part(place / "judges.json", lambda: about) != about:
+        raise InputError(f"{place}: holds results of other judges than those of {run}; remove it")
     config = settings.resolve(PolicyConfig, RECIPE, ["train", "train.policy"], {"seed": shop.seed})
     with parallel.world(config) as here:
         start = policy_start.imitate(shop.world, shop.backbone, place / "start", here, config)

@@ -414,9 +414,9 @@ training is done.
 
 Sampling takes its pairs in shards and needs no talk between nodes, so its hours divide. Training sends the
 weights and the gradients of every pack: fully sharded over all nodes that is the second-last column, which
-hides behind the computing only while it is well below it. `shard = 8` in the recipe keeps one copy of the model on each
-node and sends gradients alone. What does not divide is the order of things: a round starts when the one
-before has ended, and a step's batch stays at {batch} examples, of which each GPU then gets fewer.
+hides behind the computing only while it is well below it. `shard = 8` in the recipe keeps one copy of the
+model on each node and sends gradients alone. What does not divide is the order of things: a round starts
+when the one before has ended, and a step's batch stays at {batch} examples, fewer for each GPU.
 """
 
 

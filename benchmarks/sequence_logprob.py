@@ -115,12 +115,15 @@ def runner(way: str, mode: str, hidden_TD, weight_VD, targets_T):
     return score if mode == "score" else train
 
 
-def peak(way: str, mode: str, device: str, shape: str) -> float:
-    """MiB above what stood before the call, gradients included; on the CPU in a process of its own."""
+def peak(way: str, mode: str, device: str, shape: str) -> float | None:
+    """MiB above what stood before the call, gradients included; on the CPU in a process of its own.
+
+    None where the system does not tell (macOS has no /proc).
+    """
     if device == "cpu":
         command = [sys.executable, __file__, "--one", way, mode, shape]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        return float(done.stdout.split()[-1]) if done.returncode == 0 else float("nan")
+        return float(done.stdout.split()[-1]) if done.returncode == 0 else None
     run = runner(way, mode, *operands(device, shape))
     run()
     torch.cuda.synchronize()

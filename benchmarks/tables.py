@@ -71,7 +71,7 @@ def sequence_logprob(result, command):
                     f"{row['ratio']:.2f}",
                     f"{row['tflops']:.3g}",
                     f"{row['of_matmul']:.0%}",
-                    f"{row['peak_mib']:,.0f}",
+                    "unknown" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}",
                 )
             )
         figures = "ms", "time / ours", f"TFLOP/s ({work})", "of matmul rate", "peak MiB"

@@ -18,6 +18,7 @@ Left out: tuning. The settings stand in the recipe; README.md lists what was tri
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -37,7 +38,7 @@ from gramr2.data import Store
 from gramr2.extras.evaluate import is_right
 from gramr2.files import read_json, write_json, write_rows
 from gramr2.records import Pair
-from gramr2.steps import Books, Reached, Run, read_rows
+from gramr2.steps import Books, Exhausted, Reached, Run, read_rows
 
 RUNS = Path("runs/toy-seeds")
 RESAMPLES = 2000
@@ -123,9 +124,9 @@ LOOPS = {
     "no rationale filters": Loop("round-1-predict", changes={"without": tuple(RULES)}),
     "no agreement": Loop("round-1-predict", changes={"without": ("agreement",)}),
     "no confidence": Loop("round-1-predict", changes={"without": ("confidence",)}),
-    "random eligible proof": Loop("prover", changes={"select_by": "random"}),
-    "by the numerator alone": Loop("prover", changes={"select_by": "numerator"}),
-    "by the label contrast": Loop("prover", changes={"select_by": "contrast"}),
+    "random eligible proof": Loop("wrong-labels", changes={"select_by": "random"}),
+    "by the numerator alone": Loop("wrong-labels", changes={"select_by": "numerator"}),
+    "by the label contrast": Loop("wrong-labels", changes={"select_by": "contrast"}),
     "the judge's own rationales": Loop("round-1-labels", OwnRationales),
     "shuffled rationales": Loop("prove-labelled", ShuffledRationales),
     "continued, not restarted": Loop("round-1-predict", Continued),
@@ -161,15 +162,14 @@ class Seed:
         return settings.resolve(settings.SelfTrainConfig, self.recipe, ["selftrain"], seed), trains
 
     def open(self, arm: str, kind: type[Run], changes: dict[str, Any], until: str | None = None) -> Run:
-        from gramr2.extras import toyworld
-
         config, trains = self.settings()
         config = replace(config, **changes)
         plan = {"arm": arm, **asdict(config)} | {name: asdict(each) for name, each in trains.items()}
-        print(f"seed {self.number}, {arm}", file=sys.stderr)
+        torch.set_num_threads(trains["reward"].threads)
         here = parallel.World(0, 1, torch.device("cpu"))
-        books = Books(self.place / _slug(arm), plan, [], here, until)
-        return kind(books, config, trains, {"coherence": toyworld.coherent})
+        books = Books(self.place / _slug(arm), json.loads(json.dumps(plan)), [], here, until)
+        print(f"seed {self.number}, {arm}", file=sys.stderr)
+        return kind(books, config, trains, {"coherence": selftrain.shop_rule})
 
     def loop(self, arm: str, loop: Loop) -> None:
         """The loop of selftrain.py under other settings, with the steps that it shares linked in."""
@@ -187,6 +187,8 @@ class Seed:
             selftrain.self_train(run, world, selftrain.Table(run, world))
         except Reached:
             pass
+        except Exhausted as reason:
+            print(f"seed {self.number}, {arm}: {reason}", file=sys.stderr)
 
     def singles(self) -> None:
         """Arms of one training each: what true labels would give, and less data than `initial` has."""

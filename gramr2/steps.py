@@ -18,8 +18,10 @@ label that the run did not start with or make itself (extras/evaluate.py compare
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -188,7 +190,8 @@ class Run:
         """A model to sample from, whole on this rank's device."""
         config = self.trains["reward"]
         dtype = parallel.compute_dtype(config, self.here.device)
-        return kind.load(directory, self.here.device, dtype, date=config.date)
+        with contextlib.redirect_stderr(sys.stderr if self.here.first else io.StringIO()):
+            return kind.load(directory, self.here.device, dtype, date=config.date)
 
     def in_shards(self, place: Path, items: Sequence[Any], work: Callable[[list[Any]], Iterable[Row]]):
         """Maps `work` over shards of `items`, each published whole by whoever took it; → their paths."""

@@ -4,7 +4,8 @@
 (2), (4) and (5) of the paper use it. It stores every logit and leaves the gradient to autograd.
 `score` and `logits_to_gradient_` are the two operations that a Triton kernel replaces; here they keep
 the same contract, which is about memory: the [T, V] logits never exist, only one chunk of rows does, in
-place. What is left out: speed beyond what a chunked matmul gives.
+place. `attend_pages` is the sampler's way on a CPU, and is written for speed there: a part of a softmax is
+torch's fused attention. What is left out: speed beyond that and what a chunked matmul gives.
 
 Legend of suffixes: T tokens, C tokens of one chunk, D width of the model, V vocabulary.
 """
@@ -97,7 +98,7 @@ class Reads:
     def layout(self, count, heads, keys_NPGK):
         """What all layers share: which query heads go where, which come back from where, and the cuts."""
         if self._layout is None:
-            (items, members), (page, groups) = self.rows_IJ.shape, keys_NPGK.shape[1:3]
+            page, groups = keys_NPGK.shape[1:3]
             head_G1h = torch.arange(heads, device=self.rows_IJ.device).view(groups, 1, -1)
             rows_IJ = torch.where(self.visible_IJ > 0, self.rows_IJ, -1)
             rows_IJ = rows_IJ.masked_fill(rows_IJ < 0, count)  # a row more, for what is nobody's

@@ -44,6 +44,8 @@ steps = 4
 max_length = 160
 token_budget = 4096
 lr = 1e-4
+
+[train.finetune]
 save_steps = 2
 """
 ROWS = {"human": 8, "labelled": 12, "unlabelled": 12, "test": 4}

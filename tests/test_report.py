@@ -1,9 +1,11 @@
 """report.html: its figures against a run made by hand, and the page itself in a real browser."""
 
+import ast
 import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -115,7 +117,9 @@ def make_run(root: Path, until: str = "end", truth: bool = True) -> Path:
         "n": 8,
         "by_domain": {"<i>": 75.0},
     }
-    write_json(root / "results.json", {"rows": [row]})
+    passed = {"right": {"asked": 8, "passed": 7, "dropped": {"<u>": 1}}}
+    passed["wrong"] = {"asked": 8, "passed": 2, "dropped": {"justifies the other label": 6}}
+    write_json(root / "results.json", {"rows": [row], "prover": passed})
     return root
 
 
@@ -191,6 +195,18 @@ def test_a_directory_that_is_no_run_is_one_line(tmp_path):
     command = [sys.executable, "-m", "gramr2.extras.report", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "plan.json" in done.stderr
+
+
+def test_the_walk_through_names_code_that_exists():
+    """docs/walkthrough.md is made from a run; where the code has moved on, it has to be made again."""
+    text = (ROOT / "docs/walkthrough.md").read_text()
+    named = set(re.findall(r"`([\w/]+)\.py:([\w.]+)`", text))
+    assert len(named) > 20 and "/tmp" not in text
+    for path, function in named:
+        node = ast.parse((ROOT / f"{path}.py").read_text())
+        for name in function.split("."):
+            node = next((each for each in node.body if getattr(each, "name", None) == name), None)
+            assert node, f"{path}.py:{function}"
 
 
 # ---------------------------------------------------------------------------------- in a browser
@@ -379,3 +395,8 @@ def test_every_figure_has_words(opened):
         "[...document.querySelectorAll('svg[role]')].every(each => each.ariaLabel.includes(':'))"
     )
     assert "round <1>: 75.0 (60.0 – 88.0)" in opened.js("document.querySelector('#accuracy svg').ariaLabel")
+
+
+def test_the_prover_is_shown_with_what_it_does_for_wrong_labels(opened):
+    rows = opened.js("[...document.querySelectorAll('#proofs > .wide tbody tr')].map(each => each.innerText)")
+    assert rows == ["right label\t8\t7\t<u>: 1", "wrong label\t8\t2\tjustifies the other label: 6"]

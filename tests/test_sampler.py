@@ -115,6 +115,24 @@ def test_level_1_same_bits_in_any_company(arguments):
     run(f"import test_sampler; test_sampler.sameness({arguments})", **threads)
 
 
+def beside_longer_ones() -> None:
+    model = random_model("qwen3")
+    prompts = prompts_of([150, 200, 250, 450])
+    options = dict(n=2, max_new_tokens=20, keys=["x"], stop_ids=(), progress=False)
+    alone = [generate(model, [prompt], **options)[0] for prompt in prompts]
+    together = generate(model, prompts, **options | {"keys": ["x"] * len(prompts)})
+    chunked = generate(
+        model, prompts, **options | {"keys": ["x"] * len(prompts)}, limits=Limits(token_budget=60)
+    )
+    assert together == chunked == alone
+
+
+def test_level_1_long_prefixes_round_alike_beside_longer_ones():
+    """A matmul adds more than 192 products in an order that depends on how many there are: too long a cut
+    of the keys would let the padding that a longer prompt causes change another prompt's bits."""
+    run("import test_sampler; test_sampler.beside_longer_ones()", OMP_NUM_THREADS="1")
+
+
 def run(code: str, **environment) -> None:
     path = f"{ROOT}:{ROOT / 'tests'}"
     process = subprocess.run(
@@ -370,6 +388,20 @@ def test_a_hundred_thousand_queued_prompts_cost_their_ids():
     tracemalloc.stop()
     iterator.close()
     assert peak < 2_000_000
+
+
+def test_the_default_cache_takes_one_request_that_needs_more(monkeypatch):
+    """A default that refuses what one request needs would bar 8B models in fp32 from prompts of 4,096 tokens;
+    what half of the machine's memory cannot hold is still refused before anything runs."""
+    model, prompts = random_model("llama2"), prompts_of([100, 7, 7])
+    options = dict(n=2, max_new_tokens=20, stop_ids=(), progress=False)
+    wanted = generate(model, prompts, **options)
+    monkeypatch.setattr(sampler, "CPU_CACHE_BYTES", cache_bytes(model, 3))
+    monkeypatch.setattr(sampler, "_memory", lambda: cache_bytes(model, 40))
+    assert generate(model, prompts, **options) == wanted
+    monkeypatch.setattr(sampler, "_memory", lambda: cache_bytes(model, 16))
+    with pytest.raises(ValueError, match="prompt 0 has 100 tokens and may get 20 more, which takes"):
+        generate(model, prompts, **options)
 
 
 def test_samples_come_as_they_finish():

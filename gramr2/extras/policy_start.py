@@ -23,7 +23,7 @@ from gramr2.files import InputError, read_json, write_rows
 from gramr2.judge import RewardModel
 from gramr2.records import Pair
 
-IMITATED = 300  # unlabelled pairs whose lists the toy's policy has read: so few that it is often wrong
+IMITATED = 600  # unlabelled pairs whose lists the toy's policy has read, both of each
 IMITATION = {"batch_size": 64, "steps": 100, "max_length": 64, "lr": 3e-3}
 
 

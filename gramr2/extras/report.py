@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 from gramr2 import denoise
 from gramr2.config import SelfTrainConfig
-from gramr2.extras.evaluate import accuracy_row
+from gramr2.extras.evaluate import accuracy_row, score_leanings
 from gramr2.files import InputError, exit_status, publish_file, read_json
 from gramr2.records import OTHER, UNDECIDED, Judgment, Pair, show
 
@@ -202,7 +202,8 @@ def confidence(run: Run, pairs: Sequence[Judged]) -> dict[str, list[Strip]]:
 def proofs(run: Run) -> Row:
     """How equation 5 ranks the k proofs of a pair: the three pairs with the widest range of scores."""
     widest, pairs, same = [], 0, 0
-    for step in (step for step in run.steps if "prove" in step.split("-")):
+    steps = [step for step in run.steps if "prove" in step.split("-")]
+    for step in steps:
         for row in run.rows(step, "proofs.jsonl"):
             ranked = [each for each in row.get("candidates", ()) if each["score"] is not None]
             ranked.sort(key=lambda each: -each["score"])
@@ -213,7 +214,8 @@ def proofs(run: Run) -> Row:
                 widest = heapq.nlargest(3, [*widest, (range_, pairs, step, row, ranked)])
     way = run.settings.get("select_by", "equation-5")
     shown = [ranking(way, *each[2:]) for each in widest]
-    return {"way": way, "pairs": pairs, "same": same, "shown": shown}
+    kept = (row for step in steps for row in run.rows(step, "proofs.jsonl") if row.get("candidates"))
+    return {"way": way, "pairs": pairs, "same": same, "shown": shown, "leanings": score_leanings(kept)}
 
 
 def ranking(way: str, step: str, row: Row, ranked: list[Row]) -> Row:
