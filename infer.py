@@ -27,8 +27,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from gramr2.files import InputError, exit_status, publish_file, read_json
-from gramr2.records import Pair, show
+from gramr2.files import InputError, exit_status, read_json, write_rows
+from gramr2.records import Pair, messages_of, show
 
 VOTES = {"pair": 16, "rank": 4, "pairs": 4, "bench": 1}  # 16 is what the paper's best figures use
 METHODS = ("linear", "knockout", "merge", "selection")
@@ -194,7 +194,7 @@ def keep_finished(path: Path, settings: dict[str, Any]) -> set[bytes]:
     """Keys of what an earlier call has judged; its failures are taken out, to be tried again."""
     if not path.is_file():
         return set()
-    from gramr2.data import Shard, Store
+    from gramr2.data import Store
 
     done, failed, rows = set(), False, Store(path)
     for number, row in enumerate(rows, 1):
@@ -207,10 +207,7 @@ def keep_finished(path: Path, settings: dict[str, Any]) -> set[bytes]:
             raise InputError(f"{path}: row {number} was judged with {'; '.join(other)}; give another --out")
         done.add(key_of(Pair.from_json(row["pair"]) if "pair" in row else row))
     if failed:
-        with publish_file(path) as temporary, Shard(temporary) as kept:
-            for row in rows:
-                if "error" not in row:
-                    kept.write(row)
+        write_rows(path, (row for row in rows if "error" not in row))
     return done
 
 
@@ -243,7 +240,7 @@ def as_list(row: Any) -> tuple[tuple[tuple[str, str], ...], list[str]]:
     responses = row.get("responses") if isinstance(row, dict) else None
     if not isinstance(responses, list) or len(responses) < 2 or {*map(type, responses)} != {str}:
         raise InputError('field "responses" should be a list of two texts or more')
-    return Pair.from_json({**row, "response_a": "", "response_b": "", "label": None}).messages, responses
+    return messages_of(row), responses
 
 
 def newest_model() -> Path:

@@ -98,7 +98,7 @@ STAGES_OF_A_ROUND = ("judged", "agreed", "confident", "wellformed", "kept")
 class Table:
     """results.json, made as the run goes; the truth of unlabelled pairs is opened here alone."""
 
-    ORDER = ("backbone", "discr", "gener", "initial", "round", "labelled", "fine", "voting")
+    ORDER = ("backbone", "discriminative", "generative", "initial", "round", "labelled", "fine", "voting")
 
     def __init__(self, run, world: World):
         self.run, self.world, self.model = run, world, world.backbone
@@ -118,16 +118,13 @@ class Table:
     def results(self, stopped: str = "") -> dict[str, Any]:
         """What there is so far, also of a run that could not go on."""
 
-        def place(row: dict[str, Any]) -> int:
-            return next(i for i, start in enumerate(self.ORDER) if row["name"].startswith(start))
-
         books, numbers = self.run.books, range(1, len(self.world.unlabelled) + 1)
         return {
             "seed": self.run.settings.seed,
             "model": os.path.relpath(self.model, books.root),
             "seconds": books.seconds,
             "data": books.counts["data"],
-            "rows": sorted(self.rows, key=place),
+            "rows": sorted(self.rows, key=lambda row: self.ORDER.index(re.split(r"\W", row["name"])[0])),
             "prover": books.counts.get("wrong-labels"),
             "rounds": [self.round(number) for number in numbers if f"round-{number}-labels" in books.counts],
             "stopped": stopped,
@@ -148,13 +145,16 @@ class Table:
             left[stage] = len(hits)
             right[stage] = round(100 * fmean(known), 2) if known else None
         steps = [counts.get(f"round-{number}-{step}", {}) for step in ("labels", "rationales")]
-        dropped, alone = (
-            {k: n for step in steps for k, n in step.get(name, {}).items()} for name in ("dropped", "alone")
-        )
         left["judged"] = steps[0]["in"]  # with those that could not be
+        for name in ("dropped", "alone"):
+            left[name] = {filter: n for step in steps for filter, n in step.get(name, {}).items()}
         before, after = right["judged"], right["kept"]
-        told = {"label_accuracy_before": before, "label_accuracy_after": after, "label_accuracy": right}
-        return {**left, "dropped": dropped, "alone": alone, **told}
+        return {
+            **left,
+            "label_accuracy_before": before,
+            "label_accuracy_after": after,
+            "label_accuracy": right,
+        }
 
 
 def show(results: dict[str, Any], root: Path) -> None:
@@ -163,21 +163,17 @@ def show(results: dict[str, Any], root: Path) -> None:
     domains = names if 1 < len(names) <= 6 else []
     print(f"{'accuracy, %':26}        95% interval   pairs" + "".join(f"  {name:>10}" for name in domains))
     for row in results["rows"]:
-        hits = ((row["by_domain"].get(name, math.nan), max(10, len(name))) for name in domains)
-        cells = "".join(f"  {hit:{width}.1f}" for hit, width in hits)
+        cells = "".join(f"  {row['by_domain'].get(x, math.nan):{max(10, len(x))}.1f}" for x in domains)
         span = f"{row['low']:5.1f} – {row['high']:5.1f}"
         print(f"{row['name']:26}{row['accuracy']:6.1f}  {span} {row['n']:7}{cells}")
     for number, each in enumerate(results["rounds"], 1):
-        known = [each["label_accuracy"][stage] for stage in STAGES_OF_A_ROUND]
-        lines = {f"round {number}": STAGES_OF_A_ROUND, "pairs": [each[stage] for stage in STAGES_OF_A_ROUND]}
-        lines |= {"labels right, %": ["" if right is None else f"{right:.1f}" for right in known]}
+        right = ["" if hit is None else f"{hit:.1f}" for hit in each["label_accuracy"].values()]
+        lines = {"pairs": [each[stage] for stage in STAGES_OF_A_ROUND], "labels right, %": right}
         print()
-        for head, cells in lines.items():
+        for head, cells in {f"round {number}": STAGES_OF_A_ROUND, **lines}.items():
             print(f"{head:18}" + "".join(f"{cell:>12}" for cell in cells))
-        print(
-            "dropped by "
-            + (", ".join(f"{name} {n}" for name, n in each["dropped"].items() if n) or "nothing")
-        )
+        dropped = ", ".join(f"{name} {n}" for name, n in each["dropped"].items() if n)
+        print(f"dropped by {dropped or 'nothing'}")
     if results["prover"]:
         asked = (f"{each['passed']} of {each['asked']} {label}" for label, each in results["prover"].items())
         print(f"\nproofs that pass every rule, by the label asked for: {', '.join(asked)}")
@@ -205,11 +201,9 @@ def named_sources(arguments: argparse.Namespace) -> settings.Sources | None:
 
         given["backbone"] = str(SHIPPED)
     sources = settings.resolve(settings.Sources, arguments.recipe, tables, given)
-    missing = [f"--{name}" for name in DATA if not getattr(sources, name)]
+    missing = ", ".join(f"--{name}" for name in DATA if not getattr(sources, name))
     if missing or not sources.backbone:
-        raise InputError(
-            f"{arguments.recipe}: give {', '.join(missing) or 'a [models] backbone in the recipe'} as well"
-        )
+        raise InputError(f"{arguments.recipe}: give {missing or 'a [models] backbone in the recipe'} as well")
     return sources
 
 
@@ -271,11 +265,11 @@ def deal(place: Path, config, sources: settings.Sources, tokenizer) -> dict[str,
 
     counts: Counter[str] = Counter()
     ids: dict[str, set[str]] = {name: set() for name in ("test", "human", "labelled", "unlabelled")}
-    above = {"test": ["test"], "human": ["test"], "labelled": ["test"], "unlabelled": [*ids]}
 
     def fresh(name: str):
+        above = ids if name == "unlabelled" else ["test"]
         for pair in (pair for file in getattr(sources, name) for pair in spelled(file, tokenizer)):
-            if any(pair.id in ids[each] for each in above[name]):
+            if any(pair.id in ids[each] for each in above):
                 counts[f"{name}, known already"] += 1
             elif name != "unlabelled" and pair.label is None:
                 counts[f"{name}, without a label"] += 1
@@ -287,9 +281,7 @@ def deal(place: Path, config, sources: settings.Sources, tokenizer) -> dict[str,
     for name in ids:
         write_rows(place / f"{name}.jsonl", (pair.to_json() for pair in fresh(name)))
         if not counts[name]:
-            raise InputError(
-                f"{name}: no pair is left to use ({dict(counts)}); give other files with --{name}"
-            )
+            raise InputError(f"{name}: no pair is left to use ({dict(counts)}); give others with --{name}")
     unproved = (row for row in Store(place / "labelled.jsonl") if row["id"] not in ids["human"])
     write_rows(place / "held_out.jsonl", islice(unproved, HELD_OUT))
     pool = Store(place / "unlabelled.jsonl")
@@ -347,13 +339,11 @@ def main(argv: Sequence[str]) -> int:
     arguments = parse(argv)
     given = settings.given(settings.SelfTrainConfig, arguments)
     config = settings.resolve(settings.SelfTrainConfig, arguments.recipe, ["selftrain"], given)
-    trains = {}
+    sources, recipe = named_sources(arguments), settings.read_recipe(arguments.recipe)
+    seed, trains = {"seed": config.seed}, {}
     for stage, tables in STAGES.items():
-        trains[stage] = settings.resolve(
-            settings.TrainConfig, arguments.recipe, ["train", *tables], {"seed": config.seed}
-        )
-    sources = named_sources(arguments)
-    recipe = settings.read_recipe(arguments.recipe)
+        over = ["train", *tables]
+        trains[stage] = settings.resolve(settings.TrainConfig, arguments.recipe, over, seed)
     plan = {"recipe": arguments.recipe.stem, **asdict(config)}
     plan |= {"from": asdict(sources)} if sources else {"world": recipe["world"]}
     plan |= {f"train {stage}": asdict(each) for stage, each in trains.items()}

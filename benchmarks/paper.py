@@ -95,9 +95,8 @@ class Bench:
                 for response in (pair.response_a, pair.response_b)
             ),
         )
-        backbone = self.seed.step("world") / "backbone/model"
         same = {"steps": judge.steps, "lr": judge.lr, "weight_decay": judge.weight_decay}
-        begun = self.train("gram-pretrain", "pretrain", [responses], backbone, **same)
+        begun = self.train("gram-pretrain", "pretrain", [responses], self.seed.backbone, **same)
         labelled = [data / "labelled.jsonl"]
         return self.train("gram", "generative", labelled, begun, label_smoothing=SMOOTHING)
 
@@ -115,7 +114,7 @@ def amount(seed: Seed) -> Figures:
     bench, figures = Bench(seed, "amount"), {}
     pairs = [row for path in bench.synthesized for row in read_rows(path)]
     human = [seed.step("data") / "human.jsonl"] if bench.run.settings.mix_human else []
-    backbone = seed.step("world") / "backbone/model"
+    backbone = seed.backbone
     for count in (*(n for n in AMOUNTS if n < len(pairs)), len(pairs)):
         shown = "all" if count == len(pairs) else str(count)
         data = bench.write(f"first-{shown}", iter(pairs[:count]))
@@ -149,7 +148,7 @@ def adaptation(seed: Seed) -> Figures:
         "GRAM-R²": ("reward", bench.model("fine-tune"), {}),
         "generative": ("generative", bench.model("generative"), {}),
         "GRAM": ("generative", trained_gram, {"label_smoothing": SMOOTHING}),
-        "from the backbone": ("reward", seed.step("world") / "backbone/model", {}),
+        "from the backbone": ("reward", seed.backbone, {}),
     }
     for family, pairs in _tasks(seed):
         slug = family.replace(" ", "-")

@@ -205,7 +205,6 @@ class Seed:
 
         run.books.step("true-labels", reveal)
         true = run.books.place("true-labels") / "pairs.jsonl"
-        backbone = main("world") / "backbone/model"
         proofs = run.prove("true-prove", main("prover") / "model", true)
         kept = run.filter_rationales("true-rationales", proofs)
         known = main("filter-labelled") / "kept.jsonl"
@@ -215,8 +214,14 @@ class Seed:
             ("labelled, without the human rationales", "reward", [known]),
             ("human rationales alone", "reward", [human]),
         ):
-            model = run.train(_slug(name), stage, data, backbone)
+            model = run.train(_slug(name), stage, data, self.backbone)
             run.judge(f"test-{_slug(name)}", model, test, 1)
+
+    @property
+    def backbone(self) -> Path:
+        """Shipped and laid into the world, or pre-trained by a step of the run."""
+        shipped = self.step("world") / "backbone/model"
+        return shipped if shipped.exists() else self.step("backbone") / "model"
 
     def step(self, name: str, arm: str = "main") -> Path:
         """A step's directory in an arm, by the step's name."""

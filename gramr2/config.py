@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gramr2.files import InputError
+from gramr2.files import InputError, read_text
 
 Settings = TypeVar("Settings")
 STAGES = ("prover", "reward", "generative", "discriminative", "pretrain")
@@ -118,7 +118,8 @@ class PolicyConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         _require(self, ("group",), lambda value: value > 1, "is too few: a reward is relative to its group's")
-        _require(self, ("inner", "max_new_tokens", "judge_tokens"), _above_zero, "must be above 0")
+        positive = ("inner", "max_new_tokens", "judge_tokens")
+        _require(self, positive, lambda value: value > 0, "must be above 0")
         _require(self, ("votes",), lambda value: value > 0 and value % 2 == 0, "must be even, and above 0")
         _require(self, ("clip_ratio", "max_abstained"), _share, "must be from 0 to 1")
         _require(self, ("kl",), lambda value: value >= 0, "must not be negative")
@@ -166,7 +167,7 @@ class SelfTrainConfig:
 
     def __post_init__(self):
         positive = ("iters", "k", "votes", "test_votes", "proof_tokens", "judge_tokens", "max_words")
-        _require(self, (*positive, "proof_temperature"), _above_zero, "must be above 0")
+        _require(self, (*positive, "proof_temperature"), lambda value: value > 0, "must be above 0")
         _require(self, ("softmax",), _share, "must be from 0 to 1")
         _require(self, ("confidence",), lambda each: each and all(map(_share, each)), "must be from 0 to 1")
         _require(self, ("votes", "test_votes"), lambda value: value % 2 == 0, "must be even")
@@ -177,10 +178,6 @@ class SelfTrainConfig:
         """These settings with the round's own confidence (rounds count from 1); the last holds on."""
         own = self.confidence[min(number, len(self.confidence)) - 1]
         return dataclasses.replace(self, confidence=(own,))
-
-
-def _above_zero(value: float) -> bool:
-    return value > 0
 
 
 def _share(value: float) -> bool:
@@ -198,12 +195,9 @@ def _require(config: Any, names: Sequence[str], holds: Any, rule: str) -> None:
 
 def read_recipe(path: str | Path) -> dict[str, dict[str, Any]]:
     """A recipe's tables by their dotted names; a table that no recipe has is refused."""
-    path = Path(path)
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such recipe") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raw = tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path}: not a TOML recipe ({error})") from None
     tables: dict[str, dict[str, Any]] = {}
     for name, table in raw.items():

@@ -111,9 +111,6 @@ class Store:
     def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))
 
-    def close(self) -> None:
-        self._file.close()
-
 
 class Shard:
     """Appends rows to a JSONL file. A row that a kill cut is dropped, and said, when it is opened again."""

@@ -60,11 +60,7 @@ def softmax(judgment: Judgment, settings: SelfTrainConfig) -> str | None:
     return None if mean >= settings.softmax else f"softmax below {settings.softmax:g}"
 
 
-LABEL_FILTERS: dict[str, LabelFilter] = {
-    "agreement": agreement,
-    "confidence": confidence,
-    "softmax": softmax,
-}
+LABEL_FILTERS: dict[str, LabelFilter] = {rule.__name__: rule for rule in (agreement, confidence, softmax)}
 
 
 def only_coherent(
@@ -174,15 +170,8 @@ def coherence(pair: Pair, rationale: str, settings: SelfTrainConfig) -> str | No
 
 
 COHERENCE: dict[str, RationaleFilter] = {"quotes": quotes, "coherence": coherence}
-RATIONALE_FILTERS: dict[str, RationaleFilter] = {
-    "length": length,
-    "structure": structure,
-    "states_label": states_label,
-    "states_other": states_other,
-    "mentions": mentions,
-    "repetition": repetition,
-    **COHERENCE,
-}
+_OF_ITSELF = (length, structure, states_label, states_other, mentions, repetition)
+RATIONALE_FILTERS: dict[str, RationaleFilter] = {rule.__name__: rule for rule in _OF_ITSELF} | COHERENCE
 
 # ---------------------------------------------------------------------------------- applying them
 

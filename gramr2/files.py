@@ -88,12 +88,9 @@ def publish_directory(target: str | Path) -> Iterator[Path]:
 
 
 def _replace_directory(fresh: Path, target: Path) -> None:
-    versions = [
-        int(p.name.rpartition(".v")[2])
-        for p in target.parent.glob(f"{target.name}.v*")
-        if p.name.rpartition(".v")[2].isdigit()
-    ]
-    versioned = target.with_name(f"{target.name}.v{max(versions, default=1) + 1}")
+    numbers = (path.name.rpartition(".v")[2] for path in target.parent.glob(f"{target.name}.v*"))
+    newest = max((int(number) for number in numbers if number.isdigit()), default=1)
+    versioned = target.with_name(f"{target.name}.v{newest + 1}")
     previous = target.resolve()
     os.rename(fresh, versioned)
     link = _temporary(target).with_suffix(".link")
@@ -110,11 +107,9 @@ def _replace_directory(fresh: Path, target: Path) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Publishes `value` as readable JSON."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     with publish_file(path) as temporary:
-        temporary.write_text(
-            json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
-            encoding="utf-8",
-        )
+        temporary.write_text(f"{text}\n", encoding="utf-8")
 
 
 def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> Path:
@@ -130,17 +125,20 @@ def digest(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def read_json(path: str | Path) -> Any:
-    """Reads a JSON file, or says in one line why it cannot."""
-    path = Path(path)
+def read_text(path: str | Path) -> str:
+    """Reads a text byte for byte (a newline stays as it was written), or says in one line why it cannot."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: is a directory; expected a JSON file") from None
+        return Path(path).read_bytes().decode("utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+
+
+def read_json(path: str | Path) -> Any:
+    """Reads a JSON file, or says in one line why it cannot."""
+    try:
+        return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: not JSON ({error.msg}, line {error.lineno})") from None
 

@@ -48,7 +48,7 @@ from tqdm import tqdm
 from gramr2 import loss, parallel, prompts
 from gramr2.config import TrainConfig
 from gramr2.data import Store, order, pack
-from gramr2.files import InputError, digest, publish_file, read_json, write_json
+from gramr2.files import InputError, digest, publish_file, read_json, write_json, write_rows
 from gramr2.loss import Row, Trainee, collate
 from gramr2.model import Decoder, ModelConfig
 from gramr2.records import Example, Pair, as_messages
@@ -95,24 +95,16 @@ class Curriculum:
         if not self.size:
             raise InputError(f"{', '.join(map(str, data))}: no rows to train on")
         self.tokenizer = Tokenizer.load(model_dir, date=config.date)
-        self.template, note = self._template(model_dir)
-        self.notes = [note] if note.startswith("warning") else []
-
-    def _template(self, model_dir: Path) -> tuple[str, str]:
-        if self.stage in ("pretrain", "discriminative"):
-            return "", ""
-        template, note = prompts.template_for(model_dir, kind=self.template_kind)
-        if self.stage == "generative" and template == prompts.JUDGE_PROMPT:
-            return prompts.LABEL_PROMPT, note  # our own prompt without the rationale
-        return template, note
+        self.template, self.notes, self.template_kind = "", [], "prover" if stage == "prover" else "judge"
+        if stage in ("prover", "reward", "generative"):
+            self.template, note = prompts.template_for(model_dir, kind=self.template_kind)
+            self.notes = [note] if note.startswith("warning") else []
+        if stage == "generative" and self.template == prompts.JUDGE_PROMPT:
+            self.template = prompts.LABEL_PROMPT  # our own prompt without the rationale
 
     @cached_property
     def opened(self) -> bool:
         return self.tokenizer.opened_thinking([{"role": "user", "content": ""}])
-
-    @property
-    def template_kind(self) -> str:
-        return "prover" if self.stage == "prover" else "judge"
 
     def record(self, i: int) -> Any:
         file = int(np.searchsorted(self.starts, i, side="right")) - 1
@@ -190,13 +182,11 @@ class Curriculum:
         if isinstance(row.get("text"), str):
             ids = [*self.tokenizer.encode_document(row["text"]), *self.tokenizer.stop_ids[:1]]
             return Example(tuple(ids), 1)
-        if isinstance(row.get("messages"), list):
-            messages = [{"role": role, "content": text} for role, text in as_messages(row["messages"])]
-        else:
-            asked = row.get("prompt", row.get("question"))
-            messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else []
-        if not messages or not isinstance(row.get("response"), str):
+        asked = row.get("messages") or row.get("prompt", row.get("question"))
+        turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+        if not isinstance(turns, list) or not isinstance(row.get("response"), str):
             raise Unusable('neither "text" nor "prompt" and "response"')
+        messages = [{"role": role, "content": text} for role, text in as_messages(turns)]
         ids, start = self.tokenizer.example(messages, row["response"])
         return Example(tuple(ids), start)
 
@@ -241,22 +231,18 @@ class Plan:
 def make_plan(curriculum: Curriculum, config: TrainConfig, here: parallel.World) -> Plan:
     """Tokenizes every row once, each rank its share: too long, or without what the stage needs, is out."""
     mine = range(here.rank, curriculum.size, here.size)
-    found: list[tuple[int, int, int]] = []
-    dropped: Counter[str] = Counter()
-    failure = None
-    try:
+
+    def measure() -> tuple[list[tuple[int, int, int]], Counter[str]]:
+        found, dropped = [], Counter()
         for i in tqdm(mine, "reading", disable=not here.first or curriculum.size < 10000, leave=False):
             try:
                 row = curriculum.plain(i)
                 found.append((i, row.length, row.units))
             except Unusable as reason:
                 dropped[str(reason)] += 1
-    except InputError as error:
-        failure = str(error)
-    parts = here.gather((found, dropped, failure))
-    for _, _, failure in parts:
-        if failure:
-            raise InputError(failure)
+        return found, dropped
+
+    parts = here.together(measure)
     dropped = sum((part[1] for part in parts), Counter())
     rows = np.array(sorted(row for part in parts for row in part[0]), dtype=np.int64).reshape(-1, 3)
     if not len(rows):
@@ -281,7 +267,7 @@ def deal(rows: Sequence[Row], ranks: int, budget: int) -> list[list[list[Row]]]:
     even: list[list[int]] = [[] for _ in range(count)]
     tokens = [0] * count
     for i in sorted(range(len(rows)), key=lambda i: (-lengths[i], i)):
-        lightest = min(range(count), key=tokens.__getitem__)
+        lightest = tokens.index(min(tokens))
         even[lightest].append(i)
         tokens[lightest] += lengths[i]
     packs = even if max(tokens) <= budget else tight + [[]] * (count - len(tight))
@@ -413,10 +399,8 @@ class Loop:
     def give_up(self, rows: list[Row]) -> None:
         place = self.out / "bad-batch.jsonl"
         if self.here.first:
-            with publish_file(place) as temporary, temporary.open("w", encoding="utf-8") as file:
-                for sequence in (sequence for row in rows for sequence in row.sequences):
-                    text = self.decode(sequence.ids)
-                    file.write(json.dumps({**sequence.to_json(), "text": text}, ensure_ascii=False) + "\n")
+            sequences = (sequence for row in rows for sequence in row.sequences)
+            write_rows(place, ({**each.to_json(), "text": self.decode(each.ids)} for each in sequences))
         raise InputError(
             f"loss or gradient was not finite in {BAD_STEPS} steps in a row, up to step {self.at.step}; "
             f"the last batch is in {place}; look at it, or lower --lr, and run the same command again"
@@ -432,11 +416,8 @@ def make_optimizer(trainee: Trainee, config: TrainConfig) -> torch.optim.AdamW:
     ]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
     for parameter in parameters:
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-            "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-        }
+        moments = {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
     return optimizer
 
 
@@ -464,9 +445,8 @@ def keep_metrics(path: Path, steps: int) -> None:
 
 def step_flops(config: ModelConfig, rows: Sequence[Row]) -> float:
     """Multiply-adds x 2 of forward and backward: matrices, attention, and the projection of targets."""
-    qkv = config.hidden_size * (config.num_heads + 2 * config.num_kv_heads) * config.head_size
-    block = qkv + config.num_heads * config.head_size * config.hidden_size
-    block += 3 * config.hidden_size * config.intermediate_size
+    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_size
+    block = config.hidden_size * (heads + 3 * config.intermediate_size)
     tokens = sum(row.length for row in rows)
     squares = sum(len(sequence.ids) ** 2 for row in rows for sequence in row.sequences)
     attention = config.num_heads * config.head_size * squares
@@ -538,14 +518,12 @@ def dry_run(
     """What `train` would do with these, in lines: reads the data, and no weight."""
     curriculum = Curriculum(stage, config, data, model_dir)
     model = read_model_config(stage, config, model_dir, curriculum.tokenizer)
-    alone = parallel.World(0, 1, here.device)
-    plan = make_plan(curriculum, config, alone)
+    plan = make_plan(curriculum, config, parallel.World(0, 1, here.device))
     half = parallel.compute_dtype(config, here.device) == torch.bfloat16
     parts = memory_per_rank(config, model, here.size, half)
-    lines = describe(stage, plan, curriculum, model_dir, model)
-    lines.append(f"memory   about {sum(parts.values()):.3g} GB on each of {here.size} ranks, in GB: ")
-    lines[-1] += ", ".join(f"{name} {value:.3g}" for name, value in parts.items())
-    return lines
+    memory = f"memory   about {sum(parts.values()):.3g} GB on each of {here.size} ranks, in GB: "
+    memory += ", ".join(f"{name} {value:.3g}" for name, value in parts.items())
+    return [*describe(stage, plan, curriculum, model_dir, model), memory]
 
 
 def say(lines: Sequence[str]) -> None:
@@ -564,31 +542,31 @@ def identity(stage: str, config: TrainConfig, data: Sequence[Path], model_dir: P
     return fields | {f"model's {path.name}": digest(path) for path in files}
 
 
-def check_identity(found: dict[str, str], now: dict[str, str], out: Path) -> None:
+def check_identity(found: dict[str, Any], now: dict[str, Any], out: Path, flag: str = "--out") -> None:
     names = [name for name in {**found, **now} if found.get(name) != now.get(name)]
     if names:
         differ = ", ".join(f"{name} ({found.get(name)}, now {now.get(name)})" for name in names)
-        raise InputError(f"{out} holds another run; it differs in {differ}; name another --out, or remove it")
+        raise InputError(
+            f"{out} holds another run; it differs in {differ}; name another {flag}, or remove it"
+        )
 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[threading.Event]:
     """SIGTERM and Ctrl-C ask for a stop between steps; a second one is not waited for."""
-    stop = threading.Event()
-    kinds = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
-    before = {kind: signal.getsignal(kind) for kind in kinds}
+    stop, before = threading.Event(), {}
 
     def ask(number, frame):
         stop.set()
-        signal.signal(number, before[number])
+        signal.signal(number, before.get(number, signal.SIG_DFL))
 
-    for kind in kinds:
-        signal.signal(kind, ask)
+    if threading.current_thread() is threading.main_thread():
+        before = {kind: signal.signal(kind, ask) for kind in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stop
     finally:
-        for kind in kinds:
-            signal.signal(kind, before[kind])
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 def read_model_config(stage: str, config: TrainConfig, model_dir: Path, tokenizer: Tokenizer) -> ModelConfig:
@@ -643,7 +621,7 @@ def train(
     with parallel.world(config) as here, stop_on_signals() as stop:
         curriculum = Curriculum(stage, config, data, model_dir)
         model = read_model_config(stage, config, model_dir, curriculum.tokenizer)
-        now = here.gather(identity(stage, config, data, model_dir) if here.first else None)[0]
+        now = here.on_first(lambda: identity(stage, config, data, model_dir))
         if (out / "model" / "training.json").exists():
             record = read_json(out / "model" / "training.json")
             check_identity(record["run"], now, out)
@@ -657,9 +635,8 @@ def train(
         loop.restore()
         run_loop(loop, stream(plan, curriculum, loop.at.step), stage, model, progress, stop)
         figures = dataclasses.asdict(loop.at) | {"dropped": plan.dropped, "examples": plan.examples}
-        extra = {f"{curriculum.template_kind}_prompt.txt": curriculum.template}
-        extra = extra if curriculum.template else {}
-        publish_model(loop, curriculum.tokenizer, model, model_dir, {"run": now, "figures": figures}, extra)
+        own = {f"{curriculum.template_kind}_prompt.txt": curriculum.template} if curriculum.template else {}
+        publish_model(loop, curriculum.tokenizer, model, model_dir, {"run": now, "figures": figures}, own)
         return figures
 
 
@@ -667,10 +644,7 @@ def open_run(out: Path, now: dict[str, str], here: parallel.World) -> None:
     """Writes down what the run is, or holds what is there to it. A run without a state yet is made anew."""
     record = out / "resume" / "run.json"
     begun = any(record.parent.glob("step-*")) and record.exists()
-    if here.gather(begun)[0]:
-        check_identity(read_json(record), now, out)
-    elif here.first:
-        write_json(record, now)
+    here.on_first(lambda: check_identity(read_json(record), now, out) if begun else write_json(record, now))
 
 
 def run_loop(loop: Loop, batches, stage: str, model: ModelConfig, progress: bool, stop: threading.Event):
@@ -698,20 +672,21 @@ def publish_model(
     named = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     wanted = named if loop.config.save_dtype == "auto" else loop.config.save_dtype
     extra = {path.name: path.read_text(encoding="utf-8") for path in sorted(model_dir.glob("*_prompt.txt"))}
-    extra |= own
-    extra["training.json"] = json.dumps(record, indent=2)
-    tensors = parallel.whole_tensors(loop.trainee, getattr(torch, wanted))
-    failure = None
-    try:
-        if loop.here.first:
-            save_tensors(tensors, model, raw, tokenizer, loop.out / "model", extra)
-    except (OSError, SafetensorError) as error:
-        failure = f"{loop.out / 'model'}: could not be written ({error}); free some space, and run it again"
-    for _ in tensors:  # the other ranks take part in every tensor that the first one writes
-        pass
-    failure = loop.here.gather(failure)[0]
-    if failure:
-        raise InputError(failure)
+    extra |= own | {"training.json": json.dumps(record, indent=2)}
+    tensors, place = parallel.whole_tensors(loop.trainee, getattr(torch, wanted)), loop.out / "model"
+
+    def save() -> None:
+        try:
+            if loop.here.first:
+                save_tensors(tensors, model, raw, tokenizer, place, extra)
+        except (OSError, SafetensorError) as error:
+            mend = "free some space, and run it again"
+            raise InputError(f"{place}: could not be written ({error}); {mend}") from None
+        finally:
+            for _ in tensors:  # the other ranks take part in every tensor that the first one writes
+                pass
+
+    loop.here.together(save)
     if loop.here.first:
         for state in (path for path in loop.resume.directory.iterdir() if path.is_dir()):
             shutil.rmtree(state)

@@ -69,9 +69,7 @@ FORMATS = {
     "boxed": Format(_BOXES, r"\boxed{", f"RRM: the last {_BOXES[0]}; {_P}"),
     "arena": Format(("[[A>B]]", "[[B>A]]"), "[[", f"Arena: the last [[A>B]] or [[A>>B]]; {_P}"),
     "scalar": Format(None, "", f"a discriminative model: the response with the higher scalar; {_BT}"),
-    "logit": Format(
-        None, "", f"Nemotron-Reward: the higher logit of id 0 as the answer's first token; {_BT}"
-    ),
+    "logit": Format(None, "", f"Nemotron-Reward: the higher logit of id 0 where an answer begins; {_BT}"),
 }
 
 
@@ -142,10 +140,12 @@ class RewardModel:
         temperature: float | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         progress: bool = True,
+        shard: int | None = SHARD,
     ) -> Iterator[tuple[Pair, Judgment | InputError]]:
         """(pair, judgment) in the pairs' order; a pair that cannot be judged comes with the reason.
 
         One vote is greedy and in the given order; more are sampled at temperature 1, half in each order.
+        `shard`: pairs of one generate call; None takes all of them at once.
         """
         if votes < 1 or (votes > 1 and votes % 2):
             raise InputError(f"votes: {votes}; expected 1, or an even number (half in each order)")
@@ -155,12 +155,12 @@ class RewardModel:
             votes, temperature, max_new_tokens = 2, 0.0, 1
         calibrated = self.calibrates(votes)
         pairs = iter(pairs)
-        while shard := list(islice(pairs, SHARD)):
+        while together := list(islice(pairs, shard)):
             if self.endings:
-                judgments = self._vote(shard, votes, seed, temperature, max_new_tokens, progress)
+                judgments = self._vote(together, votes, seed, temperature, max_new_tokens, progress)
             else:
-                judgments = [self._compare_scores(pair) for pair in shard]
-            for pair, judgment in zip(shard, judgments, strict=True):
+                judgments = [self._compare_scores(pair) for pair in together]
+            for pair, judgment in zip(together, judgments, strict=True):
                 if calibrated and isinstance(judgment, Judgment) and judgment.p_a != UNDECIDED:
                     known = self.calibration["p"], self.calibration["calibrated"]
                     judgment = dataclasses.replace(judgment, p_a=float(np.interp(judgment.p_a, *known)))
@@ -311,7 +311,7 @@ class RewardModel:
                     results[k] = stop.value
                     del waiting[k]
             pairs = [_duel(*lists[k], *duel) for k, duel in wanted]
-            judged = self.judge_many(pairs, votes, seed, **options)
+            judged = self.judge_many(pairs, votes, seed, shard=None, **options)
             for (k, duel), (_, judgment) in zip(wanted, judged, strict=True):
                 if isinstance(judgment, InputError):
                     results[k] = judgment
@@ -345,7 +345,8 @@ class RewardModel:
             duels = [(i, j) for i, j in combinations(range(len(prompts)), 2) if prompts[i] == prompts[j]]
             pairs = [Pair(asked[i], completions[i], completions[j]) for i, j in duels]
         shares: list[list[float]] = [[] for _ in prompts]
-        for (i, j), each in zip(duels, self.judge_many(pairs, votes, seed, **options), strict=True):
+        judged = self.judge_many(pairs, votes, seed, shard=None, **options)
+        for (i, j), each in zip(duels, judged, strict=True):
             p = preference(each[1])
             if j is not None:
                 p = 0.5 + 0.5 * ((p > UNDECIDED) - (p < UNDECIDED))

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from gramr2.files import InputError
+from gramr2.files import InputError, read_text
 from gramr2.records import Pair, mark, show, swap, unmarked
 
 __all__ = ["mark", "show", "swap", "unmarked"]  # slots live with the records; they are used from here too
@@ -160,15 +160,6 @@ def prover_prompt(pair: Pair, template: str = PROVER_PROMPT, hide_label: bool = 
 _LITERAL = re.compile(r"(\"\"\"|''')(?:[^\\]|\\.)*?\1", re.DOTALL)
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")  # as bytes: a newline must arrive as it was written
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
-
-
 def _template_in_card(card: str, kind: str) -> str | None:
     """The first Python string in a model card's code that has every placeholder which a prompt needs."""
     for found in _LITERAL.finditer(card):
@@ -191,11 +182,11 @@ def template_for(directory: str | Path, prompt_file: str | Path | None = None, k
     own = directory / f"{kind}_prompt.txt"
     if prompt_file is not None:
         note = f"prompt: {prompt_file}" + (f", instead of the checkpoint's own {own.name}" * own.is_file())
-        return check_template(_read_text(Path(prompt_file)), kind, str(prompt_file)), note
+        return check_template(read_text(prompt_file), kind, str(prompt_file)), note
     if own.is_file():
-        return check_template(_read_text(own), kind, str(own)), f"prompt: {own}"
+        return check_template(read_text(own), kind, str(own)), f"prompt: {own}"
     card = directory / "README.md"
-    if card.is_file() and (template := _template_in_card(_read_text(card), kind)) is not None:
+    if card.is_file() and (template := _template_in_card(read_text(card), kind)) is not None:
         return template, f"prompt: as shown in {card}"
     ours = {"judge": JUDGE_PROMPT, "prover": PROVER_PROMPT}[kind]
     return ours, f"warning: {directory} brings no {own.name} and no card with a prompt; using this project's"

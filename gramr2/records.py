@@ -184,7 +184,7 @@ class Pair:
         if rationale is not None and not _is_stored(rationale):
             rationale = mark(rationale)
         return cls(
-            messages=_messages(row),
+            messages=messages_of(row),
             response_a=texts[0],
             response_b=texts[1],
             label=label,
@@ -233,7 +233,8 @@ def as_messages(turns: Any, name: str = "messages") -> tuple[tuple[str, str], ..
     return tuple((turn["role"], turn["content"]) for turn in turns)
 
 
-def _messages(row: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+def messages_of(row: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """A row's conversation, or its one question."""
     if row.get("messages") is not None:
         return as_messages(row["messages"])
     return (("user", _text(row, "question")),)

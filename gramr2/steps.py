@@ -23,12 +23,12 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 import shutil
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -94,17 +94,8 @@ class Books:
             with said_plainly(self.root):
                 write_json(written, now)
         before = read_json(written)
-        changed = [
-            f"{name} ({before[part].get(name)!r}, now {now[part].get(name)!r})"
-            for part in ("settings", "inputs")
-            for name in {**before[part], **now[part]}
-            if json.dumps(before[part].get(name)) != json.dumps(now[part].get(name))
-        ]
-        if changed:
-            raise InputError(
-                f"{self.root}: was begun with other settings: {', '.join(changed)}; "
-                "use them again, or give another --name"
-            )
+        for part in ("settings", "inputs"):
+            fit.check_identity(before[part], now[part], self.root, "--name")
         if before["code"] != now["code"]:
             self.say(f"warning: {self.root} was begun by another version of the code")
 
@@ -158,18 +149,18 @@ def close(place: Path, counts: Row, seconds: float) -> Row:
 def claim(shard: Path) -> bool:
     """Whether this rank may do a shard; the file system gives it to one alone, whatever host asks."""
     shard.parent.mkdir(exist_ok=True)
-    try:
-        os.close(os.open(shard.with_suffix(".claim"), os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return False
-    return True
+    with contextlib.suppress(FileExistsError):
+        shard.with_suffix(".claim").touch(exist_ok=False)
+        return True
+    return False
 
 
-def join(shards: Sequence[Path], whole: Path) -> None:
+def join(shards: Sequence[Path], whole: Path) -> Path:
     with publish_file(whole) as temporary, temporary.open("wb") as joined:
         for path in shards:
             with path.open("rb") as part:
                 shutil.copyfileobj(part, joined)
+    return whole
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -211,6 +202,17 @@ class Run:
         self.here.together(take)
         return paths
 
+    def each(self, name: str, source: Path, work: Callable, end: Callable, limit: int = 0) -> Row:
+        """A step that maps `work` over shards of a file; `end` makes files of what they left, and counts."""
+
+        def whole(place: Path) -> Row:
+            store = Store(source)
+            rows = store if not limit else [store[i] for i in range(min(limit, len(store)))]
+            shards = self.in_shards(place, rows, work)
+            return self.here.on_first(lambda: end(shards, place))
+
+        return self.books.step(name, whole)
+
     def train(self, name: str, kind: str, data: Sequence[Path], start: Path, longer: int = 1) -> Path:
         """Trains from `start`, `longer` times as long as the kind's settings say; → the model directory."""
         config = self.trains[kind]
@@ -228,38 +230,32 @@ class Run:
 
     def prove(self, name: str, prover: Path, pairs: Path) -> Path:
         """k proofs for each labelled pair; equation (5) picks one: rows of pair, chosen, rationale."""
-        whole = self.books.place(name) / "proofs.jsonl"
+        loaded = cache(lambda: self.load(Prover, prover))
 
-        def work(place: Path) -> Row:
-            model = self.load(Prover, prover)
+        def prove(rows: list[Row]) -> Iterator[Row]:
+            known = [Pair.from_json(row) for row in rows]
+            for pair, proofs in loaded().prove_many(known, self.settings.k, **self.proving):
+                chosen = select(proofs)
+                row = {"pair": pair.to_json(), "chosen": chosen and chosen.to_json()}
+                row["rationale"] = chosen and rationale_of(chosen, loaded().opened)
+                failed = (proof.ineligible for proof in proofs if proof.ineligible)
+                row["ineligible"] = Counter(failed if proofs else ["too long to prove"])
+                if self.settings.keep_candidates:
+                    row["candidates"] = [proof.to_json() for proof in proofs]
+                yield row
 
-            def shard(rows: list[Pair]) -> Iterator[Row]:
-                for pair, proofs in model.prove_many(rows, self.settings.k, **self.proving):
-                    chosen = select(proofs)
-                    row = {"pair": pair.to_json(), "chosen": chosen and chosen.to_json()}
-                    row["rationale"] = chosen and rationale_of(chosen, model.opened)
-                    failed = (proof.ineligible for proof in proofs if proof.ineligible)
-                    row["ineligible"] = Counter(failed if proofs else ["too long to prove"])
-                    if self.settings.keep_candidates:
-                        row["candidates"] = [proof.to_json() for proof in proofs]
-                    yield row
+        self.each(name, pairs, prove, self._count_proofs)
+        return self.books.place(name) / "proofs.jsonl"
 
-            shards = self.in_shards(place, Store(pairs, Pair.from_json), shard)
-            return self.here.on_first(lambda: self._count_proofs(shards, whole))
-
-        self.books.step(name, work)
-        return whole
-
-    def _count_proofs(self, shards: Sequence[Path], whole: Path) -> Row:
-        join(shards, whole)
+    def _count_proofs(self, shards: Sequence[Path], place: Path) -> Row:
         counts, ineligible = Counter(pairs=0, proved=0), Counter()
-        for row in read_rows(whole):
+        for row in read_rows(join(shards, place / "proofs.jsonl")):
             counts.update(pairs=1, proved=bool(row["chosen"]))
             ineligible.update(row["ineligible"])
         if not counts["proved"]:
             reasons = ", ".join(f"{count} {reason}" for reason, count in ineligible.most_common())
             raise Exhausted(
-                f"{whole.parent.name}: no eligible proof of {counts['pairs']} pairs ({reasons}); train it "
+                f"{place.name}: no eligible proof of {counts['pairs']} pairs ({reasons}); train it "
                 "longer ([train.prover] in the recipe), or give it room (--proof-tokens)"
             )
         return {**counts, "ineligible": dict(ineligible)}
@@ -292,31 +288,25 @@ class Run:
 
     def judge(self, name: str, model: Path, pairs: Path, votes: int, limit: int = 0) -> Path:
         """Votes on each pair; rows of a judgment with its pair, or with an error."""
-        whole = self.books.place(name) / "judged.jsonl"
+        loaded = cache(lambda: self.load(RewardModel, model))
+        sampling = {"max_new_tokens": self.settings.judge_tokens, "progress": False}
 
-        def work(place: Path) -> Row:
-            judge, store = self.load(RewardModel, model), Store(pairs, Pair.from_json)
-            items = store if not limit else [store[i] for i in range(min(limit, len(store)))]
-            sampling = {"max_new_tokens": self.settings.judge_tokens, "progress": False}
+        def judge(rows: list[Row]) -> Iterator[Row]:
+            known = [Pair.from_json(row) for row in rows]
+            bare = [dataclasses.replace(pair, label=None, rationale=None) for pair in known]
+            judged = loaded().judge_many(bare, votes, self.settings.seed, **sampling)
+            for pair, (_, judgment) in zip(known, judged, strict=True):
+                failed = isinstance(judgment, InputError)
+                row = {"error": str(judgment)} if failed else judgment.to_json()
+                yield {"id": pair.id, **row, "pair": pair.to_json()}
 
-            def shard(rows: list[Pair]) -> Iterator[Row]:
-                bare = [dataclasses.replace(pair, label=None, rationale=None) for pair in rows]
-                judged = judge.judge_many(bare, votes, self.settings.seed, **sampling)
-                for pair, (_, judgment) in zip(rows, judged, strict=True):
-                    failed = isinstance(judgment, InputError)
-                    row = {"error": str(judgment)} if failed else judgment.to_json()
-                    yield {"id": pair.id, **row, "pair": pair.to_json()}
-
-            shards = self.in_shards(place, items, shard)
-            return self.here.on_first(lambda: count(shards))
-
-        def count(shards: Sequence[Path]) -> Row:
-            join(shards, whole)
-            labels = Counter(str(row.get("label", "failed")) for row in read_rows(whole))
+        def count(shards: Sequence[Path], place: Path) -> Row:
+            rows = read_rows(join(shards, place / "judged.jsonl"))
+            labels = Counter(str(row.get("label", "failed")) for row in rows)
             return {"judged": sum(labels.values()), "labels": dict(labels)}
 
-        self.books.step(name, work)
-        return whole
+        self.each(name, pairs, judge, count, limit)
+        return self.books.place(name) / "judged.jsonl"
 
     def filter_labels(self, name: str, judged: Path, number: int) -> Path:
         """Pairs whose votes can be trusted, with the label that these give; every drop with its reason."""
@@ -377,11 +367,7 @@ class Run:
             write_rows(place / "dropped.jsonl", lost())
             return {**counts, "dropped": dict(dropped), "alone": dict(alone)}
 
-        def work(place: Path) -> Row:
-            shards = self.in_shards(place, Store(source), sift)
-            return self.here.on_first(lambda: part(shards, place))
-
-        counts = self.books.step(name, work)
+        counts = self.each(name, source, sift, part)
         if not counts["kept"]:
             most = max(counts["dropped"].items(), key=lambda item: item[1], default=("nothing came in", 0))
             raise Exhausted(

@@ -31,8 +31,25 @@ from gramr2.tokenizer import Tokenizer
 
 SHARD_BYTES = 5 * 10**9  # the largest shard that the hub's own tools write
 FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-         "max_position_embeddings")  # fmt: skip
+# A configuration's fields, ours ↔ theirs, in the order in which a fresh config.json has them.
+FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_size": "head_dim",
+    "max_positions": "max_position_embeddings",
+    "rms_norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+    "rope_llama3": "rope_scaling",
+    "tie_embeddings": "tie_word_embeddings",
+    "output_bias": "attention_bias",
+}
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "max_positions")
+ROPE = {name: name for name in ("factor", "low_freq_factor", "high_freq_factor")}
+ROPE["original_max_positions"] = "original_max_position_embeddings"
 HEADS = ("ForCausalLM", "ForSequenceClassification")
 
 # Our name ↔ theirs; {} is the layer's number, and .weight or .bias follows.
@@ -103,7 +120,7 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
     }
     for field in (name for name, present in refused.items() if present):
         raise InputError(f"{where}: {field} = {raw[field]!r} is not supported")
-    for field in SIZES:
+    for field in (FIELDS[name] for name in SIZES):
         if not isinstance(raw.get(field), int) or raw[field] < 1:
             raise InputError(f"{where}: {field} is {raw.get(field)!r}, expected a positive number")
     theta, llama3 = _parse_rope(raw, where)
@@ -111,14 +128,9 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
     heads = raw["num_attention_heads"]
     attention_bias = bool(raw.get("attention_bias", False))
     return ModelConfig(
-        vocab_size=raw["vocab_size"],
-        hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"],
-        num_layers=raw["num_hidden_layers"],
-        num_heads=heads,
+        **{name: raw[FIELDS[name]] for name in SIZES},
         num_kv_heads=raw.get("num_key_value_heads") or heads,
         head_size=raw.get("head_dim") or raw["hidden_size"] // heads,
-        max_positions=raw["max_position_embeddings"],
         rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
         rope_theta=float(theta),
         rope_llama3=llama3,
@@ -139,12 +151,7 @@ def _parse_rope(raw: dict[str, Any], where: str) -> tuple[float, Llama3Rope | No
         return theta, None
     if kind != "llama3":
         raise InputError(f"{where}: RoPE type {kind!r} is not supported; supported are default, llama3")
-    return theta, Llama3Rope(
-        factor=rope["factor"],
-        low_freq_factor=rope["low_freq_factor"],
-        high_freq_factor=rope["high_freq_factor"],
-        original_max_positions=rope["original_max_position_embeddings"],
-    )
+    return theta, Llama3Rope(**{ours: rope[theirs] for ours, theirs in ROPE.items()})
 
 
 def published_config(config: ModelConfig, dtype: torch.dtype, raw: Mapping[str, Any] | None) -> dict:
@@ -157,30 +164,12 @@ def published_config(config: ModelConfig, dtype: torch.dtype, raw: Mapping[str, 
         family = raw["model_type"]
     else:
         family = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias > config.output_bias else "llama"
-        rope = config.rope_llama3
-        written = {
-            "model_type": family,
-            "vocab_size": config.vocab_size,
-            "hidden_size": config.hidden_size,
-            "intermediate_size": config.intermediate_size,
-            "num_hidden_layers": config.num_layers,
-            "num_attention_heads": config.num_heads,
-            "num_key_value_heads": config.num_kv_heads,
-            "head_dim": config.head_size,
-            "max_position_embeddings": config.max_positions,
-            "rms_norm_eps": config.rms_norm_eps,
-            "rope_theta": config.rope_theta,
-            "rope_scaling": rope and {
-                "rope_type": "llama3",
-                "factor": rope.factor,
-                "low_freq_factor": rope.low_freq_factor,
-                "high_freq_factor": rope.high_freq_factor,
-                "original_max_position_embeddings": rope.original_max_positions,
-            },
-            "tie_word_embeddings": config.tie_embeddings,
-            "attention_bias": config.output_bias,
-            "hidden_act": "silu",
-        }  # fmt: skip
+        written = {"model_type": family}
+        written |= {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
+        written["hidden_act"] = "silu"
+        if rope := config.rope_llama3:
+            scaling = {theirs: getattr(rope, ours) for ours, theirs in ROPE.items()}
+            written["rope_scaling"] = {"rope_type": "llama3", **scaling}
     written["architectures"] = [FAMILIES[family] + HEADS[config.num_labels > 0]]
     if config.num_labels:
         written["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.num_labels)}

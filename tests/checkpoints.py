@@ -102,7 +102,7 @@ FAMILIES = {
 }
 
 
-def tokenizer_files(kind: str, vocab_size: int = 300) -> dict[str, bytes]:
+def tokenizer_files(kind: str, vocab_size: int = 300, corpus: list[str] = CORPUS) -> dict[str, bytes]:
     """A byte-level BPE tokenizer with the specials, stop ids and template of one family's kind."""
     template, bos, eos, others = KINDS[kind]
     fast = tokenizers.Tokenizer(models.BPE())
@@ -111,7 +111,7 @@ def tokenizer_files(kind: str, vocab_size: int = 300) -> dict[str, bytes]:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 8, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    fast.train_from_iterator(CORPUS, trainer)
+    fast.train_from_iterator(corpus, trainer)
     fast.add_special_tokens([*filter(None, (bos, eos)), *others])
     config = {"bos_token": bos, "eos_token": eos, "chat_template": template}
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -144,9 +144,12 @@ def random_model(family: str, seed: int = 0, vocab_size: int = 320, **fields) ->
     return model
 
 
-def make_checkpoint(directory: Path, family: str = "llama3", seed: int = 0, **fields) -> Path:
+def make_checkpoint(
+    directory: Path, family: str = "llama3", seed: int = 0, corpus: list[str] = CORPUS, **fields
+) -> Path:
     """A saved random checkpoint with its tokenizer; `fields` override the model's configuration."""
     kind = family.split("-")[0].replace("llama2", "llama3")
     model = random_model(family, seed, **fields)
-    weights.save(model, Tokenizer(tokenizer_files(kind), str(directory)), directory)
+    files = tokenizer_files(kind, fields.get("vocab_size", 320) - 20, corpus)
+    weights.save(model, Tokenizer(files, str(directory)), directory)
     return directory

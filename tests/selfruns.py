@@ -7,7 +7,9 @@ as good as a fresh start and costs no import: JSON jobs come on stdin, a line ea
 import errno
 import importlib
 import json
+import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -40,15 +42,15 @@ without = ["agreement", "coherence", "quotes", "states_label", "states_other", "
 
 [train]
 batch_size = 8
-steps = 4
+steps = 2
 max_length = 160
 token_budget = 4096
 lr = 1e-4
 
 [train.finetune]
-save_steps = 2
+save_steps = 1
 """
-ROWS = {"human": 8, "labelled": 12, "unlabelled": 12, "test": 4}
+ROWS = {"human": 6, "labelled": 8, "unlabelled": 8, "test": 4}
 
 
 def finished_micro(place: Path) -> Path:
@@ -76,9 +78,9 @@ class Forks:
         self.parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(self, cwd, words, **how) -> dict:
-        """A job. `ranks` of it; `kill`: ["before" | "after" | "full", n], around the n-th publication, or a
-        disk that is full from there on; `kill_after`: seconds; `die`: [rank, n], at the n-th shard it takes;
-        `shard`: pairs of a shard."""
+        """A job. `ranks` of it; `kill`: a file of publications that died already, to die around the first
+        that is not in it; `full`: the number of publications after which the disk is full; `kill_after`:
+        seconds; `die`: [rank, n], at the n-th shard it takes; `shard`: pairs of a shard."""
         job = {"cwd": str(cwd), "words": [str(word) for word in words], **how}
         self.parent.stdin.write(json.dumps(job) + "\n")
         self.parent.stdin.flush()
@@ -98,24 +100,28 @@ def same_results(one: Path, other: Path) -> bool:
 # ---------------------------------------------------------------------------------- the script
 
 
-def watch_publications(kill, written: Path) -> None:
-    """Patches the two calls by which anything is published: death, or a full disk, at the n-th of them."""
-    seen = 0
+def watch_publications(job: dict) -> None:
+    """Patches the two calls by which anything is published: death around them, or a full disk, or a note."""
+    log, seen = Path(job["cwd"]) / "publications", []
+    killed = set(Path(job["kill"]).read_text().splitlines()) if "kill" in job else set()
+
+    def die(moment: str) -> None:
+        if "kill" in job and moment not in killed:
+            with Path(job["kill"]).open("a") as file:
+                file.write(f"{moment}\n")
+            os.kill(os.getpid(), signal.SIGKILL)
+
     for name in ("rename", "replace"):
         original = getattr(os, name)
 
-        def patched(*arguments, original=original, **named):
-            nonlocal seen
-            seen += 1
-            written.write_text(str(seen))
-            if kill == ["before", seen]:
-                os.kill(os.getpid(), signal.SIGKILL)
-            if kill and kill[0] == "full" and seen >= kill[1]:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[1]))
-            result = original(*arguments, **named)
-            if kill == ["after", seen]:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
+        def patched(source, target, *, original=original, **named):
+            seen.append(re.sub(r"\.tmp-[^/]*", ".tmp", os.path.relpath(target, job["cwd"])))
+            log.write_text("\n".join(seen))
+            if len(seen) > job.get("full", math.inf):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+            die(f"before {seen[-1]}")
+            original(source, target, **named)
+            die(f"after {seen[-1]}")
 
         setattr(os, name, patched)
 
@@ -150,7 +156,7 @@ def child(job: dict, rank: int, port: int) -> int:
         os.dup2(os.open(f"log.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), descriptor)
     steps.SHARD = job.get("shard", steps.SHARD)
     if rank == 0:
-        watch_publications(job.get("kill"), Path(job["cwd"]) / "publications")
+        watch_publications(job)
     if job.get("die", [None])[0] == rank:
         watch_shards(job["die"][1])
     return exit_status(selftrain.main, job["words"])

@@ -345,7 +345,7 @@ def test_a_reward_that_is_no_number_for_each_is_refused(world, tmp_path, reward,
 
 def test_prompts_that_cannot_be_used_are_said_before_anything_is_trained(world, tmp_path):
     for rows, message in (
-        ([{"x": 1}], 'row 1: no "question"'),
+        ([{"x": 1}], 'row 1: no field "question"'),
         ([{"question": "q " * 500}], "no prompt of 216"),
     ):
         data = write_rows(tmp_path / "bad.jsonl", rows)

@@ -60,7 +60,7 @@ def test_a_step_that_is_done_is_not_done_again_and_a_later_one_can_be_forgotten(
     assert calls == ["one", "two"]
     books.forget("two")
     assert [path.name for path in (books.root / "steps").iterdir()] == ["01-one"]
-    with pytest.raises(InputError, match="no step three.*one"):
+    with pytest.raises(InputError, match=r"no step three.*one"):
         books.forget("three")
 
 
@@ -68,7 +68,7 @@ def test_a_directory_that_cannot_be_written_is_one_line(run, tmp_path):
     def work(place):
         raise PermissionError(13, "Permission denied", str(place / "x.jsonl"))
 
-    with pytest.raises(InputError, match="x.jsonl: Permission denied; mend that"):
+    with pytest.raises(InputError, match=r"x\.jsonl: Permission denied; mend that"):
         run.books.step("step", work)
 
 

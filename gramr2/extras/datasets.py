@@ -1,7 +1,11 @@
 """From published preference data to pair files: one small streaming reader per format.
 
-    python -m gramr2.extras.datasets                         lists the formats
-    python -m gramr2.extras.datasets helpsteer3 train.jsonl.gz out.jsonl --against judgebench.jsonl
+    python -m gramr2.extras.datasets
+        lists the formats
+    python -m gramr2.extras.datasets helpsteer3 train.jsonl.gz out.jsonl
+        converts a file, or a directory of files
+    python -m gramr2.extras.datasets multipref train.parquet out.jsonl --against judgebench.jsonl rm-bench.json
+        and removes the pairs that share 13 words in a row, or a shorter question, with a benchmark
 
 The paper's data: HelpSteer3 has human rationales (they become z, in the parts of prompts.Rationale); six
 sets are labelled without rationales; Stack-Exchange is unlabelled; RM-Bench, JudgeBench and PPE are what it
@@ -83,30 +87,24 @@ class Source:
             raise self.error(error.strerror or error) from None
 
     def chunks(self, size: int = 1 << 20) -> Iterator[bytes]:
+        """The content, unpacked: so many bytes at a time, or line by line where `size` is 0."""
         with self.path.open("rb") as raw:
             file = gzip.GzipFile(fileobj=raw) if self.kind.endswith(".gz") else raw
-            while chunk := file.read(size):
+            for chunk in iter(lambda: file.read(size), b"") if size else file:
                 self.done = raw.tell()
                 yield chunk
 
     def _lines(self) -> Iterator[tuple[str, Row | InputError]]:
-        count, rest = 0, b""
-        for chunk in self.chunks():
-            *lines, rest = (rest + chunk).split(b"\n")
-            for line in lines:
-                count += 1
-                yield from self._line(count, line)
-        yield from self._line(count + 1, rest)
-
-    def _line(self, count: int, line: bytes) -> Iterator[tuple[str, Row | InputError]]:
-        if not line.strip():
-            return
-        try:
-            yield f"line {count}", json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            raise self.error(f"line {count} is not UTF-8 text") from None
-        except (ValueError, RecursionError) as error:
-            yield f"line {count}", InputError(f"not JSON: {getattr(error, 'msg', 'too deep or too long')}")
+        for count, line in enumerate(self.chunks(0), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError:
+                raise self.error(f"line {count} is not UTF-8 text") from None
+            except (ValueError, RecursionError) as error:
+                row = InputError(f"not JSON: {getattr(error, 'msg', 'too deep or too long')}")
+            yield f"line {count}", row
 
     def _array(self) -> Iterator[tuple[str, Row]]:
         window, count = _Window(self), 0
@@ -252,6 +250,12 @@ def conversations(row: Row, a: str, b: str) -> tuple | None:
     return (one[:-1], one[-1][1], two[-1][1]) if one[:-1] == two[:-1] else None
 
 
+def by_margin(messages: tuple, a: str, b: str, margin: float, source: str, **more) -> Pair | str:
+    """The pair with the label that a margin above 0 (A is better) or below it gives; 0 is a tie."""
+    label = "A" if margin > 0 else "B"
+    return Pair(messages, a, b, label, source=source, margin=abs(margin), **more) if margin else "tie"
+
+
 # --- rows → pairs ----------------------------------------------------------------------------------------
 
 Reader = Callable[[Row, Source], Iterable[Item]]
@@ -298,19 +302,16 @@ def pairs(row: Row, source: Source) -> Iterator[Item]:
 def helpsteer3(row: Row, source: Source) -> Iterator[Item]:
     """labels and human rationales"""
     overall, messages = number(row, "overall_preference"), as_messages(get(row, "context"), "context")
-    responses, domain = texts(row, "response1", "response2"), text(row, "domain")
-    if overall == 0:
-        yield "tie"
-        return
-    label = "A" if overall < 0 else "B"
-    human = _human_rationale(items(row, "individual_preference"), overall, label)
-    yield Pair(messages, *responses, label, human, "helpsteer3", domain, abs(overall))
+    responses, more = texts(row, "response1", "response2"), {"domain": text(row, "domain")}
+    if overall:
+        more["rationale"] = _human_rationale(items(row, "individual_preference"), overall)
+    yield by_margin(messages, *responses, -overall, "helpsteer3", **more)
 
 
 HUMAN_WORDS = ("feedback1", "feedback2", "reasoning")
 
 
-def _human_rationale(annotations: list, overall: float, label: str) -> str | None:
+def _human_rationale(annotations: list, overall: float) -> str | None:
     """z from the annotator who agrees with the overall preference, and most nearly; None where none does."""
     agreeing = []
     for annotation in annotations:
@@ -322,6 +323,7 @@ def _human_rationale(annotations: list, overall: float, label: str) -> str | Non
     if not agreeing:
         return None
     first, second, reasoning = map(mark, min(agreeing, key=lambda one: one[0])[1])
+    label = "A" if overall < 0 else "B"
     better = {1: "slightly better", 3: "much better"}.get(abs(overall), "better")
     z = Rationale(
         feedback=f"Response ⟦A⟧: {first}\nResponse ⟦B⟧: {second}",
@@ -341,12 +343,8 @@ def multipref(row: Row, source: Source) -> Iterator[Item]:
     """labels: the sum of all annotators' preferences"""
     votes = items(row, "normal_worker_annotations") + items(row, "expert_worker_annotations")
     total = sum(choice(vote, "overall_pref", MULTIPREF) for vote in votes)
-    question, responses = asked(row, "text"), texts(row, "completion_a", "completion_b")
-    if total == 0:
-        yield "tie"
-    else:
-        label, margin = "A" if total > 0 else "B", abs(total) / len(votes)
-        yield Pair(question, *responses, label, source="multipref", margin=margin)
+    responses = texts(row, "completion_a", "completion_b")
+    yield by_margin(asked(row, "text"), *responses, total / max(len(votes), 1), "multipref")
 
 
 @reader("codeultrafeedback", "coseal/CodeUltraFeedback")
@@ -359,12 +357,11 @@ def codeultrafeedback(row: Row, source: Source) -> Iterator[Item]:
     answers = [texts(one, "model", "response") for one in items(row, "responses")]
     question = asked(row, "instruction")
     for (model_a, a), (model_b, b) in combinations(answers, 2):
-        margin = rated.get(model_a, math.nan) - rated.get(model_b, math.nan)
-        if margin > 0 or margin < 0:
-            label = "A" if margin > 0 else "B"
-            yield Pair(question, a, b, label, None, "codeultrafeedback", "code", abs(margin))
+        if {model_a, model_b} <= rated.keys():
+            margin = rated[model_a] - rated[model_b]
+            yield by_margin(question, a, b, margin, "codeultrafeedback", domain="code")
         else:
-            yield "tie" if margin == 0 else "no rating"
+            yield "no rating"
 
 
 @reader("unified-feedback", "llm-blender/Unified-Feedback")
@@ -372,10 +369,7 @@ def unified_feedback(row: Row, source: Source) -> Iterator[Item]:
     """labels: differing ratings"""
     margin = number(row, "conv_A_rating") - number(row, "conv_B_rating")
     found = conversations(row, "conv_A", "conv_B")
-    if found is None or margin == 0:
-        yield "tie" if found else "different conversations"
-    else:
-        yield Pair(*found, "A" if margin > 0 else "B", source="unified-feedback", margin=abs(margin))
+    yield by_margin(*found, margin, "unified-feedback") if found else "different conversations"
 
 
 @reader("preference-collection", "prometheus-eval/Preference-Collection")
@@ -773,28 +767,14 @@ def _line(item: Pair | Row) -> bytes:
 
 # --- the command -----------------------------------------------------------------------------------------
 
-EXAMPLES = """\
-examples:
-  python -m gramr2.extras.datasets
-      lists the formats
-  python -m gramr2.extras.datasets helpsteer3 train.jsonl.gz human.jsonl
-      converts a file, or a directory of files
-  python -m gramr2.extras.datasets multipref train.parquet out.jsonl --against judgebench.jsonl rm-bench.json
-      and removes the pairs that share 13 words in a row, or a shorter question, with a benchmark
-"""
-
 
 def _refuse(message: str) -> None:
     raise InputError(f"{message}; see --help")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m gramr2.extras.datasets",
-        description="Converts published preference data to pair files. Without arguments: lists the formats.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    lines = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("gramr2.extras.datasets", description=__doc__, formatter_class=lines)
     parser.error = _refuse
     add = parser.add_argument
     add("name", nargs="?", metavar="FORMAT", help="what IN is: one of the listed names")
@@ -802,9 +782,7 @@ def _parser() -> argparse.ArgumentParser:
     add("target", nargs="?", metavar="OUT.jsonl", help="the pair file to write")
     add("--against", nargs="+", default=[], metavar="FILE", help="benchmarks; overlapping pairs are removed")
     add("--seed", type=int, default=0, help="decides where the better response stands, and what is drawn")
-    add(
-        "--max-characters", type=int, default=0, help="of question and responses; longer is dropped (0: none)"
-    )
+    add("--max-characters", type=int, default=0, help="of question and responses; longer is dropped [none]")
     add("--malformed-limit", type=float, default=MALFORMED_LIMIT, help="share over which a file is refused")
     return parser
 

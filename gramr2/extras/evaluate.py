@@ -16,7 +16,9 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -52,17 +54,22 @@ def is_right(row: Row) -> bool:
     return row.get("label") is not None and row["label"] == row["pair"]["label"]
 
 
+def by_domain(rows: Iterable[Row], right: Callable[[Row], bool]) -> dict[str, list[bool]]:
+    found = defaultdict(list)
+    for row in rows:
+        found[row["pair"].get("domain") or "all"].append(right(row))
+    return found
+
+
 # ---------------------------------------------------------------------------------- results.json
 
 
 def accuracy_row(name: str, judged: Iterable[Row]) -> Row:
     """One row of results.json: accuracy in per cent over pairs that have a label, and by domain."""
-    correct = defaultdict(list)
-    for row in judged:
-        correct[row["pair"].get("domain") or "all"].append(is_right(row))
-    every = average(name, [[hit for hits in correct.values() for hit in hits]])
-    by_domain = {domain: round(100 * fmean(hits), 2) for domain, hits in sorted(correct.items())}
-    return {"name": name, "accuracy": every.pop("value"), **every, "by_domain": by_domain}
+    correct = by_domain(judged, is_right)
+    every = average(name, [list(chain(*correct.values()))])
+    domains = {domain: round(100 * fmean(hits), 2) for domain, hits in sorted(correct.items())}
+    return {"name": name, "accuracy": every.pop("value"), **every, "by_domain": domains}
 
 
 def label_accuracy(labels: Iterable[tuple[str, str | None]], truth: dict[str, str]) -> float | None:
@@ -124,11 +131,8 @@ def _mean_of(groups: dict[str, list[float]], order: Sequence[str], what: str) ->
 
 
 RM_DOMAINS = ("chat", "math", "code", "safety")
-LEVELS = {
-    "easy": np.tri(3, k=-1),
-    "normal": np.eye(3),
-    "hard": np.tri(3, k=-1).T,
-}  # row chosen, column rejected
+# Cells of the matrix: its row is the chosen response, its column the rejected one.
+LEVELS = {"easy": np.tri(3, k=-1), "normal": np.eye(3), "hard": np.tri(3, k=-1).T}
 
 
 def rm_bench(rows: list[Row]) -> tuple[list[Row], str]:
@@ -173,21 +177,16 @@ def both_orders(row: Row) -> int:
 
 def judgebench(rows: list[Row]) -> tuple[list[Row], str]:
     """Correct when both orders' verdicts together are for the label."""
-    groups = defaultdict(list)
-    for row in rows:
-        groups[row["pair"]["domain"]].append(both_orders(row) > 0)
+    groups = by_domain(rows, lambda row: both_orders(row) > 0)
     averages = list(_mean_of(groups, CATEGORIES, "categories (the paper's Overall)"))
-    every = [hit for hits in groups.values() for hit in hits]
-    return [*averages, average("mean over pairs (the benchmark's own)", [every])], ""
+    return [*averages, average("mean over pairs (the benchmark's own)", [list(chain(*groups.values()))])], ""
 
 
-def by_domain(rows: list[Row]) -> tuple[list[Row], str]:
-    """Labelled pairs, HelpSteer3's validation set among them."""
-    groups = defaultdict(list)
-    for row in rows:
-        groups[row["pair"].get("domain") or "all"].append(is_right(row))
+def labelled_pairs(rows: list[Row]) -> tuple[list[Row], str]:
+    """HelpSteer3's validation set among them."""
+    groups = by_domain(rows, is_right)
     averages = list(_mean_of(groups, sorted(groups), "domains"))
-    return [*averages, average("mean over pairs", [[hit for hits in groups.values() for hit in hits]])], ""
+    return [*averages, average("mean over pairs", [list(chain(*groups.values()))])], ""
 
 
 def ppe(rows: list[Row]) -> tuple[list[Row], str]:
@@ -216,7 +215,7 @@ def _path(row: Row) -> list[int]:
 
 
 BENCHMARKS = {"rm-bench": rm_bench, "judgebench": judgebench, "ppe": ppe}
-BENCHMARKS |= {"helpsteer3": by_domain, "pairs": by_domain}
+BENCHMARKS |= {"helpsteer3": labelled_pairs, "pairs": labelled_pairs}
 
 
 def read_benchmark(name: str, path: Path) -> Iterator[Pair | Row]:
@@ -272,9 +271,7 @@ def reliability(rows: Sequence[Row]) -> Row:
         "consistency": fmean(agree) if agree else None,
         "abstention": fmean(vote["label"] is None for vote in votes) if votes else None,
         "tokens": sum(tokens) / len(judged) if tokens else None,
-        "calibrated": any(
-            isinstance(row.get("judge"), dict) and row["judge"]["calibrated"] for row in judged
-        ),
+        "calibrated": any(_settings(row).get("calibrated") for row in judged),
     }
     return figures | calibration(*zip(*known, strict=True)) if known else figures
 
@@ -304,16 +301,13 @@ def fit_calibrator(rows: Iterable[Row]) -> Row:
         raise InputError(f"{len(rows)} judged pairs with a label; a calibrator needs {FEWEST} or more")
     votes = {sum(row["votes"].values()) for row in rows if row["details"] or not sum(row["votes"].values())}
     votes -= {0} if len(votes) > 1 else set()  # identical responses have none
-    if len(votes) > 1 or any(row.get("judge", {}).get("calibrated") for row in rows):
-        raise InputError(
-            "a calibrator needs pairs judged alike: by one number of votes, and not calibrated yet"
-        )
+    if len(votes) > 1 or any(_settings(row).get("calibrated") for row in rows):
+        raise InputError("a calibrator needs pairs judged alike: by one number of votes, not calibrated yet")
     points = [(row["p_a"], row["pair"]["label"] == "A") for row in rows]
     points += [(1 - p, not truth) for p, truth in points]
+    points.sort(key=lambda point: (point[0], -point[1]))  # of equal p the true first: they pool
     blocks: list[list[float]] = []  # truths, sum of p, count
-    for p, truth in sorted(
-        points, key=lambda point: (point[0], -point[1])
-    ):  # of equal p the true first: they pool
+    for p, truth in points:
         blocks.append([truth, p, 1])
         while len(blocks) > 1 and blocks[-2][0] * blocks[-1][2] >= blocks[-1][0] * blocks[-2][2]:
             last = blocks.pop()
@@ -348,14 +342,7 @@ def score(name: str, paths: Sequence[Path]) -> Row:
     """A benchmark's result from judged files, ours or JudgeBench's own."""
     if name not in BENCHMARKS:
         raise InputError(f"no benchmark {name}; there are {', '.join(BENCHMARKS)}")
-    rows = []
-    for path in paths:
-        for number, row in enumerate(Store(path), 1):
-            try:
-                rows.append(_checked(name, row))
-            except (InputError, KeyError, TypeError, AttributeError) as error:
-                reason = error if isinstance(error, InputError) else f"not a judged row ({error!r})"
-                raise InputError(f"{path}: row {number}: {reason}") from None
+    rows = [row for path in paths for row in Store(path, partial(_checked, name))]
     if not rows:
         raise InputError(f"{paths[0]}: no judged rows")
     averages, text = BENCHMARKS[name](rows)
@@ -367,6 +354,13 @@ def score(name: str, paths: Sequence[Path]) -> Row:
 
 
 def _checked(name: str, row: Row) -> Row:
+    try:
+        return _read(name, row)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"not a judged row ({error!r})") from None
+
+
+def _read(name: str, row: Row) -> Row:
     if "judgments" in row:
         return _published(row)
     if name == "ppe":
@@ -384,15 +378,28 @@ def _checked(name: str, row: Row) -> Row:
     return row
 
 
+def _settings(row: Row) -> Row:
+    """What a row was judged with; a published one says a name instead."""
+    judge = row.get("judge")
+    return judge if isinstance(judge, dict) else {}
+
+
 def _judge(row: Row) -> str:
-    judge = row["judge"]
-    if isinstance(judge, str):
-        return judge
-    votes = f"votes {judge['votes']}" + (
-        f" ({judge['votes'] // 2} in each order)" if judge["votes"] > 1 else ""
-    )
-    said = {name: f"{name} {value}" for name, value in judge.items() if value is not None} | {"votes": votes}
-    return ", ".join(said.values())
+    said = {name: f"{name} {value}" for name, value in _settings(row).items() if value is not None}
+    if said and row["judge"]["votes"] > 1:
+        said["votes"] += f" ({row['judge']['votes'] // 2} in each order)"
+    return ", ".join(said.values()) or row["judge"]
+
+
+FIGURES = (
+    ("orders agree", "consistency", ".1%"),
+    ("unreadable votes", "abstention", ".1%"),
+    ("pairs that could not be judged", "failed", "d"),
+    ("ECE", "ece", ".3f"),
+    ("Brier score", "brier", ".3f"),
+    ("accuracy at 50% coverage", "covered", ".1%"),
+    ("tokens per judgment", "tokens", ",.0f"),
+)
 
 
 def readable(result: Row) -> str:
@@ -401,22 +408,9 @@ def readable(result: Row) -> str:
     for each in result["averages"]:
         span = f"{each['low']:5.1f} – {each['high']:5.1f}"
         lines.append(f"{each['name']:44} {each['value']:5.1f}   {span} {each['n']:6}")
-    if result["more"]:
-        lines += ["", result["more"]]
-
-    def shown(name: str, key: str, form: str) -> str:
-        return f"{name:44} {format(result[key], form) if result.get(key) is not None else '–'}"
-
-    lines += ["", shown("orders agree", "consistency", ".1%"), shown("unreadable votes", "abstention", ".1%")]
-    lines += [shown("pairs that could not be judged", "failed", "d")]
+    lines += ["", *([result["more"], ""] if result["more"] else [])]
+    for name, key, form in FIGURES:
+        value = result.get(key)
+        lines.append(f"{name:44} {'–' if value is None else format(value, form)}")
     calibrated = "calibrated" if result["calibrated"] else "as judged, not calibrated"
-    lines += [
-        f"{'probabilities':44} {calibrated}",
-        shown("ECE", "ece", ".3f"),
-        shown("Brier score", "brier", ".3f"),
-    ]
-    lines += [
-        shown("accuracy at 50% coverage", "covered", ".1%"),
-        shown("tokens per judgment", "tokens", ",.0f"),
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, f"{'probabilities':44} {calibrated}"])

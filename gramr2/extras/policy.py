@@ -46,7 +46,7 @@ from gramr2.files import InputError, read_json
 from gramr2.judge import RewardModel, preference
 from gramr2.loss import PolicyGradient, Row
 from gramr2.model import Decoder
-from gramr2.records import Example, Judgment, Pair, as_messages, show
+from gramr2.records import Example, Judgment, Pair, messages_of, show
 from gramr2.sampler import generate
 from gramr2.tokenizer import Tokenizer
 from gramr2.weights import load_model
@@ -115,14 +115,9 @@ class Rollout:
 def read_prompts(data: Sequence[Path], tokenizer: Tokenizer, config: PolicyConfig) -> list[Prompt]:
     """The prompts of the files, pair files among them, that leave room for an answer."""
     prompts, room = [], config.max_length - config.max_new_tokens
-    for path in data:
-        for number, row in enumerate(Store(path), 1):
-            asked = [{"role": "user", "content": row.get("question", row.get("prompt"))}]
-            if "messages" not in row and not isinstance(asked[0]["content"], str):
-                raise InputError(f'{path}: row {number}: no "question", "prompt" or "messages"')
-            messages = as_messages(row.get("messages", asked))
-            ids = tokenizer.chat([{"role": role, "content": text} for role, text in messages])
-            prompts.append(Prompt(Pair(messages, "", "").question, ids))
+    for messages in chain(*(Store(path, messages_of) for path in data)):
+        ids = tokenizer.chat([{"role": role, "content": text} for role, text in messages])
+        prompts.append(Prompt(Pair(messages, "", "").question, ids))
     kept = [prompt for prompt in prompts[: config.limit or None] if len(prompt.ids) <= room]
     if not kept:
         names = ", ".join(map(str, data))
@@ -168,16 +163,9 @@ class Rollouts:
         for name, tensor in parallel.whole_tensors(self.loop.trainee, self.actor.head_weight.dtype):
             parameters[name].data.copy_(tensor)
         chosen, size = [row for row, _, _ in self.plan.step(number)], self.here.size
-        groups, failure = [], None
-        try:
-            groups = self.sample(chosen[self.here.rank :: size], step)
-            self.assign(groups)
-        except InputError as error:
-            failure = str(error)
-        parts = self.here.gather((groups, failure))
-        for failure in (failure for _, failure in parts if failure):
-            raise InputError(failure)
-        groups = [parts[i % size][0][i // size] for i in range(len(chosen))]
+        mine = chosen[self.here.rank :: size]
+        parts = self.here.together(lambda: self.assign(self.sample(mine, step)))
+        groups = [parts[i % size][i // size] for i in range(len(chosen))]
         values = advantages([[each.reward for each in group] for group in groups])
         self.batch = [each for group in groups for each in group]
         for rollout, value in zip(self.batch, chain.from_iterable(values), strict=True):
@@ -209,24 +197,23 @@ class Rollouts:
         """An answer as its reader gets it."""
         return self.loop.decode(sample.ids).strip()
 
-    def assign(self, groups: list[list[Rollout]]) -> None:
+    def assign(self, groups: list[list[Rollout]]) -> list[list[Rollout]]:
         """Rewards, from one call, and what was said."""
-        whole, log = [each for group in groups for each in group if each.finish == "stop"], []
-        if whole:
-            references = [each.greedy for each in whole] if self.config.reward == "pairwise" else None
-            asked = [each.question for each in whole], [each.response for each in whole], references
-            values = list(self.reward(*asked))
-            if len(values) != len(whole) or not all(map(math.isfinite, values)):
-                raise InputError(f"reward: gave {values!r:.60}; expected {len(whole)} finite numbers")
-            for each, value in zip(whole, values, strict=True):
-                each.reward = float(value)
-            log = getattr(self.reward, "log", [])
-        written = by_response(log)
+        whole = [each for each in chain(*groups) if each.finish == "stop"]
+        references = [each.greedy for each in whole] if self.config.reward == "pairwise" else None
+        asked = [each.question for each in whole], [each.response for each in whole], references
+        values = list(self.reward(*asked)) if whole else []
+        if len(values) != len(whole) or not all(map(math.isfinite, values)):
+            raise InputError(f"reward: gave {values!r:.60}; expected {len(whole)} finite numbers")
+        for each, value in zip(whole, values, strict=True):
+            each.reward = float(value)
+        written = by_response(getattr(self.reward, "log", []) if whole else [])
         for group in groups:
             lowest = min((each.reward for each in group if each.finish == "stop"), default=0.0)
             for each in group:
                 each.reward = each.reward if each.finish == "stop" else lowest
                 each.judged = written.pop((each.question, each.response), [])
+        return groups
 
     def counts(self) -> dict[str, int]:
         judged = [row for each in self.batch for row in each.judged]
@@ -259,9 +246,7 @@ class Rollouts:
 
 def is_read(judgment: Judgment | InputError) -> bool:
     """Whether a vote could be read. (Equal responses are not asked about, which is no failure.)"""
-    if isinstance(judgment, InputError):
-        return False
-    return judgment.abstained == 0 or judgment.abstained < sum(judgment.votes.values())
+    return isinstance(judgment, Judgment) and not 0 < judgment.abstained == sum(judgment.votes.values())
 
 
 def by_response(log: Log) -> dict[tuple[str, str], list[dict[str, Any]]]:

@@ -52,21 +52,8 @@ PHRASES = (
     *(f"This argument justifies the choice of Response {letter}." for letter in "AB"),
     *("The responses in turn:", "Comparing the two:", "Therefore:"),
 )
-WORDS = (
-    "A",
-    "B",
-    "unknown",
-    "Prove",
-    " A",
-    " B",
-    " yes",
-    " no",
-    " costs",
-    " right",
-    " is",
-    " better",
-    " price",
-)
+WORDS = ("A", "B", "unknown", "Prove")
+WORDS += tuple(f" {word}" for word in ("A", "B", "yes", "no", "costs", "right", "is", "better", "price"))
 WORDS += ("price", "Prices", " Prices", " of", ":", ",", ".", "?", *(f" {digit}" for digit in range(10)))
 
 
@@ -144,10 +131,8 @@ def coherent(pair: Pair, written: str, settings: object = None) -> str | None:
     reading = parse_rationale(show(written)).rationale
     if reading is None:
         return "not in the three parts"
-    listed = {
-        "A": dict(re.findall(r"(\w+) (\d)", pair.response_a)),
-        "B": dict(re.findall(r"(\w+) (\d)", pair.response_b)),
-    }
+    responses = {"A": pair.response_a, "B": pair.response_b}
+    listed = {letter: dict(re.findall(r"(\w+) (\d)", each)) for letter, each in responses.items()}
     right = {"A": 0, "B": 0}
     lines = _LINE.findall(reading.feedback)
     if [line[0] for line in lines] != list(listed["A"]):
