@@ -247,9 +247,7 @@ def newest_model() -> Path:
     """The model of the run that finished last, under runs/ here."""
     finished = sorted(Path("runs").glob("*/results.json"), key=lambda path: path.stat().st_mtime)
     if not finished:
-        raise InputError(
-            "no finished run under runs/; give --model DIR, or make one first: python selftrain.py --iters 3"
-        )
+        raise InputError("no finished run under runs/; give --model DIR, or make one: python selftrain.py")
     model = finished[-1].parent / read_json(finished[-1])["model"]
     print(f"model: {model}", file=sys.stderr)
     return model

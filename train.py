@@ -115,9 +115,8 @@ def make_toy(world: dict, sources: settings.Sources, arguments: argparse.Namespa
         if arguments.dry_run:
             arguments.model = untrained  # of the same shape, which is all that a plan asks
             return
-        config = settings.resolve(
-            settings.TrainConfig, arguments.recipe, ["train", "train.pretrain"], {"threads": 1}
-        )
+        kind, tables = settings.TrainConfig, ["train", "train.pretrain"]
+        config = settings.resolve(kind, arguments.recipe, tables, {"threads": 1})
         data = [Path(path) for path in sources.pretrain]
         fit.train("pretrain", config, data, untrained, Path(sources.backbone).parent)
 

@@ -65,9 +65,7 @@ class TrainConfig:
     hide_label: float = setting(0.0, "prover: share of examples that are not told the label")
 
     device: str = setting("auto", "auto (CUDA where there is one), cpu or cuda")
-    dtype: str = setting(
-        "auto", "compute in bfloat16 or float32; auto: bfloat16 on CUDA. Weights are float32"
-    )
+    dtype: str = setting("auto", "compute in bfloat16 or float32 (as weights are); auto: bfloat16 on CUDA")
     save_dtype: str = setting("auto", "the saved model: float32, bfloat16, or auto, as the one it began from")
     threads: int = setting(1, "CPU threads per rank; the same number gives the same bits")
     shard: int = setting(0, "ranks that one copy of the model is split over; 0: all (fewer: hybrid sharding)")
@@ -107,9 +105,7 @@ class PolicyConfig(TrainConfig):
     inner: int = setting(2, "policy: optimizer steps on each batch of rollouts")
     reward: str = setting("pairwise", f"policy: where rewards come from: {', '.join(REWARDS)}")
     votes: int = setting(2, "policy: votes per comparison, half in each order; 2 are greedy, more are drawn")
-    clip_ratio: float = setting(
-        0.2, "policy: how far a token's probability may move on one batch, as a share"
-    )
+    clip_ratio: float = setting(0.2, "policy: share by which a token's probability may move on one batch")
     kl: float = setting(0.02, "policy: weight of the KL divergence from the starting model (estimator k3)")
     max_new_tokens: int = setting(256, "policy: most tokens of a rollout")
     judge_tokens: int = setting(1024, "policy: most tokens of a judge's answer")
@@ -153,7 +149,7 @@ class SelfTrainConfig:
     votes: int = setting(8, "votes per unlabelled pair, half of them in each order")
     judge_tokens: int = setting(1024, "most tokens of a judge's answer")
     confidence: tuple[float, ...] = setting(
-        (0.75,), "share of all votes that a pseudo-label needs; one number, or one for each round"
+        (0.75,), "share of all votes that a label needs; one for each round, or for all"
     )
     softmax: float = setting(0.0, "mean softmax that it needs (the paper's filter); 0: not used")
     max_words: int = setting(1500, "longest rationale that is kept, in words")

@@ -335,9 +335,9 @@ class Reading(NamedTuple):
 
 # The frame of z: a part begins below its heading. "Comparision" is what the published prompt says.
 _Z = {
-    "Feedback": re.compile(r"^Feedback:[ \t]*\n", re.MULTILINE),
-    "Comparison": re.compile(r"^Comparisi?on:[ \t]*\n", re.MULTILINE),
-    "Conclusion": re.compile(r"^Conclusion:[ \t]*\n", re.MULTILINE),
+    "Feedback": re.compile(r"^Feedback:[ \t]*(?:\n|\Z)", re.MULTILINE),
+    "Comparison": re.compile(r"^Comparisi?on:[ \t]*(?:\n|\Z)", re.MULTILINE),
+    "Conclusion": re.compile(r"^Conclusion:[ \t]*(?:\n|\Z)", re.MULTILINE),
 }
 # The frame of ẑ: each part begins a line with these words. Feedback that is not given response by response
 # takes the place of the first two.

@@ -119,10 +119,8 @@ class Prover:
             reason = f"malformed: {reading.reason}"
         elif reading.label != pair.label:
             reason = "justifies the other label"
-        logp_given = float(sum(float(value) for value in sample.logprobs))
-        return Proof(
-            pair.id, text, logp_given, finish=sample.finish, ineligible=reason, ids=tuple(sample.ids)
-        )
+        logp_given, ids = float(sum(float(value) for value in sample.logprobs)), tuple(sample.ids)
+        return Proof(pair.id, text, logp_given, finish=sample.finish, ineligible=reason, ids=ids)
 
     def condition(self, pair: Pair, select_by: str) -> list[int]:
         """The ids before ẑ in a score's second term; equation (5) has the frame alone, without s and l."""

@@ -336,14 +336,11 @@ class Proof(_Record):
 
 
 @dataclass(frozen=True)
-class Example:
+class Example(_Record):
     """Token ids of prompt and target in one row, and the index at which the target begins."""
 
     ids: tuple[int, ...]
     start: int
-
-    def to_json(self) -> dict[str, Any]:
-        return {"ids": list(self.ids), "start": self.start}
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Example:

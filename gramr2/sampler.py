@@ -33,7 +33,7 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -66,19 +66,15 @@ class Limits:
 
     cache_bytes: int | None = None  # on the CPU 1 GiB, or more where one request alone needs more
     block_size: int | None = None  # tokens of a page: 16 on the CPU, 64 on CUDA; divides 128
-    running: int | None = None  # samples decoded together: 256
+    running: int = 256  # samples decoded together
     token_budget: int | None = None  # tokens of a step, prompts' chunks and decode rows: 1024 or 8192
     share_prefix: bool = True  # False reads a shared prefix once per sample; for measuring what it buys
 
     def for_device(self, device: torch.device) -> Limits:
         cuda = device.type == "cuda"
-        return Limits(
-            self.cache_bytes or (int(_free_bytes(device) * CUDA_CACHE_SHARE) if cuda else None),
-            self.block_size or (64 if cuda else 16),
-            self.running or 256,
-            self.token_budget or (8192 if cuda else 1024),
-            self.share_prefix,
-        )
+        cache_bytes = self.cache_bytes or (int(_free_bytes(device) * CUDA_CACHE_SHARE) if cuda else None)
+        size, budget = self.block_size or (64 if cuda else 16), self.token_budget or (8192 if cuda else 1024)
+        return replace(self, cache_bytes=cache_bytes, block_size=size, token_budget=budget)
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -235,14 +231,12 @@ class Scheduler:
             while sequence.slot >= 0 and not self.pool.free:
                 self.settle()
                 if not self.pool.free and sequence.slot >= 0:
-                    self._preempt(max(self._holders(), key=lambda s: s.rank))
+                    holders = *self.running.values(), *self.filling, *self.sources
+                    self._preempt(max(holders, key=lambda s: s.rank))
             if sequence.slot >= 0:
                 step.add(self.pool.extend(sequence.table, self.pool.block_size))
                 self.capacity[sequence.slot] += self.pool.block_size
                 self.version += 1
-
-    def _holders(self) -> list[_Sequence]:
-        return [*self.running.values(), *self.filling, *self.sources]
 
     def _preempt(self, sequence: _Sequence) -> None:
         if sequence.slot >= 0:
@@ -260,9 +254,7 @@ class Scheduler:
             key=lambda s: (s.prompt.index, s.prompt.started) if s in self.sources else s.rank,
         )
         promised = sum(not s.is_source or s.prompt.started < s.number for s in self.filling)
-        if len(self.free_slots) <= promised:
-            return False
-        if not candidates and self.next_prompt is None:
+        if len(self.free_slots) <= promised or not (candidates or self.next_prompt):
             return False
         if candidates and candidates[0] in self.sources:
             return self._begin(candidates[0], step)
@@ -711,8 +703,7 @@ def generate(model, prompts, **options) -> list[list[Sample]]:
 
 
 # What `help` and editors show for the options of `generate`.
-_SIGNATURE = inspect.signature(generate_iter)
-generate.__signature__ = _SIGNATURE.replace(return_annotation=list[list[Sample]])
+generate.__signature__ = inspect.signature(generate_iter).replace(return_annotation=list[list[Sample]])
 
 
 def _need(holds: bool, message: str, *values) -> None:
@@ -729,6 +720,7 @@ def _check_prompts(config, itemsize: int, prompts, n: int, allowed, limits: Limi
     affordable = cache_bytes // per_block
     wanted, largest, most = 2, 2, 0  # the null block, and one
     asked = "prompt {} has {} tokens and may get {} more"
+    costly = f"{asked}, which takes {{:,}} bytes of cache; the limit is {cache_bytes:,}"
     for index, ids in enumerate(prompts):
         _need(len(ids) > 0, "prompt {} is empty; it needs at least one id", index)
         for token in (min(ids), max(ids)):
@@ -741,11 +733,7 @@ def _check_prompts(config, itemsize: int, prompts, n: int, allowed, limits: Limi
         _need(longest <= room, asked + ": {}, but the model takes at most {}", *question, longest, room)
         # One block more than it fills: the prompt's last, half full, is copied when it is forked.
         needed = -(-longest // size) + 1
-        _need(
-            needed + 1 <= affordable,
-            asked + ", which takes {:,} bytes of cache; the limit is {:,}",
-            *(*question, (needed + 1) * per_block, cache_bytes),
-        )
+        _need(needed + 1 <= affordable, costly, *question, (needed + 1) * per_block)
         wanted, largest, most = wanted + n * needed, max(largest, needed + 1), max(most, longest)
     if limits.cache_bytes is None:
         affordable = max(CPU_CACHE_BYTES // per_block, largest)

@@ -29,15 +29,8 @@ import tokenizers
 
 from gramr2.files import InputError, read_json
 
-FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "vocab.json",
-    "merges.txt",
-)
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+FILES += ("generation_config.json", "vocab.json", "merges.txt")
 Message = Mapping[str, str]  # {"role": …, "content": …}
 
 
@@ -246,7 +239,5 @@ class Tokenizer:
 
     def example(self, messages: Sequence[Message], target: str, **variables) -> tuple[list[int], int]:
         """(ids, start): a training example, and where its target begins. The stop id closes it."""
-        return self.with_target(self.chat(messages, **variables), target)
-
-    def with_target(self, prompt_ids: list[int], target: str) -> tuple[list[int], int]:
+        prompt_ids = self.chat(messages, **variables)
         return [*prompt_ids, *self.encode(target), self.turn_end], len(prompt_ids)

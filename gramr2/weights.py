@@ -182,7 +182,10 @@ def published_config(config: ModelConfig, dtype: torch.dtype, raw: Mapping[str, 
 
 
 def load(directory: str | Path, device="cpu", dtype="float32", date=None) -> tuple[Decoder, Tokenizer]:
-    """(model, tokenizer) of a Hugging Face directory. dtype "auto" keeps what is stored; date: see Tokenizer."""
+    """(model, tokenizer) of a Hugging Face directory.
+
+    dtype "auto" keeps what is stored; `date` is what a chat template prints as today (Tokenizer.load).
+    """
     tokenizer = Tokenizer.load(directory, date)
     model = load_model(directory, device, dtype)
     if model.config.vocab_size < tokenizer.size:
@@ -219,9 +222,7 @@ def checkpoint_tensors(
     """
     directory = Path(directory)
     files = _tensor_files(directory)
-    expected = {
-        published_name(name): (name, tuple(parameter.shape)) for name, parameter in model.named_parameters()
-    }
+    expected = {published_name(name): (name, tuple(p.shape)) for name, p in model.named_parameters()}
     if fresh_score:
         del expected["score.weight"]
     missing = [name for name in expected if name not in files]
@@ -241,11 +242,9 @@ def checkpoint_tensors(
     for path, names in by_file.items():
         with _open(path) as shard:
             for name in names:
-                shape = tuple(shard.get_slice(name).get_shape())
-                if shape != expected[name][1]:
-                    raise InputError(
-                        f"{path}: {name} has shape {list(shape)}, expected {list(expected[name][1])}"
-                    )
+                shape, wanted = tuple(shard.get_slice(name).get_shape()), expected[name][1]
+                if shape != wanted:
+                    raise InputError(f"{path}: {name} has shape {list(shape)}, expected {list(wanted)}")
     if model.config.tie_embeddings and "lm_head.weight" in files:
         _check_tie(files)
     for path, names in by_file.items():
@@ -290,9 +289,8 @@ def _check_tie(files: Mapping[str, Path]) -> None:
         with _open(files[name]) as shard:
             pair.append(shard.get_tensor(name))
     if not torch.equal(*pair):
-        raise InputError(
-            f"{files['lm_head.weight']}: tie_word_embeddings is true, but lm_head.weight differs"
-        )
+        where = files["lm_head.weight"]
+        raise InputError(f"{where}: tie_word_embeddings is true, but lm_head.weight differs")
 
 
 def _some(names: list[str]) -> str:

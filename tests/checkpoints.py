@@ -150,6 +150,6 @@ def make_checkpoint(
     """A saved random checkpoint with its tokenizer; `fields` override the model's configuration."""
     kind = family.split("-")[0].replace("llama2", "llama3")
     model = random_model(family, seed, **fields)
-    files = tokenizer_files(kind, fields.get("vocab_size", 320) - 20, corpus)
+    files = tokenizer_files(kind, max(300, fields.get("vocab_size", 320) - 20), corpus)
     weights.save(model, Tokenizer(files, str(directory)), directory)
     return directory

@@ -4,7 +4,7 @@
         lists the formats
     python -m gramr2.extras.datasets helpsteer3 train.jsonl.gz out.jsonl
         converts a file, or a directory of files
-    python -m gramr2.extras.datasets multipref train.parquet out.jsonl --against judgebench.jsonl rm-bench.json
+    python -m gramr2.extras.datasets multipref train.parquet out.jsonl --against judgebench.jsonl
         and removes the pairs that share 13 words in a row, or a shorter question, with a benchmark
 
 The paper's data: HelpSteer3 has human rationales (they become z, in the parts of prompts.Rationale); six
@@ -125,8 +125,7 @@ class Source:
             import pyarrow
             import pyarrow.parquet
         except ImportError:
-            hint = "install the extra: pip install 'gramr2[parquet]'"
-            raise self.error(f"reading .parquet needs pyarrow; {hint}") from None
+            raise self.error("reading .parquet needs pyarrow: pip install 'gramr2[parquet]'") from None
         count = 0
         try:
             with pyarrow.parquet.ParquetFile(self.path, pre_buffer=False) as table:
@@ -138,6 +137,9 @@ class Source:
             raise self.error(f"not a readable parquet file ({error})") from None
 
 
+_WHITE = re.compile(r"[ \t\r\n]*")
+
+
 class _Window:
     """The part of a long JSON text that is being read, one value at a time."""
 
@@ -147,23 +149,18 @@ class _Window:
         self.read = json.JSONDecoder().raw_decode
 
     def fill(self) -> None:
-        """Lets go of what was read; takes as much again as is left, so that a long value costs no more."""
-        pieces, left = [self.text[self.at :]], len(self.text) - self.at
-        while not self.ended and left >= 0:
-            chunk = next(self.chunks, b"")
-            self.ended = not chunk
-            try:
-                pieces.append(self.decode(chunk, final=self.ended))
-            except UnicodeDecodeError:
-                raise self.source.error("not UTF-8 text") from None
-            left -= len(chunk)
-        self.text, self.at = "".join(pieces), 0
+        """Lets go of what was read, and takes the next chunk."""
+        chunk = next(self.chunks, b"")
+        self.ended = not chunk
+        try:
+            self.text, self.at = self.text[self.at :] + self.decode(chunk, final=self.ended), 0
+        except UnicodeDecodeError:
+            raise self.source.error("not UTF-8 text") from None
 
     def peek(self) -> str:
         """The next character that is not white; "" at the end."""
         while True:
-            while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
-                self.at += 1
+            self.at = _WHITE.match(self.text, self.at).end()
             if self.at < len(self.text) or self.ended:
                 return self.text[self.at : self.at + 1]
             self.fill()
@@ -266,10 +263,6 @@ class Format(NamedTuple):
     published: str
     benchmark: bool
 
-    @property
-    def holds(self) -> str:
-        return self.read.__doc__.splitlines()[0]
-
     def items(self, row: Any, source: Source) -> list[Item]:
         """All that a row comes to, or an InputError where it is malformed."""
         if isinstance(row, InputError):
@@ -351,9 +344,7 @@ def multipref(row: Row, source: Source) -> Iterator[Item]:
 def codeultrafeedback(row: Row, source: Source) -> Iterator[Item]:
     """labels: every two responses of an instruction whose ratings differ"""
     ratings = {text(one, "model"): str(get(one, "rating")) for one in items(row, "annotations")}
-    rated = {
-        model: float(rating) for model, rating in ratings.items() if re.fullmatch(r"\d+(\.\d+)?", rating)
-    }
+    rated = {model: float(each) for model, each in ratings.items() if re.fullmatch(r"\d+(\.\d+)?", each)}
     answers = [texts(one, "model", "response") for one in items(row, "responses")]
     question = asked(row, "instruction")
     for (model_a, a), (model_b, b) in combinations(answers, 2):
@@ -381,22 +372,18 @@ def preference_collection(row: Row, source: Source) -> Iterator[Item]:
     yield Pair(question, *responses, label, source="preference-collection", margin=margin)
 
 
-def _safe_rlhf(row: Row, which: str) -> Iterator[Item]:
+@reader("safe-rlhf-better", "PKU-Alignment/PKU-SafeRLHF")
+def safe_rlhf_better(row: Row, source: Source, which: str = "better") -> Iterator[Item]:
+    """labels: the more helpful response (better_response_id)"""
     label = choice(row, f"{which}_response_id", {0: "A", 1: "B"})
     responses = texts(row, "response_0", "response_1")
     yield Pair(asked(row, "prompt"), *responses, label, source=f"safe-rlhf-{which}")
 
 
-@reader("safe-rlhf-better", "PKU-Alignment/PKU-SafeRLHF")
-def safe_rlhf_better(row: Row, source: Source) -> Iterator[Item]:
-    """labels: the more helpful response (better_response_id)"""
-    yield from _safe_rlhf(row, "better")
-
-
 @reader("safe-rlhf-safer", "PKU-Alignment/PKU-SafeRLHF")
 def safe_rlhf_safer(row: Row, source: Source) -> Iterator[Item]:
     """labels: the safer response (safer_response_id)"""
-    yield from _safe_rlhf(row, "safer")
+    yield from safe_rlhf_better(row, source, "safer")
 
 
 @reader("skywork-80k", "Skywork/Skywork-Reward-Preference-80K-v0.2")
@@ -483,9 +470,7 @@ def gram_rr(row: Row, source: Source) -> Iterator[Item]:
     answer = text(row, "output")
     counts = [prompt.count(line) for between in GRAM_RR for line in between.split("\n") if line]
     if 0 in counts:
-        raise InputError(
-            'field "instruction" has not the delimiters of a judge prompt ("[User Question]", …)'
-        )
+        raise InputError('field "instruction" lacks the delimiters of a judge prompt ("[User Question]", …)')
     found = re.fullmatch(".*" + "(.*)".join(map(re.escape, GRAM_RR)) + r"\s*", prompt, re.DOTALL)
     label, z = parse_verdict(answer).label, parse_rationale(answer).rationale
     if max(counts) > 1 or found is None:
@@ -723,16 +708,11 @@ def _rows(sources: list[Source]) -> Iterator[tuple[str, Source, Row | InputError
             finished += source.size
 
 
-def convert(
-    name: str,
-    path: str | Path,
-    target: str | Path,
-    against: Iterable[str | Path] = (),
-    seed: int = 0,
-    max_characters: int = 0,
-    malformed_limit: float = MALFORMED_LIMIT,
-) -> Account:
-    """Converts a file, or a directory of files, of the named format into a pair file."""
+def convert(name, path, target, against=(), seed=0, max_characters=0, malformed_limit=MALFORMED_LIMIT):
+    """Converts a file, or a directory of files, of the named format into a pair file; → its Account.
+
+    The options are those of the command. `against`: benchmark files; `max_characters`: 0 is no limit.
+    """
     if name not in FORMATS:
         raise InputError(f'no format "{name}"; there are {", ".join(FORMATS)}')
     chosen, account, began = FORMATS[name], Account(), time.perf_counter()
@@ -750,8 +730,6 @@ def convert(
                 lines = [_line(one) for one in found if not isinstance(one, str)]
             except (InputError, UnicodeEncodeError) as error:
                 account.refuse(where, error)
-                if account.malformed == account.read == 100:
-                    break  # of another schema altogether: nothing is gained by reading on
                 continue
             out.writelines(lines)
             for one in found:
@@ -791,7 +769,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = _parser().parse_args(arguments)
     if given.name is None:
         for name, known in FORMATS.items():
-            print(f"{name:22} {known.published:43} {known.holds}")
+            print(f"{name:22} {known.published:43} {known.read.__doc__.splitlines()[0]}")
         return
     if given.name in FORMATS and not (given.target or "").endswith(".jsonl"):
         raise InputError(f"{given.name}: name an input, and an output that ends in .jsonl; see --help")

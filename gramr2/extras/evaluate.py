@@ -46,8 +46,11 @@ def average(name: str, groups: Sequence[Sequence[float]], seed: int = 0) -> Row:
     low, high = np.quantile(drawn, (0.025, 0.975))
     mean = fmean(each.mean() for each in values)
     figures = {"value": mean, "low": min(low, mean), "high": max(high, mean)}  # apart by rounding alone
-    count = sum(map(len, values))
-    return {"name": name, **{key: round(100 * float(value), 2) for key, value in figures.items()}, "n": count}
+    return {
+        "name": name,
+        **{key: round(100 * float(value), 2) for key, value in figures.items()},
+        "n": sum(map(len, values)),
+    }
 
 
 def is_right(row: Row) -> bool:

@@ -231,8 +231,7 @@ class Rollouts:
         if lost > self.config.max_abstained * asked:
             raise InputError(
                 f"step {step}: {lost} of {asked} comparisons have no verdict, more than max_abstained "
-                f"{self.config.max_abstained:g}; {self.path} shows what was written; give a judge that knows "
-                "such pairs, or more --judge-tokens"
+                f"{self.config.max_abstained:g}; look at {self.path}; give another --judge or --judge-tokens"
             )
 
     def figures(self) -> dict[str, Any]:
@@ -295,9 +294,8 @@ def train(
             how = f"{config.reward} reward from {judge_dir or reward}"
             size = f"{plan.batch_size} x {config.group} rollouts, {config.inner} steps on each batch"
             fit.say([f"policy   {model_dir}, {how}", f"steps    {steps:,}: {len(prompts):,} prompts, {size}"])
-        actor, reference = (
-            load_model(model_dir, here.device, parallel.compute_dtype(config, here.device)) for _ in range(2)
-        )
+        dtype = parallel.compute_dtype(config, here.device)
+        actor, reference = (load_model(model_dir, here.device, dtype) for _ in range(2))
         actor.stop_ids = tokenizer.stop_ids
         objective = PolicyGradient(reference, config.clip_ratio, config.kl)
         trainee = fit.make_trainee(objective, config, model, model_dir, here)

@@ -10,13 +10,12 @@ It leaves out: what is then done with them (policy.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from gramr2 import fit, parallel
-from gramr2.config import PolicyConfig, Sources, TrainConfig, read_recipe, resolve
+from gramr2.config import PolicyConfig, TrainConfig, read_recipe, resolve
 from gramr2.data import Store
 from gramr2.extras.policy import Judged, train
 from gramr2.files import InputError, read_json, write_rows
@@ -27,9 +26,7 @@ IMITATED = 600  # unlabelled pairs whose lists the toy's policy has read, both o
 IMITATION = {"batch_size": 64, "steps": 100, "max_length": 64, "lr": 3e-3}
 
 
-def command(
-    arguments, config: PolicyConfig, sources: Sources, make_toy: Callable, here: parallel.World
-) -> Path:
+def command(arguments, config: PolicyConfig, sources, make_toy, here: parallel.World) -> Path:
     """`train.py --stage policy`: finds or makes what was not named, and trains; -> its directory.
 
     In the toy world, world and backbone are those of the run that the judge is from, for a judge knows the
@@ -85,9 +82,7 @@ def judge_of(run: Path, config: PolicyConfig) -> Path:
     return found
 
 
-def make_judge(
-    recipe: Path, config: PolicyConfig, world: Path, backbone: Path, out: Path, here: parallel.World
-) -> Path:
+def make_judge(recipe, config: PolicyConfig, world: Path, backbone: Path, out: Path, here) -> Path:
     """Where no run has finished: a judge from the toy's few labelled pairs, which knows few prices."""
     kind, pairs = ("discriminative", "labelled") if config.reward == "scalar" else ("reward", "human")
     if here.first:
@@ -103,10 +98,9 @@ def imitate(world: Path, backbone: Path, out: Path, here: parallel.World, config
     pairs, lists = Store(world / "unlabelled.jsonl", Pair.from_json), out / "lists.jsonl"
     some = [pairs[i] for i in range(min(IMITATED, len(pairs)))]
     both = [(pair.question, each) for pair in some for each in (pair.response_a, pair.response_b)]
-    if here.first:
-        # The toy's tokenizer knows a word by the blank before it.
-        write_rows(lists, ({"question": question, "response": f" {each}"} for question, each in both))
-    here.gather(None)
+    # The toy's tokenizer knows a word by the blank before it.
+    rows = ({"question": question, "response": f" {each}"} for question, each in both)
+    here.on_first(lambda: write_rows(lists, rows))
     same = {name: getattr(config, name) for name in ("seed", "device", "threads")}
     fit.train("pretrain", TrainConfig(**IMITATION, **same), [lists], backbone, out)
     return out / "model"

@@ -26,6 +26,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -141,9 +142,9 @@ def accuracy(run: Run) -> Row:
     strips = []
     for row in rows:
         kind = "ours" if row["name"].startswith(("round", "fine", "voting")) else "other"
-        note = f"{row['accuracy']:.1f} ({row['low']:.1f} – {row['high']:.1f})"
-        dot = row["accuracy"], row["low"], row["high"], kind
-        strips.append(Strip(row["name"], note, dots=[dot]))
+        value, low, high = (row[name] for name in ("accuracy", "low", "high"))
+        note = f"{value:.1f} ({low:.1f} – {high:.1f})"
+        strips.append(Strip(row["name"], note, dots=[(value, low, high, kind)]))
     domains = sorted({name for row in rows for name in row["by_domain"]})
     cells = [[row["name"], row["n"], *map(row["by_domain"].get, domains)] for row in rows]
     return {"strips": strips, "domains": domains, "rows": cells}
@@ -182,9 +183,8 @@ def sureness(known: Sequence[tuple[float, str]]) -> list[Strip]:
         spread = 1.96 * math.sqrt(right * (1 - right) / n + 0.96 / n**2) / (1 + 3.84 / n)
         expected = 100 * sure - 0.4, 100 * sure + 0.4, "expected"
         dot = 100 * right, 100 * (middle - spread), 100 * (middle + spread), "ours"
-        strips.append(
-            Strip(f"sure {100 * sure:.1f}%", f"{100 * right:.1f}% right of {n:,}", [expected], [dot])
-        )
+        note = f"{100 * right:.1f}% right of {n:,}"
+        strips.append(Strip(f"sure {100 * sure:.1f}%", note, [expected], [dot]))
     return strips
 
 
@@ -243,16 +243,11 @@ def ranking(way: str, step: str, row: Row, ranked: list[Row]) -> Row:
 
 def pick(pairs: Sequence[Judged]) -> dict[tuple[int, str], Judged]:
     """At most `EXAMPLES` pairs, in turn from each outcome of each round, right and wrong apart."""
-    turns: Counter[tuple] = Counter()
-    order = []
-    for place, pair in enumerate(pairs):
-        if pair.p_a is None:
-            continue
-        group = (pair.round, pair.outcome, pair.right)
-        order.append((turns[group], place))
-        turns[group] += 1
-    chosen = sorted(place for _, place in heapq.nsmallest(EXAMPLES, order))
-    return {(pairs[place].round, pairs[place].id): pairs[place] for place in chosen}
+    groups = defaultdict(list)
+    for pair in (pair for pair in pairs if pair.p_a is not None):
+        groups[pair.round, pair.outcome, pair.right].append(pair)
+    turns = filter(None, chain(*zip_longest(*groups.values())))
+    return {(pair.round, pair.id): pair for pair in islice(turns, EXAMPLES)}
 
 
 def examples(run: Run, wanted: dict[tuple[int, str], Judged]) -> Iterator[tuple]:
@@ -343,9 +338,8 @@ def write_report(root: str | Path) -> Path:
 
 
 def main(argv: Sequence[str]) -> int:
-    about = __doc__.partition("\n\nEvery")[0]
     lines = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("gramr2.extras.report", description=about, formatter_class=lines)
+    parser = argparse.ArgumentParser("gramr2.extras.report", description=__doc__, formatter_class=lines)
     parser.add_argument("run", help="the directory of a run, such as runs/toy")
     print(f"report: {write_report(parser.parse_args(argv).run)}")
     return 0

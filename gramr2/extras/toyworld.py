@@ -220,14 +220,18 @@ def tokenizer_files(names: list[str]) -> dict[str, bytes]:
     }
 
 
-def _write_backbone(directory: Path, names: list[str], config: WorldConfig, seed: int) -> None:
+def write_untrained(directory: Path, seed: int = 0, **sizes: int) -> None:
+    """What a backbone is made from: the fragments, and a random model of the world's shape."""
     import torch
 
     from gramr2 import weights
     from gramr2.model import Decoder, ModelConfig
     from gramr2.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer(tokenizer_files(names), str(directory))
+    config = resolve(WorldConfig, None, [], sizes)
+    names, rng = good_names(config.goods), random.Random(f"fragments {seed}")
+    write_rows(directory / "pretrain.jsonl", _fragments(names, config.asked, config.pretrain, rng))
+    tokenizer = Tokenizer(tokenizer_files(names), str(directory / "backbone_init"))
     shape = ModelConfig(
         vocab_size=-(-tokenizer.size // 16) * 16,
         hidden_size=config.hidden_size,
@@ -246,7 +250,7 @@ def _write_backbone(directory: Path, names: list[str], config: WorldConfig, seed
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=shape.hidden_size**-0.5, generator=generator)
     prompts = {"judge_prompt.txt": JUDGE_TEMPLATE, "prover_prompt.txt": PROVER_TEMPLATE}
-    weights.save(model, tokenizer, directory, extra=prompts)
+    weights.save(model, tokenizer, directory / "backbone_init", extra=prompts)
 
 
 def make_world(directory: Path, seed: int = 0, **sizes: int) -> Path:
@@ -285,14 +289,6 @@ def is_shipped(config: WorldConfig) -> bool:
     words = tokenizer_files(good_names(config.goods))["tokenizer.json"]
     same = words == (SHIPPED / "tokenizer.json").read_bytes()
     return same and shape == (config.hidden_size, config.layers, config.heads)
-
-
-def write_untrained(directory: Path, seed: int = 0, **sizes: int) -> None:
-    """What a backbone is made from: the fragments, and a random model of the world's shape."""
-    config = resolve(WorldConfig, None, [], sizes)
-    names, rng = good_names(config.goods), random.Random(f"fragments {seed}")
-    write_rows(directory / "pretrain.jsonl", _fragments(names, config.asked, config.pretrain, rng))
-    _write_backbone(directory / "backbone_init", names, config, seed)
 
 
 def _distinct_sets(names: list[str], size: int, count: int, rng: random.Random) -> Iterator[tuple[str, ...]]:
