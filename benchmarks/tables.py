@@ -159,7 +159,8 @@ def kills(read):
             lines.append((part, "unmeasured", "", ""))
         else:
             equal = f"{result['runs_equal']} of {result['runs']}"
-            lines.append((part, result["kills"], equal, result["level"]))
+            named = f"{part}, recipe {result['recipe']}" if "recipe" in result else part
+            lines.append((named, result["kills"], equal, result["level"]))
     return grid(("what was killed", "kills", "runs that ended equal", "level"), lines)
 
 
