@@ -125,6 +125,17 @@ def test_a_pair_and_its_exchange_in_one_shard_keep_their_own_order(monkeypatch):
     assert [sum(each.votes.values()) for each in judged] == [2, 2, 2]
 
 
+def test_the_comparisons_of_a_policy_step_are_one_batch_for_the_sampler(monkeypatch):
+    """Cut into shards, a step would wait for each shard's longest answer; a file of pairs is cut."""
+    judge = planted(monkeypatch, lambda question, a, b, draw: 0.9 if a == "good" else 0.1)
+    count = gramr2.judge.SHARD + 6
+    assert len(judge.reward(["q"] * count, ["good"] * count, ["bad"] * count)) == count
+    assert len(judge.calls) == 1 and judge.calls[0] >= count
+    judge.calls.clear()
+    list(judge.judge_many([pair("q", "good", "bad")] * count, votes=2))
+    assert len(judge.calls) == 2
+
+
 def test_identical_responses_and_an_empty_one(monkeypatch):
     judge = planted(monkeypatch, lambda question, a, b, draw: 0.9 if a else 0.2)
     same = judge.judge("q", "x", "x")
