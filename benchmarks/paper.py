@@ -33,7 +33,6 @@ from toy import Seed, mean_with_interval
 
 from gramr2.data import Store
 from gramr2.extras import toyworld
-from gramr2.extras.evaluate import is_right
 from gramr2.files import write_rows
 from gramr2.records import Pair
 from gramr2.steps import Run, read_rows
@@ -59,20 +58,15 @@ class Bench:
 
     def train(self, name: str, kind: str, data: Sequence[Path], start: Path, **changes: Any) -> Path:
         """A training step under the seed's settings with some of them changed."""
-        before = self.run.trains
-        self.run.trains = {**before, kind: replace(before[kind], **changes)}
-        try:
-            return self.run.train(name, kind, data, start)
-        finally:
-            self.run.trains = before
+        trains = self.run.trains | {kind: replace(self.run.trains[kind], **changes)}
+        return Run(self.run.books, self.run.settings, trains, {}).train(name, kind, data, start)
 
     def hits(self, name: str, model: Path, pairs: Path) -> np.ndarray:
-        judged = self.run.judge(f"test-{name}", model, pairs, 1)
-        return np.array([is_right(row) for row in read_rows(judged)], dtype=float)
+        return toy.right(self.run.judge(f"test-{name}", model, pairs, 1))
 
     def write(self, name: str, rows: Iterator[dict[str, Any]]) -> Path:
         path = self.run.books.place(name) / "pairs.jsonl"
-        self.run.books.step(name, lambda place: write_rows(place / path.name, rows) or {})
+        self.run.books.step(name, lambda place: {"file": write_rows(place / path.name, rows).name})
         return path
 
     @property
