@@ -27,7 +27,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from gramr2.files import InputError, exit_status, read_json, write_rows
+from gramr2.files import InputError, exit_status, finished_runs, read_json, write_rows
 from gramr2.records import Pair, messages_of, show
 
 VOTES = {"pair": 16, "rank": 4, "pairs": 4, "bench": 1}  # 16 is what the paper's best figures use
@@ -245,12 +245,11 @@ def as_list(row: Any) -> tuple[tuple[tuple[str, str], ...], list[str]]:
 
 def newest_model() -> Path:
     """The model of the run that finished last, under runs/ here."""
-    finished = sorted(Path("runs").glob("*/results.json"), key=lambda path: path.stat().st_mtime)
-    if not finished:
-        raise InputError("no finished run under runs/; give --model DIR, or make one: python selftrain.py")
-    model = finished[-1].parent / read_json(finished[-1])["model"]
-    print(f"model: {model}", file=sys.stderr)
-    return model
+    for run in finished_runs():
+        model = run / read_json(run / "results.json")["model"]
+        print(f"model: {model}", file=sys.stderr)
+        return model
+    raise InputError("no finished run under runs/; give --model DIR, or make one: python selftrain.py")
 
 
 def tell_score(name: str, paths: list[Path], as_json: bool) -> None:

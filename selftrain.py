@@ -230,13 +230,6 @@ def toy_world(books, recipe: dict, config: settings.SelfTrainConfig, trains: dic
     return dealt(books, config, settings.Sources(str(backbone), **files))
 
 
-def shop_rule(pair, written: str, config: settings.SelfTrainConfig) -> str | None:
-    """The toy world's rule of coherence, for pairs of its form; it has nothing to say of others."""
-    from gramr2.extras import toyworld
-
-    return toyworld.coherent(pair, written) if pair.question.startswith("price of ") else None
-
-
 def dealt(books, config, sources: settings.Sources) -> World:
     """One file of each kind, and the unlabelled pairs dealt into a batch for each round, none of them twice.
 
@@ -335,15 +328,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def resolved(recipe: Path, given: dict[str, Any]) -> tuple[settings.SelfTrainConfig, dict]:
+    """The settings of the loop, and those of each kind of training, which share its seed."""
+    config = settings.resolve(settings.SelfTrainConfig, recipe, ["selftrain"], given)
+    kind, seed = settings.TrainConfig, {"seed": config.seed}
+    return config, {k: settings.resolve(kind, recipe, ["train", *over], seed) for k, over in STAGES.items()}
+
+
 def main(argv: Sequence[str]) -> int:
     arguments = parse(argv)
-    given = settings.given(settings.SelfTrainConfig, arguments)
-    config = settings.resolve(settings.SelfTrainConfig, arguments.recipe, ["selftrain"], given)
+    config, trains = resolved(arguments.recipe, settings.given(settings.SelfTrainConfig, arguments))
     sources, recipe = named_sources(arguments), settings.read_recipe(arguments.recipe)
-    seed, trains = {"seed": config.seed}, {}
-    for stage, tables in STAGES.items():
-        over = ["train", *tables]
-        trains[stage] = settings.resolve(settings.TrainConfig, arguments.recipe, over, seed)
     plan = {"recipe": arguments.recipe.stem, **asdict(config)}
     plan |= {"from": asdict(sources)} if sources else {"world": recipe["world"]}
     plan |= {f"train {stage}": asdict(each) for stage, each in trains.items()}
@@ -357,13 +352,14 @@ def main(argv: Sequence[str]) -> int:
             raise InputError(f"{file}: no such file")
 
     from gramr2 import parallel  # torch takes its seconds only for a run
+    from gramr2.extras.toyworld import coherent
     from gramr2.steps import Books, Reached, Run
 
     with parallel.world(trains["reward"]) as here:
-        books = Books(root, json.loads(json.dumps(plan)), files, here, arguments.until)
+        books = Books(root, plan, files, here, arguments.until)
         if arguments.start:
             here.on_first(lambda: books.forget(arguments.start))
-        run = Run(books, config, trains, {"coherence": shop_rule} if "world" in recipe else {})
+        run = Run(books, config, trains, {"coherence": coherent} if "world" in recipe else {})
         try:
             world = dealt(books, config, sources) if sources else toy_world(books, recipe, config, trains)
             go(run, world)

@@ -17,13 +17,22 @@ ROOT = Path(__file__).resolve().parents[1]
 READMES = ROOT / "README.md", ROOT / "benchmarks/README.md"
 MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TABLES = {}
+THERE = " on such a device"
 
 
-def table(name):
-    """Registers the function that renders the table `name`: (read) -> Markdown."""
+def table(name, result=None, command="", where=""):
+    """Registers the function that renders the table `name`: (read) -> Markdown.
+
+    With `result` the function takes what results/RESULT.json holds, and where there is nothing the table says
+    that `command` has not been run, and `where` it has not.
+    """
 
     def register(function):
-        TABLES[name] = function
+        def render(read):
+            found = read(result)
+            return f"Unmeasured: `{command}` has not been run{where}." if found is None else function(found)
+
+        TABLES[name] = render if result else function
         return function
 
     return register
@@ -53,9 +62,14 @@ def where(environment):
 # ---------------------------------------------------------------------------------- the tables
 
 
-def sequence_logprob(result, command):
-    if result is None:
-        return f"Unmeasured: `{command}` has not been run on such a device."
+@table("sequence-logprob-cuda", "sequence_logprob_cuda", "python benchmarks/sequence_logprob.py", THERE)
+@table(
+    "sequence-logprob-cpu",
+    "sequence_logprob_cpu",
+    "python benchmarks/sequence_logprob.py --device cpu",
+    THERE,
+)
+def sequence_logprob(result):
     sections = []
     for mode, work in (("score", "2TdV"), ("train", "6TdV")):
         lines, absent = [], {}
@@ -82,20 +96,9 @@ def sequence_logprob(result, command):
     return "\n\n".join([f"{about} {where(result['environment'])}", *sections])
 
 
-@table("sequence-logprob-cuda")
-def sequence_logprob_cuda(read):
-    return sequence_logprob(read("sequence_logprob_cuda"), "python benchmarks/sequence_logprob.py")
-
-
-@table("sequence-logprob-cpu")
-def sequence_logprob_cpu(read):
-    command = "python benchmarks/sequence_logprob.py --device cpu"
-    return sequence_logprob(read("sequence_logprob_cpu"), command)
-
-
-def forward(result, command):
-    if result is None:
-        return f"Unmeasured: `{command}` has not been run on such a device."
+@table("forward", "forward", "python benchmarks/forward.py", THERE)
+@table("forward-cuda", "forward_cuda", "python benchmarks/forward.py --device cuda", THERE)
+def forward(result):
     lines = []
     for row in result["rows"]:
         speeds = (f"{row['tokens_per_second'][name]:,.0f}" for name in ("ours", "transformers"))
@@ -108,21 +111,8 @@ def forward(result, command):
     return f"{result['parameters']:,} parameters. {where(result['environment'])}\n\n{grid(header, lines)}"
 
 
-@table("forward")
-def forward_cpu(read):
-    return forward(read("forward"), "python benchmarks/forward.py")
-
-
-@table("forward-cuda")
-def forward_cuda(read):
-    return forward(read("forward_cuda"), "python benchmarks/forward.py --device cuda")
-
-
-@table("training-cpu")
-def training_cpu(read):
-    result = read("training_cpu")
-    if result is None:
-        return "Unmeasured: `python benchmarks/training.py` has not been run."
+@table("training-cpu", "training_cpu", "python benchmarks/training.py")
+def training_cpu(result):
     lines = []
     for row in result["rows"]:
         speed = f"{row['tokens_per_second']:,.0f}", f"{row['speedup']:.2f}"
@@ -132,11 +122,8 @@ def training_cpu(read):
     return f"{about} {where(result['environment'])}\n\n{grid(header, lines)}"
 
 
-@table("training-cuda")
-def training_cuda(read):
-    result = read("training_cuda")
-    if result is None:
-        return "Unmeasured: `python benchmarks/training.py --device cuda` has not been run on such a device."
+@table("training-cuda", "training_cuda", "python benchmarks/training.py --device cuda", THERE)
+def training_cuda(result):
     lines = []
     for row in result["rows"]:
         name = f"{row['shape']} at {row['length']:,}"
@@ -164,11 +151,8 @@ def kills(read):
     return grid(("what was killed", "kills", "runs that ended equal", "level"), lines)
 
 
-@table("sampling-cpu")
-def sampling_cpu(read):
-    result = read("sampling_cpu")
-    if result is None:
-        return "Unmeasured: `python benchmarks/sampling.py --device cpu` has not been run."
+@table("sampling-cpu", "sampling_cpu", "python benchmarks/sampling.py --device cpu")
+def sampling_cpu(result):
     lines, absent = [], {}
     for row in result["rows"]:
         absent |= row["absent"]
@@ -182,11 +166,8 @@ def sampling_cpu(read):
     return "\n\n".join(parts)
 
 
-@table("sampling-cuda")
-def sampling_cuda(read):
-    result = read("sampling_cuda")
-    if result is None:
-        return "Unmeasured: `python benchmarks/sampling.py` has not been run on such a device."
+@table("sampling-cuda", "sampling_cuda", "python benchmarks/sampling.py", THERE)
+def sampling_cuda(result):
     lines = []
     for row in result["rows"]:
         name = f"{row['prompts']} x {row['k']}" + (f", {row['shared']:,} shared" if row["shared"] else "")
@@ -204,9 +185,9 @@ def sampling_cuda(read):
     return "\n\n".join([about, grid(header, lines), f"End to end, {beside['workload']}: {ways}."])
 
 
-def judging(result, command):
-    if result is None:
-        return f"Unmeasured: `{command}` has not been run on such a device."
+@table("judging-cpu", "judging_cpu", "python benchmarks/judging.py --device cpu", THERE)
+@table("judging-cuda", "judging_cuda", "python benchmarks/judging.py", THERE)
+def judging(result):
     lines = []
     for row in result["rows"]:
         gain = f"{row['ours'] / row['loop']:.1f}"
@@ -217,16 +198,6 @@ def judging(result, command):
     about = f"{result['dtype']}, {result['prompt']} tokens of prompt, {result['answer']} of answer, "
     about += f"{result['pairs']} pairs, medians of {result['repeats']} turns."
     return f"{about} {where(result['environment'])}\n\n{grid(header, lines)}"
-
-
-@table("judging-cpu")
-def judging_cpu(read):
-    return judging(read("judging_cpu"), "python benchmarks/judging.py --device cpu")
-
-
-@table("judging-cuda")
-def judging_cuda(read):
-    return judging(read("judging_cuda"), "python benchmarks/judging.py")
 
 
 @table("speed-cpu")
@@ -305,18 +276,12 @@ def acceptance(read):
     return f"{where(result['environment'])}\n\n{grid(('part', 'ended', 'seconds'), lines)}"
 
 
-# ---------------------------------------------------------------------------------- rewriting
-
-
 def spread(figures):
     return f"{figures['mean']:.1f} [{figures['interval'][0]:.1f}, {figures['interval'][1]:.1f}]"
 
 
-@table("toy")
-def toy(read):
-    result = read("toy")
-    if result is None:
-        return "Unmeasured: `python benchmarks/toy.py` has not been run."
+@table("toy", "toy", "python benchmarks/toy.py")
+def toy(result):
     lines = []
     for row, figures in result["accuracy"].items():
         seeds = figures["by seed"].values()
@@ -328,11 +293,8 @@ def toy(read):
     return f"{about}{where(result['environment'])}\n\n{grid(header, lines)}"
 
 
-@table("toy-claims")
-def toy_claims(read):
-    result = read("toy")
-    if result is None:
-        return "Unmeasured: `python benchmarks/toy.py` has not been run."
+@table("toy-claims", "toy", "python benchmarks/toy.py")
+def toy_claims(result):
     lines = []
     for each in result["differences"]:
         low, high = each["interval"]
@@ -343,11 +305,8 @@ def toy_claims(read):
     return grid(header, lines)
 
 
-@table("toy-rounds")
-def toy_rounds(read):
-    result = read("toy")
-    if result is None:
-        return "Unmeasured: `python benchmarks/toy.py` has not been run."
+@table("toy-rounds", "toy", "python benchmarks/toy.py")
+def toy_rounds(result):
     lines = []
     for number, rounds in enumerate(zip(*result["rounds"].values(), strict=True), 1):
         mean = [sum(each[name] for each in rounds) / len(rounds) for name in ("judged", "kept")]
@@ -359,11 +318,8 @@ def toy_rounds(read):
     return f"Means over {len(result['rounds'])} seeds.\n\n{grid(header, lines)}"
 
 
-@table("paper")
-def paper(read):
-    result = read("paper")
-    if result is None:
-        return "Unmeasured: `python benchmarks/paper.py` has not been run."
+@table("paper", "paper", "python benchmarks/paper.py")
+def paper(result):
     named = {"gram": "GRAM", "amount": "figure 5, synthesized pairs", "adaptation": "figure 4"}
     lines = [
         (f"{what}: {row}", spread(figures), figures["seeds"])
@@ -378,11 +334,8 @@ def interval(figure, form="{:.1f}"):
     return f"{value} [{low}, {high}]"
 
 
-@table("policy")
-def policy(read):
-    result = read("policy")
-    if result is None:
-        return "Unmeasured: `python benchmarks/policy.py RUN...` has not been run."
+@table("policy", "policy", "python benchmarks/policy.py RUN...")
+def policy(result):
     lines = []
     for row in result["rows"]:
         gains = [interval(row[name], "{:+.1f}") for name in ("gain", "over scalar")]
@@ -402,15 +355,15 @@ def policy(read):
     return f"{about}\n\n{grid(header, lines)}"
 
 
-@table("policy-best-of-n")
-def policy_best_of_n(read):
-    result = read("policy")
-    if result is None:
-        return "Unmeasured: `python benchmarks/policy.py RUN...` has not been run."
+@table("policy-best-of-n", "policy", "python benchmarks/policy.py RUN...")
+def policy_best_of_n(result):
     sizes = list(result["curves"]["oracle"])
     lines = [(way, *(interval(curve[n]) for n in sizes)) for way, curve in result["curves"].items()]
     about = f"{len(result['seeds'])} seed(s), {result['lists']} held-out questions."
     return f"{about}\n\n{grid(('picked by', *(f'n = {n}' for n in sizes)), lines)}"
+
+
+# ---------------------------------------------------------------------------------- rewriting
 
 
 def rewritten(text, path):

@@ -18,7 +18,6 @@ Left out: tuning. The settings stand in the recipe; README.md lists what was tri
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -36,6 +35,7 @@ from gramr2 import config as settings
 from gramr2 import parallel
 from gramr2.data import Store
 from gramr2.extras.evaluate import is_right
+from gramr2.extras.toyworld import coherent
 from gramr2.files import read_json, write_json, write_rows
 from gramr2.records import Pair
 from gramr2.steps import Books, Exhausted, Reached, Run, read_rows
@@ -154,12 +154,7 @@ class Seed:
             raise SystemExit(f"seed {self.number}: the default command failed")
 
     def settings(self) -> tuple[settings.SelfTrainConfig, dict[str, settings.TrainConfig]]:
-        seed = {"seed": self.number}
-        trains = {
-            kind: settings.resolve(settings.TrainConfig, self.recipe, ["train", *tables], seed)
-            for kind, tables in selftrain.STAGES.items()
-        }
-        return settings.resolve(settings.SelfTrainConfig, self.recipe, ["selftrain"], seed), trains
+        return selftrain.resolved(self.recipe, {"seed": self.number})
 
     def open(self, arm: str, kind: type[Run], changes: dict[str, Any], until: str | None = None) -> Run:
         config, trains = self.settings()
@@ -167,9 +162,9 @@ class Seed:
         plan = {"arm": arm, **asdict(config)} | {name: asdict(each) for name, each in trains.items()}
         torch.set_num_threads(trains["reward"].threads)
         here = parallel.World(0, 1, torch.device("cpu"))
-        books = Books(self.place / _slug(arm), json.loads(json.dumps(plan)), [], here, until)
+        books = Books(self.place / _slug(arm), plan, [], here, until)
         print(f"seed {self.number}, {arm}", file=sys.stderr)
-        return kind(books, config, trains, {"coherence": selftrain.shop_rule})
+        return kind(books, config, trains, {"coherence": coherent})
 
     def loop(self, arm: str, loop: Loop) -> None:
         """The loop of selftrain.py under other settings, with the steps that it shares linked in."""
@@ -278,11 +273,16 @@ def judged(seed: Seed, row: str) -> Path:
     return seed.step(f"test-{_slug(row)}", "single models") / "judged.jsonl"
 
 
+def right(judged: Path) -> np.ndarray:
+    """1 for each pair that was judged right, else 0."""
+    return np.array([is_right(each) for each in read_rows(judged)], dtype=float)
+
+
 def hits(seed: Seed, row: str) -> np.ndarray | None:
     path = judged(seed, row)
     if not (path.parent / "done.json").is_file():
         return None
-    return np.array([is_right(each) for each in read_rows(path)], dtype=float)
+    return right(path)
 
 
 def interval(drawn: np.ndarray) -> list[float]:

@@ -25,6 +25,7 @@ import common
 import selftrain
 from gramr2 import denoise, fit, parallel, prompts, prover, sampler, steps
 from gramr2.config import SelfTrainConfig, TrainConfig
+from gramr2.extras import toyworld
 from gramr2.extras.report import Judged, Run, as_filtered, read_round
 from gramr2.files import InputError, exit_status, publish_file
 from gramr2.judge import RewardModel
@@ -94,7 +95,7 @@ class Walk:
             {field.name for field in dataclasses.fields(TrainConfig)},
         )
         self.training = TrainConfig(**{key: value for key, value in trains.items() if key in known})
-        self.own_rules = {"coherence": selftrain.shop_rule} if run.settings.get("world") else {}
+        self.own_rules = {"coherence": toyworld.coherent} if run.settings.get("world") else {}
 
     def path(self, step: str, name: str) -> Path:
         return self.run.steps[step] / name

@@ -143,6 +143,12 @@ def read_json(path: str | Path) -> Any:
         raise InputError(f"{path}: not JSON ({error.msg}, line {error.lineno})") from None
 
 
+def finished_runs() -> list[Path]:
+    """The self-training runs under runs/ here that have results, the one that finished last first."""
+    results = sorted(Path("runs").glob("*/results.json"), key=lambda path: -path.stat().st_mtime)
+    return [path.parent for path in results]
+
+
 @contextlib.contextmanager
 def said_plainly(place: str | Path) -> Iterator[None]:
     """A disk that is full, or closed to writing, is the user's to mend; `place` is what was written."""

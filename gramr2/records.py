@@ -302,6 +302,11 @@ class Judgment(_Record):
         votes = tuple(Vote.from_json(vote) for vote in row.get("details", ()))
         return super().from_json(row | {"details": votes})
 
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> Judgment:
+        """The judgment in a row of a judged file, without what says which pair it is of, and whose it is."""
+        return cls.from_json({key: row[key] for key in row if key not in ("id", "pair", "judge")})
+
 
 def _reason(label: str | None, votes: Sequence[Vote]) -> str | None:
     """The rationale of the surest vote for the label, in the pair's own order, as stored."""

@@ -88,7 +88,8 @@ class Books:
         """Settings and inputs must be what they were. Other code is allowed, and said."""
         clear(self.root)
         hashes = {str(path): digest(path) for path in inputs}
-        now = {"settings": settings, "inputs": hashes, "code": code_version()}
+        # As plan.json gives it back: a tuple of settings comes as a list.
+        now = json.loads(json.dumps({"settings": settings, "inputs": hashes, "code": code_version()}))
         written = self.root / "plan.json"
         if not written.is_file():
             with said_plainly(self.root):
@@ -318,7 +319,7 @@ class Run:
                 if "error" in row:
                     yield sifted(pair, f"not judged: {row['error']}", {}, {})
                     continue
-                judgment = denoise.only_coherent(pair, judgment_of(row), self.coherence_rules, settings)
+                judgment = denoise.only_coherent(pair, Judgment.from_row(row), self.coherence_rules, settings)
                 sieve = denoise.apply(denoise.LABEL_FILTERS, [(judgment,)], settings)
                 pair = dataclasses.replace(pair, label=judgment.label, rationale=None)
                 # Without a label there is nothing to prove, whatever filters are switched off.
@@ -380,8 +381,3 @@ class Run:
 def sifted(pair: Pair, reason: str | None, alone: dict[str, int], figures: Row) -> Row:
     """A pair that went through the filters: the reason that dropped it (None: kept), and who objected."""
     return {"pair": pair.to_json(), "reason": reason, "alone": alone, "figures": figures}
-
-
-def judgment_of(row: Row) -> Judgment:
-    """A row of a judged file as the record that it was written from."""
-    return Judgment.from_json({name: value for name, value in row.items() if name not in ("id", "pair")})

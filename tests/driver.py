@@ -16,14 +16,13 @@ import json
 import os
 import resource
 import signal
-import socket
 import sys
 import time
-import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import forks
 import torch
 import torch._dynamo  # a step imports it, in every fork anew if it is not here
 
@@ -69,10 +68,7 @@ def patch_steps(job: dict, rank: int) -> None:
     fit.Loop.step = step
 
 
-def child(job: dict, rank: int, port: int) -> int:
-    if job.get("ranks", 1) > 1:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank))
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(job["ranks"]))
+def child(job: dict, rank: int) -> int:
     if "file_limit" in job:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], job["file_limit"]))
@@ -98,19 +94,6 @@ def child(job: dict, rank: int, port: int) -> int:
         return 130
 
 
-def fork(job: dict, rank: int, port: int) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        status = child(job, rank, port)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
-
-
 def lines(path: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
@@ -119,22 +102,15 @@ def run(job: dict) -> dict:
     out = job["out"]
     for name in ("figures", "error"):
         Path(f"{out}.{name}").unlink(missing_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     started = time.monotonic()
-    children = [fork(job, rank, port) for rank in range(job.get("ranks", 1))]
+    children = forks.fork_ranks(lambda rank: child(job, rank), job.get("ranks", 1))
     if "kill_after" in job:
-        time.sleep(job["kill_after"])
-        for pid in children:
-            os.kill(pid, signal.SIGKILL)
+        forks.kill(children, after=job["kill_after"])
     if "stop_at" in job:
         while lines(Path(out) / "metrics.jsonl") < job["stop_at"] and time.monotonic() < started + 60:
             time.sleep(0.002)
-        for pid in children:
-            os.kill(pid, signal.SIGTERM)
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
-    result = {"statuses": statuses, "seconds": time.monotonic() - started}
+        forks.kill(children, signal.SIGTERM)
+    result = {"statuses": forks.exits(children), "seconds": time.monotonic() - started}
     for name in ("figures", "error", "publications"):
         path = Path(f"{out}.{name}")
         text = (path.read_text() if path.exists() else "") or "null"  # a kill may leave it empty

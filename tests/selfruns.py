@@ -11,12 +11,12 @@ import math
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
+
+import forks
 
 ROOT = Path(__file__).parents[1]
 SMALL = """
@@ -142,16 +142,12 @@ def watch_shards(die) -> None:
     steps.claim = claim
 
 
-def child(job: dict, rank: int, port: int) -> int:
+def child(job: dict, rank: int) -> int:
     import selftrain
     from gramr2 import steps
     from gramr2.files import exit_status
 
     os.chdir(job["cwd"])
-    ranks = job.get("ranks", 1)
-    if ranks > 1:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank))
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks))
     for descriptor in (1, 2):
         os.dup2(os.open(f"log.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), descriptor)
     steps.SHARD = job.get("shard", steps.SHARD)
@@ -162,35 +158,15 @@ def child(job: dict, rank: int, port: int) -> int:
     return exit_status(selftrain.main, job["words"])
 
 
-def fork(job: dict, rank: int, port: int) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        status = child(job, rank, port)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
 def run(job: dict) -> dict:
     cwd, ranks = Path(job["cwd"]), job.get("ranks", 1)
     for rank in range(ranks):
         (cwd / f"log.{rank}").unlink(missing_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     started = time.monotonic()
-    children = [fork(job, rank, port) for rank in range(ranks)]
+    children = forks.fork_ranks(lambda rank: child(job, rank), ranks)
     if "kill_after" in job:
-        time.sleep(job["kill_after"])
-        for pid in children:
-            os.kill(pid, signal.SIGKILL)
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+        forks.kill(children, after=job["kill_after"])
+    statuses = forks.exits(children)
     logs = [(cwd / f"log.{rank}").read_text() for rank in range(ranks)]
     return {"statuses": statuses, "seconds": time.monotonic() - started, "logs": logs}
 

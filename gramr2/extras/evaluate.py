@@ -375,7 +375,7 @@ def _read(name: str, row: Row) -> Row:
     if row["pair"].get("label") is None:
         raise InputError("its pair has no label")
     if "error" not in row:
-        Judgment.from_json({key: row[key] for key in row if key not in ("id", "pair", "judge")})
+        Judgment.from_row(row)
     if name == "judgebench" and {vote["order"] for vote in row.get("details", ())} == {"AB"}:
         raise InputError("judged in one order; the benchmark's rule needs both (--bench asks for both)")
     return row

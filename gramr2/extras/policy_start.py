@@ -18,7 +18,7 @@ from gramr2 import fit, parallel
 from gramr2.config import PolicyConfig, TrainConfig, read_recipe, resolve
 from gramr2.data import Store
 from gramr2.extras.policy import Judged, train
-from gramr2.files import InputError, read_json, write_rows
+from gramr2.files import InputError, finished_runs, read_json, write_rows
 from gramr2.judge import RewardModel
 from gramr2.records import Pair
 
@@ -64,8 +64,7 @@ def command(arguments, config: PolicyConfig, sources, make_toy, here: parallel.W
 
 def newest_run(world: dict[str, Any]) -> Path | None:
     """The self-training run under runs/ that finished last; where a world is asked for, one that made it."""
-    finished = sorted(Path("runs").glob("*/results.json"), key=lambda path: -path.stat().st_mtime)
-    for run in (path.parent for path in finished):
+    for run in finished_runs():
         made = next(run.glob("steps/*-world/world.json"), None)
         if not world or (made and world.items() <= read_json(made).items()):
             return run

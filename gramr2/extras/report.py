@@ -265,10 +265,8 @@ def as_filtered(run: Run, row: Row) -> tuple[Pair, Judgment]:
     from gramr2.extras.toyworld import coherent
 
     pair, settings = Pair.from_json(row["pair"]), SelfTrainConfig(without=tuple(run.settings["without"]))
-    judgment = Judgment.from_json({key: row[key] for key in row if key not in ("id", "pair")})
-    in_toy = run.settings.get("world") and pair.question.startswith("price of ")
-    rules = denoise.COHERENCE | ({"coherence": coherent} if in_toy else {})
-    return pair, denoise.only_coherent(pair, judgment, rules, settings)
+    rules = denoise.COHERENCE | ({"coherence": coherent} if run.settings.get("world") else {})
+    return pair, denoise.only_coherent(pair, Judgment.from_row(row), rules, settings)
 
 
 # ---------------------------------------------------------------------------------- the page

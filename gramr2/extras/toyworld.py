@@ -126,8 +126,10 @@ def coherent(pair: Pair, written: str, settings: object = None) -> str | None:
     """The shop's own rule: flags follow from prices, counts from flags, the conclusion from counts.
 
     It reads the pair and the rationale alone and knows no price: a wrong price that is kept to throughout
-    is coherent.
+    is coherent. Of pairs that ask for no prices it has nothing to say.
     """
+    if not pair.question.startswith("price of "):
+        return None
     reading = parse_rationale(show(written)).rationale
     if reading is None:
         return "not in the three parts"
