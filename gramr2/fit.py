@@ -88,8 +88,7 @@ class Curriculum:
 
     def __init__(self, stage: str, config: TrainConfig, data: Sequence[Path], model_dir: Path):
         self.stage, self.config = stage, config
-        make = None if stage == "pretrain" else Pair.from_json
-        self.stores = [Store(path, make) for path in data]
+        self.stores = [Store(path, None if stage == "pretrain" else Pair.from_json) for path in data]
         self.starts = np.cumsum([0, *map(len, self.stores)])
         self.size = min(int(self.starts[-1]), config.limit or int(self.starts[-1]))
         if not self.size:
@@ -329,8 +328,7 @@ class Loop:
             self.at = Progress(**cursor)
             for state in self.optimizer.state.values():
                 state["step"].fill_(self.at.updates)
-        if self.here.first:
-            keep_metrics(self.out / "metrics.jsonl", self.at.step)
+        self.here.on_first(lambda: keep_metrics(self.out / "metrics.jsonl", self.at.step))
 
     def run(
         self, batches: Iterator[list[Row]], bar: tqdm, stop: threading.Event, flops: Flops = None
@@ -393,8 +391,8 @@ class Loop:
             self.give_up(rows)
         at.loss = value if finite else at.loss
         figures = {"loss": value, "norm": norm} if finite else {"loss": None, "norm": None, "skipped": True}
-        figures |= {"lr": learning_rate, "examples": len(rows), "tokens": tokens, "targets": units}
-        return figures | self.more()
+        size = {"examples": len(rows), "tokens": tokens, "targets": units}
+        return figures | {"lr": learning_rate} | size | self.more()
 
     def give_up(self, rows: list[Row]) -> None:
         place = self.out / "bad-batch.jsonl"
@@ -535,8 +533,7 @@ def say(lines: Sequence[str]) -> None:
 
 def identity(stage: str, config: TrainConfig, data: Sequence[Path], model_dir: Path) -> dict[str, str]:
     """What a run computes, field by field; a run is continued only where all of it is the same."""
-    settings = dataclasses.asdict(config).items()
-    fields = {"stage": stage} | {name: str(value) for name, value in settings if name not in FREE}
+    fields = {"stage": stage} | {name: str(value) for name, value in vars(config).items() if name not in FREE}
     fields |= {f"data file {n + 1}": f"{path.name} {digest(path)}" for n, path in enumerate(data)}
     files = sorted(path for path in model_dir.iterdir() if path.is_file() and path.name != "training.json")
     return fields | {f"model's {path.name}": digest(path) for path in files}
@@ -622,10 +619,8 @@ def train(
         curriculum = Curriculum(stage, config, data, model_dir)
         model = read_model_config(stage, config, model_dir, curriculum.tokenizer)
         now = here.on_first(lambda: identity(stage, config, data, model_dir))
-        if (out / "model" / "training.json").exists():
-            record = read_json(out / "model" / "training.json")
-            check_identity(record["run"], now, out)
-            return record["figures"]
+        if (figures := finished(out, now)) is not None:
+            return figures
         plan = make_plan(curriculum, config, here)
         open_run(out, now, here)
         if here.first and progress:
@@ -638,6 +633,15 @@ def train(
         own = {f"{curriculum.template_kind}_prompt.txt": curriculum.template} if curriculum.template else {}
         publish_model(loop, curriculum.tokenizer, model, model_dir, {"run": now, "figures": figures}, own)
         return figures
+
+
+def finished(out: Path, now: dict[str, str]) -> dict[str, Any] | None:
+    """The figures of a run that left its model; None while there is none. Another run's are refused."""
+    if not (out / "model" / "training.json").exists():
+        return None
+    record = read_json(out / "model" / "training.json")
+    check_identity(record["run"], now, out)
+    return record["figures"]
 
 
 def open_run(out: Path, now: dict[str, str], here: parallel.World) -> None:

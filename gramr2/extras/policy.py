@@ -42,7 +42,7 @@ import numpy as np
 from gramr2 import fit, parallel
 from gramr2.config import PolicyConfig
 from gramr2.data import Shard, Store
-from gramr2.files import InputError, read_json
+from gramr2.files import InputError
 from gramr2.judge import RewardModel, preference
 from gramr2.loss import PolicyGradient, Row
 from gramr2.model import Decoder
@@ -227,7 +227,8 @@ class Rollouts:
     def check(self, step: int) -> None:
         if not self.batch:
             raise InputError(f"step {step}: no rollout had finite logits; lower --lr")
-        asked, lost = self.counts()["comparisons"], self.counts()["no verdict"]
+        counts = self.counts()
+        asked, lost = counts["comparisons"], counts["no verdict"]
         if lost > self.config.max_abstained * asked:
             raise InputError(
                 f"step {step}: {lost} of {asked} comparisons have no verdict, more than max_abstained "
@@ -282,11 +283,9 @@ def train(
         tokenizer = Tokenizer.load(model_dir, date=config.date)
         model = fit.read_model_config("policy", config, model_dir, tokenizer)
         files = [*data, *(sorted(Path(judge_dir).glob("*.safetensors")) if judge_dir else ())]
-        now = here.gather(fit.identity("policy", config, files, model_dir) if here.first else None)[0]
-        if (out / "model" / "training.json").exists():
-            record = read_json(out / "model" / "training.json")
-            fit.check_identity(record["run"], now, out)
-            return record["figures"]
+        now = here.on_first(lambda: fit.identity("policy", config, files, model_dir))
+        if (figures := fit.finished(out, now)) is not None:
+            return figures
         prompts = read_prompts(data, tokenizer, config)
         plan, steps = make_plan(config, len(prompts))
         fit.open_run(out, now, here)
@@ -303,9 +302,7 @@ def train(
         rollouts = Rollouts(config, prompts, plan, loop, actor, reward)
         loop.more = rollouts.figures
         loop.restore()
-        if here.first:
-            fit.keep_metrics(rollouts.path, loop.at.step)
-        here.gather(None)  # the others read what is left
+        here.on_first(lambda: fit.keep_metrics(rollouts.path, loop.at.step))  # the others read what is left
         fit.run_loop(loop, rollouts.stream(loop.at.step), "policy", model, progress, stop)
         figures = asdict(loop.at)
         fit.publish_model(loop, tokenizer, model, model_dir, {"run": now, "figures": figures}, {})
