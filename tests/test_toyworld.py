@@ -45,6 +45,20 @@ def test_the_splits_share_prices_and_no_question(world):
                 assert price.setdefault(good, told) == told
 
 
+def test_annotation_tells_nothing_of_new_goods_and_names_all(tmp_path):
+    """Else a judge trained on it could not write a new good's name, or knew its price without the pool."""
+    world = toyworld.make_world(tmp_path, seed=3, settled=80, **SMALL | {"human": 50, "labelled": 100})
+    settled = set(toyworld.good_names(160)[:80])
+    named, disputed = Counter(), {split: set() for split in ("human", "labelled", "unlabelled")}
+    for split, found in disputed.items():
+        for pair in pairs_of(world, split):
+            one, other = (re.findall(r"(\w+) (\d)", text) for text in (pair.response_a, pair.response_b))
+            found |= {good for (good, price), (_, listed) in zip(one, other, strict=True) if price != listed}
+            named.update(goods_of(pair) if split != "unlabelled" else ())
+    assert disputed["human"] | disputed["labelled"] <= settled and len(named) == 160
+    assert disputed["unlabelled"] - settled
+
+
 def test_unlabelled_pairs_carry_neither_label_nor_order(world):
     """The truth stands in its own file, and A is right as often as B."""
     rows = [json.loads(line) for line in (world / "unlabelled.jsonl").read_text().splitlines()]

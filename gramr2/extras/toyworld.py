@@ -3,7 +3,9 @@
 There are some goods, each with one price from 1 to 9, drawn anew for every seed and told by no question.
 A question names a few goods; two clerks answer with price lists. One list is right throughout, the other
 wrong in one place or more. Who knows the price of one disputed good can decide, and the better list then
-teaches the other prices: that is how unlabelled pairs carry knowledge from round to round.
+teaches the other prices: that is how unlabelled pairs carry knowledge from round to round. Some goods are
+new: pairs that were annotated name them, and dispute only the others, so that labels tell nothing of what
+new goods cost. Unlabelled pairs and the test dispute all goods alike.
 
 A rationale goes through the goods: what each costs, what each list says, whether that is right; then it
 counts, then it concludes. The backbone is pre-trained on fragments of these forms with made-up prices: it
@@ -24,18 +26,21 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gramr2.config import resolve, setting
-from gramr2.files import InputError, publish_file, read_json, write_rows
+from gramr2.files import InputError, read_json, write_json, write_rows
 from gramr2.prompts import judge_prompt, label_target, parse_rationale, proof_from_rationale
 from gramr2.records import Pair, mark, show
 
+Prices = dict[str, int]
+Goods = tuple[str, ...]
 SHIPPED = Path(__file__).parent / "toy_backbone"
 SPLITS = ("human", "labelled", "unlabelled", "dev", "test")
 JUDGE_TEMPLATE = "{question}\nResponse A: {response_a}\nResponse B: {response_b}"
@@ -62,6 +67,7 @@ class WorldConfig:
     """Sizes of the world and of its backbone."""
 
     goods: int = setting(160, "goods in the shop")
+    settled: int = setting(160, "goods that annotated pairs dispute; the others are new, and agreed on")
     asked: int = setting(3, "goods that a question names")
     human: int = setting(60, "pairs with a human rationale")
     labelled: int = setting(160, "pairs with a label only")
@@ -81,18 +87,18 @@ def good_names(count: int) -> list[str]:
     return random.Random(7).sample(names, count)
 
 
-def prices_of(seed: int, names: list[str]) -> dict[str, int]:
+def prices_of(seed: int, names: list[str]) -> Prices:
     """The secret of a world. For making it, and for measuring what was learnt of it."""
     rng = random.Random(f"prices {seed}")
     return {name: rng.randint(1, 9) for name in names}
 
 
-def _list(goods: tuple[str, ...], prices: dict[str, int]) -> str:
+def _list(goods: Goods, prices: Prices) -> str:
     return ", ".join(f"{good} {prices[good]}" for good in goods) + "."
 
 
-def _wrong_prices(goods: tuple[str, ...], prices: dict[str, int], rng: random.Random) -> dict[str, int]:
-    """The other clerk's list: wrong in one place or more, in few the likelier."""
+def _wrong_prices(goods: Sequence[str], prices: Prices, rng: random.Random) -> Prices:
+    """The other clerk's list: wrong about one of these goods or more, about few the likelier."""
     places = min(len(goods), rng.choices((1, 2, 3), (0.4, 0.35, 0.25))[0])
     wrong = dict(prices)
     for good in rng.sample(goods, places):
@@ -100,7 +106,7 @@ def _wrong_prices(goods: tuple[str, ...], prices: dict[str, int], rng: random.Ra
     return wrong
 
 
-def rationale(goods: tuple[str, ...], prices: dict[str, int], lists: dict[str, dict[str, int]]) -> str:
+def rationale(goods: Goods, prices: Prices, lists: dict[str, Prices]) -> str:
     """What someone who knows the prices writes about two lists: good by good, the count, the conclusion."""
     counts, lines = {"A": 0, "B": 0}, []
     for good in goods:
@@ -158,11 +164,11 @@ def coherent(pair: Pair, written: str, settings: object = None) -> str | None:
     return None if stated and pair.label in (None, better) else "the conclusion contradicts the count"
 
 
-def make_pair(goods: tuple[str, ...], prices: dict[str, int], rng: random.Random, split: str) -> Pair:
-    """A question with its two lists; the better one stands on either side with equal chance."""
-    label, wrong = rng.choice("AB"), _wrong_prices(goods, prices, rng)
-    right = {good: prices[good] for good in goods}
-    lists = {"A": right, "B": wrong} if label == "A" else {"A": wrong, "B": right}
+def make_pair(goods: Goods, prices: Prices, rng: random.Random, split: str, told: Sequence[str] = ()) -> Pair:
+    """A question with its two lists; the better one is A or B, and they differ about `told` goods alone."""
+    label = rng.choice("AB")
+    wrong = _wrong_prices([good for good in goods if not told or good in told], prices, rng)
+    lists = {"A": prices, "B": wrong} if label == "A" else {"A": wrong, "B": prices}
     return Pair(
         messages=(("user", f"price of {' '.join(goods)}?"),),
         response_a=_list(goods, lists["A"]),
@@ -183,8 +189,7 @@ def _fragments(names: list[str], asked: int, count: int, rng: random.Random) -> 
         goods = tuple(rng.sample(names, asked))
         prices = {good: rng.randint(1, 9) for good in goods}
         pair = make_pair(goods, prices, rng, "human")
-        if rng.random() < 0.5:
-            pair = pair.swapped()  # the statements about B come first then
+        pair = pair.swapped() if rng.random() < 0.5 else pair  # then the statements about B come first
         written = show(pair.rationale)
         proof = show(proof_from_rationale(pair.rationale, pair.label))
         copied, kind = judge_prompt(pair, JUDGE_TEMPLATE), rng.random()
@@ -261,16 +266,20 @@ def make_world(directory: Path, seed: int = 0, **sizes: int) -> Path:
     directory, said = Path(directory), {"seed": seed, **vars(config)}
     about = directory / "world.json"
     if about.is_file():
-        if json.loads(about.read_text()) != said:
+        if read_json(about) != said:
             raise InputError(f"{about}: a world of another seed or size; name another directory")
         return directory
-    rng = random.Random(f"shop {seed}")
-    names = good_names(config.goods)
+    names, rng = good_names(config.goods), random.Random(f"shop {seed}")
     prices = prices_of(seed, names)
     counts = [getattr(config, split) for split in SPLITS]
-    sets = _distinct_sets(names, config.asked, sum(counts), rng)
+    if 3 * sum(counts) > 2 * math.comb(len(names), config.asked):
+        raise InputError(f"world: {len(names)} goods give too few questions for {sum(counts)} pairs")
+    sets = _distinct_sets(names, config.asked, rng)
     for split, count in zip(SPLITS, counts, strict=True):
-        pairs = [make_pair(next(sets), prices, rng, split) for _ in range(count)]
+        # An annotated pair tells the prices that it disputes: the others stand in both lists alike.
+        told = names[: config.settled] if split in ("human", "labelled") else names
+        asked = (goods for goods in sets if set(told) & set(goods))
+        pairs = [make_pair(goods, prices, rng, split, told) for goods in itertools.islice(asked, count)]
         if split == "unlabelled":
             write_rows(directory / "truth.jsonl", ({"id": pair.id, "label": pair.label} for pair in pairs))
             pairs = [Pair.from_json({**pair.to_json(), "label": None}) for pair in pairs]
@@ -279,8 +288,7 @@ def make_world(directory: Path, seed: int = 0, **sizes: int) -> Path:
         shutil.copytree(SHIPPED, directory / "backbone" / "model", dirs_exist_ok=True)
     else:
         write_untrained(directory, seed, **sizes)
-    with publish_file(about) as temporary:  # last: a world without it is made anew
-        temporary.write_text(json.dumps(said))
+    write_json(about, said)  # last: a world without it is made anew
     return directory
 
 
@@ -293,12 +301,12 @@ def is_shipped(config: WorldConfig) -> bool:
     return same and shape == (config.hidden_size, config.layers, config.heads)
 
 
-def _distinct_sets(names: list[str], size: int, count: int, rng: random.Random) -> Iterator[tuple[str, ...]]:
-    """Sets of goods, none twice whatever its order: no question of one split stands in another."""
-    drawn: dict[frozenset[str], tuple[str, ...]] = {}
-    for _ in range(100 * count):
-        goods = tuple(rng.sample(names, size))
-        drawn.setdefault(frozenset(goods), goods)
-        if len(drawn) == count:
-            return iter(drawn.values())
-    raise InputError(f"world: {len(names)} goods give too few questions of {size} for {count} pairs")
+def _distinct_sets(names: list[str], size: int, rng: random.Random) -> Iterator[Goods]:
+    """Sets of goods, every good as often as another, and none twice: splits share no question."""
+    drawn, deck = set(), []
+    while True:
+        deck = deck if len(deck) >= size else rng.sample(names, len(names))
+        goods = tuple(deck.pop() for _ in range(size))
+        if frozenset(goods) not in drawn:
+            drawn.add(frozenset(goods))
+            yield goods
