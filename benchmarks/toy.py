@@ -1,8 +1,8 @@
 """Every arm of the toy study, over seeds: what each part of the algorithm buys, beside its controls.
 
-    python benchmarks/toy.py --seeds 100-109                 one process; several may share the seeds out
-    python benchmarks/toy.py --seeds 100-109 --arms main     the default command's rows alone
-    python benchmarks/toy.py --seeds 100-109 --collect       no runs: the table of what is there
+    python benchmarks/toy.py --seeds 102-111                 one process; several may share the seeds out
+    python benchmarks/toy.py --seeds 102-111 --arms main     the default command's rows alone
+    python benchmarks/toy.py --seeds 102-111 --collect       no runs: the table of what is there
 
 `main` is `python selftrain.py --seed S`, as a user types it. Every other arm starts from the same backbone
 with the same number of optimiser steps and the same schedule, on the same world; what it shares with `main`
@@ -345,7 +345,7 @@ def collect(seeds: Sequence[Seed]) -> dict[str, Any]:
 
 
 def numbers(text: str) -> list[int]:
-    """100-109, or 3,5,8."""
+    """102-111, or 3,5,8."""
     first, dash, last = text.partition("-")
     return list(range(int(first), int(last) + 1)) if dash else [int(each) for each in text.split(",")]
 
@@ -365,7 +365,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     arms = ["main", *LOOPS, "single models"]
-    parser.add_argument("--seeds", type=numbers, default=numbers("100-109"), help="[100-109]")
+    parser.add_argument("--seeds", type=numbers, default=numbers("102-111"), help="[102-111]")
     parser.add_argument("--arms", nargs="+", choices=arms, default=arms, metavar="ARM", help="; ".join(arms))
     parser.add_argument("--recipe", type=Path, default=common.ROOT / "recipes/toy.toml")
     parser.add_argument("--collect", action="store_true", help="only make the table of what is there")
