@@ -154,7 +154,7 @@ class SelfTrainConfig:
     softmax: float = setting(0.0, "mean softmax that it needs (the paper's filter); 0: not used")
     max_words: int = setting(1500, "longest rationale that is kept, in words")
     without: tuple[str, ...] = setting((), f"filters that are switched off, of {', '.join(FILTERS)}")
-    keep_candidates: bool = setting(False, "write down all k proofs of a pair with their scores")
+    keep_candidates: bool = setting(False, "write down all k proofs of every pair, not of a few alone")
     mix_human: bool = setting(False, "every judge also trains on the human rationales, in every arm alike")
     pool: int = setting(0, "unlabelled pairs per round; 0: an equal share of all of them")
     test_votes: int = setting(16, "votes of the row voting@16")

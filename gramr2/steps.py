@@ -45,14 +45,13 @@ from gramr2.records import Judgment, Pair
 Row = dict[str, Any]
 # Proofs of wrong labels that pass every rule, as a share of those of right ones: above it, a warning.
 DECEPTIVE = 0.5
+SHOWN = 4  # pairs of each shard whose k proofs are all written down, for the report to show their ranking
 
 
 def code_version() -> str:
     """A hash of the package's own sources: a run that other code continues says so."""
-    hasher = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        hasher.update(path.read_bytes())
-    return hasher.hexdigest()[:16]
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
 class Reached(Exception):
@@ -235,13 +234,14 @@ class Run:
 
         def prove(rows: list[Row]) -> Iterator[Row]:
             known = [Pair.from_json(row) for row in rows]
-            for pair, proofs in loaded().prove_many(known, self.settings.k, **self.proving):
+            proved = loaded().prove_many(known, self.settings.k, **self.proving)
+            for number, (pair, proofs) in enumerate(proved):
                 chosen = select(proofs)
                 row = {"pair": pair.to_json(), "chosen": chosen and chosen.to_json()}
                 row["rationale"] = chosen and rationale_of(chosen, loaded().opened)
                 failed = (proof.ineligible for proof in proofs if proof.ineligible)
                 row["ineligible"] = Counter(failed if proofs else ["too long to prove"])
-                if self.settings.keep_candidates:
+                if self.settings.keep_candidates or number < SHOWN:
                     row["candidates"] = [proof.to_json() for proof in proofs]
                 yield row
 

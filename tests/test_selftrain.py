@@ -17,7 +17,9 @@ from gramr2 import fit, prompts
 from gramr2.config import TrainConfig
 from gramr2.extras import datasets
 from gramr2.extras.toyworld import SHIPPED, WorldConfig, good_names, make_pair
+from gramr2.judge import SHARD
 from gramr2.records import Pair
+from gramr2.steps import SHOWN
 from gramr2.tokenizer import Tokenizer
 
 KILL = ["--no-baselines"]  # their steps are of the same kinds as the others
@@ -91,6 +93,11 @@ def test_killed_before_and_after_every_publication_it_goes_on_to_the_same_result
     assert len(around) > 80 and around <= set(read_lines(killed))
     assert same_results(whole / "runs/small", tmp_path / "runs/small")
     assert not [*tmp_path.rglob("*.claim"), *tmp_path.rglob(".*.tmp-*")]
+
+
+def test_all_proofs_of_a_few_pairs_are_written_down_for_the_report(whole):
+    kept = ["candidates" in row for row in read(step(whole, "prove-labelled") / "proofs.jsonl")]
+    assert kept[:SHOWN] == [True] * SHOWN and len(kept) > SHOWN and not any(kept[SHOWN:SHARD])
 
 
 def test_killed_at_five_moments_it_goes_on_to_the_same_results(forks, small, whole, tmp_path):
