@@ -280,7 +280,8 @@ def readable(pair: Pair, judgment: dict[str, Any]) -> str:
     if pair.response_a == pair.response_b:
         lines = ["No preference: the two responses are identical."]
     elif label is None:
-        lines = ["No verdict: none of the answers could be read."]
+        why = "the votes are tied" if votes["A"] + votes["B"] else "none of the answers could be read"
+        lines = [f"No verdict: {why if sum(votes.values()) else 'the two scores are equal'}."]
     elif judgment["orders_agree"] is False:
         lines = [f"Leaning to {label}, but the verdict changes with the order: no clear preference."]
     else:

@@ -96,7 +96,7 @@ STAGES_OF_A_ROUND = ("judged", "agreed", "confident", "wellformed", "kept")
 
 
 class Table:
-    """results.json, made as the run goes; the truth of unlabelled pairs is opened here alone."""
+    """What results.json will say, gathered as the run goes. It and the report alone open the hidden truth."""
 
     ORDER = ("backbone", "discriminative", "generative", "initial", "round", "labelled", "fine", "voting")
 
@@ -196,7 +196,7 @@ def named_sources(arguments: argparse.Namespace) -> settings.Sources | None:
     if is_toy and not given:
         return None
     tables = [] if is_toy else ["models", "data"]
-    if is_toy:  # its words in another shop, or another world made of its words
+    if is_toy:  # pairs of your own beside the toy's recipe keep to the shipped backbone's words
         from gramr2.extras.toyworld import SHIPPED
 
         given["backbone"] = str(SHIPPED)
@@ -233,7 +233,8 @@ def toy_world(books, recipe: dict, config: settings.SelfTrainConfig, trains: dic
 def dealt(books, config, sources: settings.Sources) -> World:
     """One file of each kind, and the unlabelled pairs dealt into a batch for each round, none of them twice.
 
-    A pair of the test is taken out wherever else it stands; an unlabelled one also where it is labelled.
+    A pair of the test is taken out wherever else it stands. Unlabelled pairs that stand among the human or
+    the labelled ones, or came before, are left out.
     """
     from gramr2.prompts import verdict_ids
     from gramr2.tokenizer import Tokenizer
@@ -341,6 +342,7 @@ def main(argv: Sequence[str]) -> int:
     sources, recipe = named_sources(arguments), settings.read_recipe(arguments.recipe)
     plan = {"recipe": arguments.recipe.stem, **asdict(config)}
     plan |= {"from": asdict(sources)} if sources else {"world": recipe["world"]}
+    plan["coherence"] = "the shop's" if "world" in recipe else "of plain text"
     plan |= {f"train {stage}": asdict(each) for stage, each in trains.items()}
     root = Path("runs") / (arguments.name or arguments.recipe.stem)
     if arguments.dry_run:
@@ -359,7 +361,7 @@ def main(argv: Sequence[str]) -> int:
         books = Books(root, plan, files, here, arguments.until)
         if arguments.start:
             here.on_first(lambda: books.forget(arguments.start))
-        run = Run(books, config, trains, {"coherence": coherent} if "world" in recipe else {})
+        run = Run(books, config, trains, {"coherence": coherent} if plan["coherence"] == "the shop's" else {})
         try:
             world = dealt(books, config, sources) if sources else toy_world(books, recipe, config, trains)
             go(run, world)

@@ -97,7 +97,10 @@ def named(sources: settings.Sources, field: str, flag: str):
 
 
 def make_toy(world: dict, sources: settings.Sources, arguments: argparse.Namespace, here) -> None:
-    """The toy's world and its backbone, where they are not there yet. `--model` is filled in for pretrain."""
+    """The toy's world and its backbone, where they are not there yet.
+
+    `--model` is filled in for pretrain, and for a dry run that would make the backbone.
+    """
     from gramr2 import fit
     from gramr2.extras import toyworld
 

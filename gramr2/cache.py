@@ -1,12 +1,12 @@
-"""Blocks of the key/value cache: who holds which, what is shared, what may be written. No torch, no ids kept.
+"""Blocks of the key/value cache: who holds which, what is shared, what may be written. No torch.
 
 The cache is a pool of equal blocks of a few tokens each. A sequence holds a `Table`: its blocks in order
 and how many tokens of them are filled. Blocks are counted, not owned: the samples of one prompt begin as
 forks of the prompt's table, which copies nothing. A table that grows into a block that somebody else holds
 too takes a fresh one first and asks for the content to be copied (copy on write), so a shared block is never
-written. Full blocks may be given a name, their tokens and the name of what stands before them; another
-prompt that begins alike finds them under it. A named block that nobody holds keeps its content until its
-place is needed, longest unused first.
+written. Full blocks may be given a name, a number that stands for their tokens and all that stands before
+them; another prompt that begins alike finds them by it. A named block that nobody holds keeps its content
+until its place is needed, longest unused first.
 
 It is bookkeeping only: the sampler owns the tensors, does the copies, and decides who has to give way when
 blocks run out. It leaves out: swapping to another memory, and sharing between calls (weights may change).

@@ -5,8 +5,9 @@ every field of a dataclass its `--field-name`, with the help text that stands be
 are for the toy that a laptop trains; the recipes hold the published sizes. The paper publishes hardly any
 setting of training: every value here is a choice of ours.
 
-A recipe's tables: [train] and, over it, [train.STAGE]; [selftrain]; [world], the toy world's sizes;
-[models], where the backbone and the prover's base stand; [data], the files of each kind.
+A recipe's tables: [train] and, over it, [train.STAGE] ([train.finetune] is the loop's last training);
+[selftrain]; [world], the toy world's sizes; [models], where the backbone and the prover's base stand;
+[data], the files of each kind.
 
 It leaves out: environment variables, and settings that change while a run is going.
 """
@@ -41,7 +42,7 @@ def setting(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training stage. What the objective is, is the stage's; what is here holds for all of them."""
+    """One training stage. The objective is the stage's; what is here holds for all, or names its stage."""
 
     batch_size: int = setting(16, "examples per optimizer step, over all ranks together")
     epochs: float = setting(1.0, "how often each example is seen; a fraction is allowed")
@@ -125,7 +126,7 @@ class PolicyConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class Sources:
-    """Where a recipe's models and data stand; an empty one has to be named on the command line."""
+    """Where a recipe's models and data stand. What is empty, and needed, is asked for by name."""
 
     backbone: str = setting("", "model that every judge begins from")
     prover: str = setting("", "model that the prover begins from; empty: the backbone")
@@ -240,7 +241,7 @@ def _coerce(value: Any, kind: Any, where: str) -> Any:
 
 def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
     """A flag for each field; a flag that is not given leaves no trace, so that the recipe holds."""
-    group = parser.add_argument_group("settings (each may stand in the recipe)")
+    group = parser.add_argument_group("settings (each may stand in the recipe; --no-NAME sets a switch off)")
     kinds = typing.get_type_hints(cls)
     for each in dataclasses.fields(cls):
         flag, kind = "--" + each.name.replace("_", "-"), kinds[each.name]

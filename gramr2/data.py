@@ -113,7 +113,7 @@ class Store:
 
 
 class Shard:
-    """Appends rows to a JSONL file. A row that a kill cut is dropped, and said, when it is opened again."""
+    """Appends rows to a JSONL file. A row that a kill cut is dropped, with a warning, on the next opening."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)

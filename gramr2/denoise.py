@@ -15,7 +15,7 @@ and what it says plainly about which response is better must agree with its labe
 to the votes' own rationales. A world that can check more (the toy's lists) brings a rule of its own under
 the name `coherence`.
 
-It leaves out: how a judgment or a rationale comes about, and balancing, which is `balance` at the end.
+It leaves out: how a judgment or a rationale comes about. `balance` at the end drops nothing: it turns pairs.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def structure(pair: Pair, rationale: str, settings: SelfTrainConfig) -> str | No
 
 
 def _argument_and_conclusion(rationale: str) -> tuple[str, str]:
-    """What stands before the conclusion, and the conclusion; all of it is both where they cannot be told."""
+    """What stands before the conclusion, and the conclusion; the whole text twice where it has no parts."""
     shown = show(rationale)
     reading = prompts.parse_rationale(shown).rationale
     return (f"{reading.feedback}\n{reading.comparison}", reading.conclusion) if reading else (shown, shown)
@@ -115,7 +115,7 @@ def states_other(pair: Pair, rationale: str, settings: SelfTrainConfig) -> str |
 
 
 def mentions(pair: Pair, rationale: str, settings: SelfTrainConfig) -> str | None:
-    """Before it concludes: a letter alone, with general remarks in front of it, is no argument."""
+    """What stands before the conclusion names a response: general remarks and a letter are no argument."""
     argument, _ = _argument_and_conclusion(rationale)
     return None if _named(argument) else "talks of neither response"
 
@@ -209,7 +209,7 @@ def apply(filters: dict[str, Callable], items: Iterable[tuple], settings: SelfTr
 
 
 def balance(pairs: Iterable[Pair]) -> Iterator[Pair]:
-    """As many A as B, within one: pairs whose rationale allows it are turned, every other one."""
+    """As many A as B, within one where rationales allow it: a pair whose label is ahead is turned."""
     lead = 0
     for pair in pairs:
         if lead * (1 if pair.label == "A" else -1) > 0 and pair.swappable:

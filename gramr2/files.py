@@ -3,7 +3,8 @@
 What it holds: `InputError` (bad input, said in one line; the commands turn it into exit status 2), and
 the two ways in which anything is published: a file, and a directory. Both are written under a temporary
 name beside their place and renamed into it, so that a reader, or a run that was killed, never meets
-half of one. Temporary names begin with a dot and hold ".tmp-"; nothing ever reads them.
+half of one. Temporary names begin with a dot and hold ".tmp-" (a link about to be swapped in is
+".NAME.link"); nothing ever reads them.
 
 What it leaves out: locking. A path has one writer.
 """
@@ -88,10 +89,10 @@ def publish_directory(target: str | Path) -> Iterator[Path]:
 
 
 def _replace_directory(fresh: Path, target: Path) -> None:
-    numbers = (path.name.rpartition(".v")[2] for path in target.parent.glob(f"{target.name}.v*"))
-    newest = max((int(number) for number in numbers if number.isdigit()), default=1)
-    versioned = target.with_name(f"{target.name}.v{newest + 1}")
-    previous = target.resolve()
+    """A new version beside the old ones, and a link to it; then the old ones go, a killed write's too."""
+    old = [path for path in target.parent.glob(f"{target.name}.v*") if path.suffix[2:].isdigit()]
+    newest = max((int(path.suffix[2:]) for path in old), default=0)
+    previous, versioned = (target.with_name(f"{target.name}.v{newest + more}") for more in (1, 2))
     os.rename(fresh, versioned)
     link = _temporary(target).with_suffix(".link")
     link.unlink(missing_ok=True)
@@ -99,10 +100,10 @@ def _replace_directory(fresh: Path, target: Path) -> None:
     if not target.is_symlink():
         # A plain directory cannot be replaced by a link in one step on every file system. It happens
         # once in a path's life, and between these two renames both versions are whole on disk.
-        previous = target.with_name(f"{target.name}.v1")
         os.rename(target, previous)
     os.replace(link, target)
-    shutil.rmtree(previous, ignore_errors=True)
+    for path in (*old, previous):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -120,7 +121,7 @@ def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> Path:
 
 
 def digest(path: str | Path) -> str:
-    """The content of a file as 16 hexadecimal digits."""
+    """A hash of a file's content, as 16 hexadecimal digits."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 

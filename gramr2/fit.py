@@ -1,4 +1,4 @@
-"""The one training loop. Every stage of the paper is this file with another target (STAGES).
+"""The one training loop. Every stage of the paper is this file with another target (config.STAGES).
 
 `train` reads pairs, turns each into token ids (`Curriculum`), fixes every step's global set of examples
 before it is split, deals it into packs over the ranks, and leaves a Hugging Face directory. What the stages
@@ -10,10 +10,11 @@ share is everything but the target, so that comparing two trained models compare
     discriminative  BT   the two responses' scores
     pretrain             text, or responses given prompts
 
-Nothing draws from a generator while training: order, placement and what is hidden are functions of (seed,
-epoch, row), so the number of the step is the whole of the cursor, and a resumed run repeats the bits of an
-uninterrupted one on the CPU. A run lives in its directory: resume/run.json says what it trains on,
-resume/step-N/ are its states, model/ appears last and at once, with the figures in model/training.json.
+No generator's state is carried from step to step: order, placement and what is hidden are functions of (seed,
+epoch, row), so the number of the step says all about where a run stands in its data, and a resumed run
+repeats the bits of an uninterrupted one on the CPU. A run lives in its directory: resume/run.json says what
+it trains on, resume/step-N/ are its states, metrics.jsonl has a row per step, model/ appears last and at
+once, with the figures in model/training.json.
 
 It leaves out: evaluation, and the policy's own sampling (extras/policy.py, which is a stream of global
 batches for the same `Loop`).
@@ -177,7 +178,7 @@ class Curriculum:
         return Row(tuple(Example(tuple(ids), len(ids)) for ids in both), margin=abs(margin))
 
     def _text(self, row: dict[str, Any]) -> Example:
-        """{"text"}: every token is a target. A response given a prompt: the response's are."""
+        """{"text"}: every token but the first is a target. A response given a prompt: the response's are."""
         if isinstance(row.get("text"), str):
             ids = [*self.tokenizer.encode_document(row["text"]), *self.tokenizer.stop_ids[:1]]
             return Example(tuple(ids), 1)
@@ -429,7 +430,7 @@ def scheduled(step: int, steps: int, config: TrainConfig) -> float:
 
 
 def keep_metrics(path: Path, steps: int) -> None:
-    """Rows of steps that a killed run had taken after its last resume point will be written again."""
+    """Drops the rows of steps after the last resume point: a resumed run takes, and writes, them again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -645,7 +646,7 @@ def finished(out: Path, now: dict[str, str]) -> dict[str, Any] | None:
 
 
 def open_run(out: Path, now: dict[str, str], here: parallel.World) -> None:
-    """Writes down what the run is, or holds what is there to it. A run without a state yet is made anew."""
+    """Writes down what the run is, or checks that it is what stands there. Without a state it begins anew."""
     record = out / "resume" / "run.json"
     begun = any(record.parent.glob("step-*")) and record.exists()
     here.on_first(lambda: check_identity(read_json(record), now, out) if begun else write_json(record, now))

@@ -48,10 +48,13 @@ CALIBRATION = "calibration.json"  # in the model directory
 
 
 class Format(NamedTuple):
-    """A kind of judge: its canonical verdicts for A and for B, and how any of its verdicts begins."""
+    """A kind of judge: its canonical verdicts for A and for B, and how verdicts that it reads may begin.
+
+    No verdicts (None): it scores each response by itself.
+    """
 
     endings: tuple[str, str] | None
-    opening: str
+    openings: tuple[str, ...]
     reading: str  # how verdict and probability are read, in words
 
 
@@ -62,14 +65,14 @@ _THINK = (prompts.label_target("A"), prompts.label_target("B"))
 _R1 = ("<answer>[[A]]</answer>", "<answer>[[B]]</answer>")
 _BOXES = (r"\boxed{Assistant 1}", r"\boxed{Assistant 2}")
 FORMATS = {
-    "think": Format(_THINK, "<answer>", f"GRAM-R²: <answer>A</answer> after the thinking; {_P}"),
-    "label": Format(("A", "B"), "", f"GRAM: the likelier letter, asked in both orders; {_P1}"),
-    "brackets": Format(("[[A]]", "[[B]]"), "[[", f"an instruct model as a judge: the last [[A]]; {_P}"),
-    "rm-r1": Format(_R1, "<answer>", f"RM-R1: {_R1[0]}; {_P}"),
-    "boxed": Format(_BOXES, r"\boxed{", f"RRM: the last {_BOXES[0]}; {_P}"),
-    "arena": Format(("[[A>B]]", "[[B>A]]"), "[[", f"Arena: the last [[A>B]] or [[A>>B]]; {_P}"),
-    "scalar": Format(None, "", f"a discriminative model: the response with the higher scalar; {_BT}"),
-    "logit": Format(None, "", f"Nemotron-Reward: the higher logit of id 0 where an answer begins; {_BT}"),
+    "think": Format(_THINK, ("<answer>",), f"GRAM-R²: <answer>A</answer> after the thinking; {_P}"),
+    "label": Format(("A", "B"), (), f"GRAM: the likelier letter, asked in both orders; {_P1}"),
+    "brackets": Format(("[[A]]", "[[B]]"), ("[[",), f"an instruct model as a judge: the last [[A]]; {_P}"),
+    "rm-r1": Format(_R1, ("<answer>",), f"RM-R1: {_R1[0]}; {_P}"),
+    "boxed": Format(_BOXES, (r"\boxed{",), f"RRM: the last {_BOXES[0]}; {_P}"),
+    "arena": Format(("[[A>B]]", "[[B>A]]"), ("[[", r"\boxed{"), f"Arena: the last [[A>B]] or [[A>>B]]; {_P}"),
+    "scalar": Format(None, (), f"a discriminative model: the response with the higher scalar; {_BT}"),
+    "logit": Format(None, (), f"Nemotron-Reward: the higher logit of id 0 where an answer begins; {_BT}"),
 }
 
 
@@ -92,6 +95,7 @@ class RewardModel:
         if self.endings:
             a, b = map(tokenizer.encode, self.endings)
             differ = next(i for i, (one, two) in enumerate(zip(a, b, strict=False)) if one != two)
+            # The ids that tell the two verdicts apart, and the text that stands before them.
             self.letters, self.head = (a[differ], b[differ]), tokenizer.decode(a[:differ])
             self.opened = tokenizer.opened_thinking([{"role": "user", "content": ""}])
 
@@ -241,7 +245,7 @@ class RewardModel:
 
         A pass of its own: what else is judged beside it must not change its last bits.
         """
-        start = text[: text.rfind(FORMATS[self.format].opening)]
+        start = text[: max(map(text.rfind, FORMATS[self.format].openings))]
         endings = [self.tokenizer.encode(start + ending) for ending in self.endings]
         differ = next(i for i, (a, b) in enumerate(zip(*endings, strict=False)) if a != b)
         if len(prompt_ids) + differ >= self.model.config.max_positions:
@@ -480,7 +484,10 @@ class Contest:
 
 
 def preference(judgment: Judgment | InputError) -> float:
-    """p that A is better: also where the orders disagree, which `p_a` reads as 0.5; 0.5 after a failure."""
+    """p that A is better: a number also where the orders disagree and `p_a` is 0.5; 0.5 after a failure.
+
+    It is made from the votes, where there are any, and a calibration does not enter.
+    """
     if isinstance(judgment, InputError):
         return UNDECIDED
     by_order = [

@@ -46,9 +46,8 @@ class Row:
     @property
     def units(self) -> int:
         """What the loss is averaged over: target tokens; a pair of scores counts once."""
-        if len(self.sequences) == 2:
-            return 1
-        return len(self.sequences[0].ids) - self.sequences[0].start
+        first = self.sequences[0]
+        return 1 if len(self.sequences) == 2 else len(first.ids) - first.start
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def clipped_loss(logp_N: Tensor, old_N: Tensor, advantages_N: Tensor, clip: floa
 def k3(logp_N: Tensor, reference_N: Tensor) -> Tensor:
     """The estimator k3 of KL(policy || reference): q - log q - 1 with q = p_reference / p of a drawn token.
 
-    Its mean over the policy's tokens is the divergence, and it is never negative, which the plain - log q is.
+    Its mean over the policy's tokens is the divergence, and unlike the plain - log q it is never negative.
     Where the two models agree, value and gradient are 0 for every token and not only on average, so that a
     reward which says nothing moves nothing. Differentiated as it stands it pulls along the gradient of
     KL(reference || policy), whose minimum is the same.
@@ -177,7 +176,7 @@ class PolicyGradient:
     """Clipped policy gradient with a pull to the reference model, which reads the same pack beside it.
 
     (In the same pack, because another packing rounds differently: at the start the divergence is exactly 0.)
-    `seen` sums over the packs since it was last emptied: k3, tokens whose ratio was clipped, tokens.
+    `seen` sums over this rank's packs since it was last emptied: k3, tokens beyond the clip, tokens.
     """
 
     def __init__(self, reference: Decoder, clip: float, kl: float):

@@ -81,7 +81,7 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
 
 
 def rope_tables(config: ModelConfig, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [T, 1, K] for each token, in fp32 until the last step; the first sines are negative."""
+    """Cosine and sine [T, 1, K] for each token, in fp32 to the last step; half of the sines with a minus."""
     angles = positions_T.float()[:, None] * rope_frequencies(config, positions_T.device)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1)[:, None].to(dtype), torch.cat((-sin, sin), dim=-1)[:, None].to(dtype)

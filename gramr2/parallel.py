@@ -2,9 +2,9 @@
 
 `world` makes, or joins, the process group and says where this rank stands. `shard` puts a meta-device model
 on its ranks: each block is a group of parameters, the root is another; weights are fp32, computing is bf16
-or fp32, gradients are reduced in fp32. `fill` reads
-a checkpoint tensor by tensor, and each rank keeps its own part. `ResumePoints` writes and reads the state
-of a run with torch.distributed.checkpoint, which may resume on another number of ranks.
+or fp32, gradients are reduced in fp32. `fill` reads a checkpoint tensor by tensor, and each rank keeps its
+own part. `ResumePoints` writes and reads the state of a run with torch.distributed.checkpoint, so that it
+may be resumed on another number of ranks.
 
 One CPU process is the same code without the wrapping: there is nothing to shard and nothing to cast.
 

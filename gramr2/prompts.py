@@ -10,7 +10,7 @@ The wording is this project's own: the paper publishes a judge prompt with its c
 prover. A published checkpoint wants its own prompt byte for byte, so a template travels with the checkpoint
 (`template_for`). A template is plain text in which {question}, {response_a}, {response_b} and, for a prover,
 {label} stand for the data (or, as published, {user_input}, {response_1}, {response_2}); any other brace is
-itself. Everything is filled in in one pass, so data may contain a placeholder's name.
+itself. All are filled in one pass, so data may contain a placeholder's name.
 
 What it leaves out: the chat template around a prompt (tokenizer.py); rules on what a rationale says
 (denoise.py).
@@ -246,9 +246,8 @@ def _after_thinking(text: str, opened: bool) -> str | None:
     """
     _, closed, after = text.rpartition("</think>")
     thinking, answer = text.find("<think>"), text.find("<answer>")
-    if not closed and (opened or (thinking >= 0 and (answer < 0 or thinking < answer))):
-        return None
-    return after
+    cut = not closed and (opened or (thinking >= 0 and (answer < 0 or thinking < answer)))
+    return None if cut else after
 
 
 def _read_answer(text: str, opened: bool, pattern: str) -> Verdict:
@@ -355,7 +354,7 @@ _TAGS = re.compile(r"</?(?:think|answer)>")
 
 
 def _split(text: str, frame: dict[str, re.Pattern]) -> tuple[list[re.Match], list[str], str]:
-    """→ (heads, parts, the reason why there are none): every head once, in order, no part empty."""
+    """→ (heads, parts, what is wrong or ""): every head once, in order, no part empty."""
     heads = []
     for name, head in frame.items():
         found = list(head.finditer(text))
@@ -410,8 +409,7 @@ def proof_from_rationale(rationale: Rationale | str, label: str) -> str:
     if reading.rationale is None:
         raise InputError(f"not a well-formed rationale: {reading.reason}")
     z = reading.rationale
-    apart = _FEEDBACK.fullmatch(z.feedback)
-    if apart:
+    if apart := _FEEDBACK.fullmatch(z.feedback):
         feedback = f"First, Response {apart[1]}. {apart[2]}\n\nSecond, Response {apart[3]}. {apart[4]}"
     else:
         feedback = f"The responses in turn: {z.feedback}"

@@ -16,8 +16,8 @@ from 0). The paper leaves open what exactly is scored; here:
 - unfinished and malformed proofs, and those that justify the other label, are not eligible.
 
 Scores rank the proofs of one pair. They are not compared across pairs. Other ways to pick a proof stand
-beside equation (5) for comparison (`SCORES`); everything that tells them apart is `condition` and
-that table.
+beside equation (5) for comparison (`SCORES`); what tells them apart is `condition` and that table, and in
+`with_score` what equation (5) alone cannot divide by.
 
 `label_coherence` asks a prover for the wrong label too. One that reasons gives itself away there, one that
 praises whatever it is told to does not, and both look alike on right labels.
@@ -109,7 +109,7 @@ class Prover:
         return self.tokenizer.chat([{"role": "user", "content": content}])
 
     def _read(self, pair: Pair, sample: Sample) -> Proof:
-        """One sampled proof with the numerator, which the sampler has already summed up token by token."""
+        """One sampled proof with the numerator: the sum of the log-probs that came with its tokens."""
         text = self.tokenizer.decode(sample.ids)
         reading = prompts.rationale_from_proof(text, self.opened)
         reason = None
@@ -129,7 +129,7 @@ class Prover:
         return self.blank
 
     def score(self, asked: Sequence[tuple[Pair, Proof]], select_by: str = "equation-5") -> list[Proof]:
-        """The score of each eligible proof; one packed pass gives every second term."""
+        """Every proof, the eligible ones with a score. All second terms come from one packed call."""
         rows = [(self.condition(pair, select_by), proof.ids) for pair, proof in asked if not proof.ineligible]
         tails = logprobs(self.model, [[*front, *ids] for front, ids in rows])
         sums = (float(tail[-len(ids) :].double().sum()) for tail, (_, ids) in zip(tails, rows, strict=True))

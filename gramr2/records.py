@@ -1,8 +1,8 @@
 """The records that pass between the parts: what a pair, a vote, a judgment, a proof and an example are.
 
-Frozen dataclasses, JSON both ways, no behaviour beyond that except *slots*, the way in which a rationale
-names the two responses. The paper's s = [c, x, y_a, y_b] holds x (`messages`) and the two responses; l is
-`label`; z is `rationale`.
+Frozen dataclasses, JSON both ways, and no behaviour beyond that but for two things: what votes come to
+(`Judgment.from_votes`), and *slots*, the way in which a rationale names the two responses. The paper's
+s = [c, x, y_a, y_b] holds x (`messages`) and the two responses; l is `label`; z is `rationale`.
 
 Slots. A rationale says "Response A" and "Response B". So that a pair can be swapped together with its
 rationale, these letters are marked when a text enters (`mark`) and shown when a model is to read them
@@ -33,7 +33,7 @@ UNDECIDED = 0.5
 
 _LETTER = {"1": "A", "2": "B", "A": "A", "B": "B"}
 _CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`)", re.DOTALL)
-# "Response 1", "@Response 2", "response A", "@response1", and what a second name is joined to the first with.
+# "Response 1", "@Response 2", "response A", "@response1"; and a second name with what joins it to the first.
 _MENTION = re.compile(
     r"(?:@?\b(?P<word>[Rr]esponses?|RESPONSES?)[ \u00a0]+#?|@[Rr]esponse)(?P<one>[12AB])(?![\w]|[.,]\d)"
     r"(?:(?P<join>(?:,? (?:and|or|vs\.?|versus|&) |/)@?)(?P<two>[12AB])(?![\w]|[.,]\d))?"
@@ -263,7 +263,7 @@ class Judgment(_Record):
     """What the votes on one pair come to."""
 
     label: str | None
-    p_a: float  # 0.5 where every vote abstained
+    p_a: float  # 0.5 where every vote abstained, and where the two orders disagree
     votes: dict[str, int] = field(hash=False)  # {"A": n, "B": n, "none": n}
     abstained: int = 0
     rationale: str | None = None  # of a vote for the label, in the stored form and the pair's order
@@ -272,7 +272,10 @@ class Judgment(_Record):
 
     @classmethod
     def from_votes(cls, votes: Sequence[Vote]) -> Judgment:
-        """p_a is the mean of the orders' means; majorities that change with the order make it 0.5."""
+        """p_a is the mean of the orders' means; 0.5 where the orders' majorities are not the same letter.
+
+        The label is the side of 0.5 on which that mean lies, also where the orders disagree.
+        """
         means, majorities = {}, {}
         for order in dict.fromkeys(vote.order for vote in votes):
             labels = [vote.label for vote in votes if vote.order == order]
@@ -314,10 +317,8 @@ def _reason(label: str | None, votes: Sequence[Vote]) -> str | None:
     given = [vote for vote in votes if vote.label == label and vote.p_a is not None and vote.thinking]
     for vote in sorted(given, key=lambda vote: -sign * vote.p_a):
         written = mark(vote.thinking)
-        if vote.order == "AB":
-            return written
-        if not unmarked(written):
-            return swap(written)
+        if vote.order == "AB" or not unmarked(written):
+            return written if vote.order == "AB" else swap(written)
     return None
 
 
@@ -328,7 +329,7 @@ class Proof(_Record):
     pair_id: str
     text: str
     logp_given: float  # log π(ẑ | s, l): the numerator
-    logp_blank: float | None = None  # log π(ẑ) in an empty frame: the denominator; None: not scored
+    logp_blank: float | None = None  # log π(ẑ) in an empty frame: the denominator; None: not taken
     score: float | None = None  # what proofs are chosen by, higher is better; None: not eligible
     finish: str = "stop"
     ineligible: str | None = None  # the reason, or None

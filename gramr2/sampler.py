@@ -13,14 +13,15 @@ in cuts from the start (`_Prompt.split`), everything behind them in cuts from th
 is computed in a chunk, alone, or again after its blocks were lost, makes no difference.
 
 Prompts are computed up to their last token but one. The last is every sample's first decode row, so that
-logits come from decode steps only. On CUDA those are graphs per batch size, and the host works one step
-behind the device: what a sample computes after its end is dropped.
+logits come from decode steps only. On CUDA with Triton those are graphs per batch size, and the host works
+one step behind the device: what a sample computes after its end is dropped.
 
 It leaves out: beam search, penalties, a cache that outlives a call (weights change between calls),
 several devices (each rank samples its own shard).
 
 Shapes: R rows of a decode step, T tokens, D width, V vocabulary, W watched ids, H query heads, G key/value
-heads, K head size, N pages, P tokens of a page, I items, J queries of an item, M pages of an item.
+heads, K head size, N pages, P tokens of a page, I items, J queries of an item, M pages of an item, L layers,
+S slots (of `writes_S`: places written to), C columns of what `choose` gives.
 """
 
 from __future__ import annotations
@@ -62,12 +63,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Limits:
-    """How much runs at once. None: a default for the device. No result depends on any of it on the CPU."""
+    """How much runs at once. None: a default for the device.
+
+    On the CPU no result depends on any of it but block_size, which says where `_Prompt.split` cuts.
+    """
 
     cache_bytes: int | None = None  # on the CPU 1 GiB, or more where one request alone needs more
     block_size: int | None = None  # tokens of a page: 16 on the CPU, 64 on CUDA; divides 128
     running: int = 256  # samples decoded together
-    token_budget: int | None = None  # tokens of a step, prompts' chunks and decode rows: 1024 or 8192
+    token_budget: int | None = None  # of a step, prompts' chunks and decode rows: 1024, on CUDA 8192
     share_prefix: bool = True  # False reads a shared prefix once per sample; for measuring what it buys
 
     def for_device(self, device: torch.device) -> Limits:
@@ -161,7 +165,7 @@ class _Step:
 
 
 class Scheduler:
-    """Decides what runs. Knows blocks, positions and slots; knows neither ids' values nor tensors."""
+    """Decides what runs. Knows blocks, positions and slots; looks at no id's value, and holds no tensor."""
 
     def __init__(
         self, prompts: Iterator[_Prompt], pool: BlockPool, limits: Limits, settle: Callable[[], None]
@@ -187,6 +191,7 @@ class Scheduler:
         return bool(self.next_prompt or self.waiting or self.filling or self.sources or self.running)
 
     def plan(self) -> _Step:
+        """The next step: those that run come first, then prompts in chunks, as far as the budget goes."""
         step = _Step()
         self._grow(step)
         budget = self.limits.token_budget - len(self._active())
@@ -239,6 +244,7 @@ class Scheduler:
                 self.version += 1
 
     def _preempt(self, sequence: _Sequence) -> None:
+        """Takes its blocks away. What it has written is kept, and computed again when it is admitted."""
         if sequence.slot >= 0:
             self._leave(sequence)
         else:
@@ -587,7 +593,7 @@ class _Graphs:
 
 
 def _bucket(rows: int) -> int:
-    """The batch size that a graph is made for: few graphs, and at most a quarter of a batch is padding."""
+    """The batch size that a graph is made for: few graphs, and less than a third of a batch is padding."""
     step = max(1, 1 << (rows - 1).bit_length() >> 2)
     return -(-rows // step) * step
 
@@ -664,7 +670,8 @@ def generate_iter(
     max_new_tokens: one number, one per prompt, or one list per prompt with one per sample. stop_ids: None
     takes the checkpoint's own. stop_texts are searched in what `tokenizer.decode` makes of the last tokens,
     and may span several. keys: one string per prompt, which names it to the noise; the default is a hash of
-    its ids and of how often they came before. Everything is checked before anything is generated.
+    its ids and of how often they came before. limits: how much runs at once. Everything is checked before
+    anything is generated.
     """
     device, vocabulary = model.head_weight.device, model.config.vocab_size
     limits = (limits or Limits()).for_device(device)

@@ -6,11 +6,11 @@ it left). A step that is closed is never done again; one that is not goes on fro
 same command after a kill therefore goes on, and ends with the same results; other settings under the same
 name are refused, field by field.
 
-`Run` has the steps of the paper's loop, each from files to files: train, prove, judge, and the two filters.
-Work on many pairs is cut into fixed shards. Under torchrun the ranks take shards as they become free: who
-makes a shard's claim file has it. A shard is published whole, so a cut one is done again whole, and the same
-seed gives the same rows on any number of ranks. All that ranks share is the file system; nothing is held in
-memory but the shard in hand and, where doubles are sought, ids.
+`Run` has the steps of the paper's loop, each from files to files: train, prove, judge, the two filters, and
+the check of the prover on wrong labels. Work on many pairs is cut into fixed shards. Under torchrun the ranks
+take shards as they become free: whoever makes a shard's claim file has it. A shard is published whole, so a
+cut one is done again whole, and the same seed gives the same rows on any number of ranks. Rows pass between
+ranks through the file system alone, and only the shard in hand is held in memory.
 
 It leaves out: the order of the steps (selftrain.py), and everything about the truth: no step here is given a
 label that the run did not start with or make itself (extras/evaluate.py compares afterwards).
@@ -28,7 +28,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,9 @@ SHOWN = 4  # pairs of each shard whose k proofs are all written down, for the re
 
 
 def code_version() -> str:
-    """A hash of the package's own sources: a run that other code continues says so."""
-    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    """A hash of the package's sources and of the kernels': a run that other code continues says so."""
+    here = Path(__file__).parent
+    sources = sorted([*here.rglob("*.py"), *here.parent.glob("kernels/*.py")])
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
@@ -94,15 +95,14 @@ class Books:
             with said_plainly(self.root):
                 write_json(written, now)
         before = read_json(written)
-        for part in ("settings", "inputs"):
-            fit.check_identity(before[part], now[part], self.root, "--name")
+        identities = (held(plan["settings"] | plan["inputs"]) for plan in (before, now))
+        fit.check_identity(*identities, self.root, "--name")
         if before["code"] != now["code"]:
             self.say(f"warning: {self.root} was begun by another version of the code")
 
     def place(self, name: str) -> Path:
         """steps/NN-name, numbered in the order in which steps are first asked for."""
-        number = self._numbers.setdefault(name, len(self._numbers) + 1)
-        return self.root / "steps" / f"{number:02}-{name}"
+        return self.root / "steps" / f"{self._numbers.setdefault(name, len(self._numbers) + 1):02}-{name}"
 
     def step(self, name: str, work: Callable[[Path], Row]) -> Row:
         """Does a step unless it is done; → its counts. Every rank calls `work` with the step's directory."""
@@ -131,6 +131,13 @@ class Books:
             raise InputError(f"--from: no step {name} in {self.root}; there are {steps}")
         for place in reversed(places[found:]):
             shutil.rmtree(place)
+
+
+def held(plan: Row) -> Row:
+    """What may not change between starts, by name: not a training's memory and device."""
+    parts = {name: value if isinstance(value, dict) else {"": value} for name, value in plan.items()}
+    names = ((name, field) for name, part in parts.items() for field in part if field not in fit.FREE)
+    return {f"{name} {field}".strip(): parts[name][field] for name, field in names}
 
 
 def clear(root: Path) -> None:
@@ -229,7 +236,10 @@ class Run:
         return {"seed": s.seed, **names, "select_by": s.select_by, "progress": False}
 
     def prove(self, name: str, prover: Path, pairs: Path) -> Path:
-        """k proofs for each labelled pair; equation (5) picks one: rows of pair, chosen, rationale."""
+        """k proofs for each labelled pair; the best by equation (5), or `select_by`, gives the rationale.
+
+        Rows of pair, chosen, rationale, ineligible and, of a few pairs of each shard, all candidates.
+        """
         loaded = cache(lambda: self.load(Prover, prover))
 
         def prove(rows: list[Row]) -> Iterator[Row]:
@@ -268,8 +278,7 @@ class Run:
         mistakes from the rules.
         """
 
-        def objection(pair: Pair, rationale: str) -> str | None:
-            return denoise.objection(pair, rationale, self.rationale_rules, self.settings)
+        objection = partial(denoise.objection, rules=self.rationale_rules, settings=self.settings)
 
         def work(place: Path) -> Row:
             held_out = Store(pairs, Pair.from_json)
@@ -288,7 +297,7 @@ class Run:
             )
 
     def judge(self, name: str, model: Path, pairs: Path, votes: int, limit: int = 0) -> Path:
-        """Votes on each pair; rows of a judgment with its pair, or with an error."""
+        """Votes on each pair; a row has the pair with its judgment, or with an error."""
         loaded = cache(lambda: self.load(RewardModel, model))
         sampling = {"max_new_tokens": self.settings.judge_tokens, "progress": False}
 
@@ -323,7 +332,7 @@ class Run:
                 sieve = denoise.apply(denoise.LABEL_FILTERS, [(judgment,)], settings)
                 pair = dataclasses.replace(pair, label=judgment.label, rationale=None)
                 # Without a label there is nothing to prove, whatever filters are switched off.
-                reason = sieve.reasons[0] or (None if judgment.label else "no label: no vote could be read")
+                reason = sieve.reasons[0] or (None if judgment.label else "no label: no side has more votes")
                 yield sifted(pair, reason, sieve.alone, {"votes": judgment.votes, "p_a": judgment.p_a})
 
         return self._sieve(name, judged, sift)
@@ -340,8 +349,8 @@ class Run:
                     continue
                 sieve = denoise.apply(self.rationale_rules, [(pair, row["rationale"])], self.settings)
                 pair = dataclasses.replace(pair, rationale=row["rationale"])
-                figures = {"score": row["chosen"] and row["chosen"]["score"]}
-                yield sifted(pair, sieve.reasons[0], sieve.alone, figures)
+                score = row["chosen"] and row["chosen"]["score"]
+                yield sifted(pair, sieve.reasons[0], sieve.alone, {"score": score})
 
         return self._sieve(name, proofs, sift)
 

@@ -104,6 +104,7 @@ def read_config(directory: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 
 def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
+    """config.json's fields as the decoder's; what it cannot compute is refused by name."""
     family = raw.get("model_type")
     architecture = (raw.get("architectures") or [f"{FAMILIES.get(family)}ForCausalLM"])[0]
     supported = [name + head for name in FAMILIES.values() for head in HEADS]

@@ -6,8 +6,10 @@
 - `backend`: "triton" or "reference", for a device.
 
 Each has a readable meaning in reference.py, which is what a device without a kernel runs. Importing
-imports no Triton and asks no device; both happen in the first call. Arguments are checked here, before
-anything is launched, and what is wrong is a ValueError that names the argument.
+imports no Triton and asks no device; both happen in the first call. The arguments of the log-probs are
+checked here, before anything is launched, and what is wrong is a ValueError that names the argument. The
+cache's are not: they are the sampler's own, and met once per layer of every step. choice.py, the choice of
+a token, is the same torch code on every device, and needs no choosing here.
 """
 
 import functools
@@ -18,7 +20,7 @@ import torch
 
 from . import reference
 from .reference import IGNORE
-from .reference import KEYS as KEYS  # the last three are for who builds reads
+from .reference import KEYS as KEYS  # this and the next two are for whoever builds reads
 from .reference import ROWS as ROWS
 from .reference import Reads as Reads
 from .sequence_logprob import LogProb, LogProbSum
@@ -57,7 +59,7 @@ def sequence_logprob(hidden_TD, weight_VD, targets_T, return_lse=False):
     token ids' log-probs are hidden @ weight[ids].T - lse. Both results are differentiable in hidden and
     weight. Where no gradient is asked for, none is computed, and nothing is kept.
 
-    Cost in products of T x d x V: 2 without gradients; with them 8, since backward computes the logits
+    Cost, in T x d x V operations: 2 without gradients; with them 8, since backward computes the logits
     again. A loss whose weights are known before the log-probs are costs 6 in `sequence_logprob_sum`.
     An ignored row costs as much as any other: where they are many, leave them out beforehand.
 
@@ -74,7 +76,7 @@ def sequence_logprob_sum(hidden_TD, weight_VD, targets_T, coefficients_T):
     """-> (sum over tokens of coefficient * log-prob, differentiable; the log-probs, detached, fp32 [T]).
 
     For training. The coefficients (fp32, constants: -mask / token count, say) are known before the
-    log-probs are, so each chunk's gradient is taken while its logits are there: 6 products of T x d x V
+    log-probs are, so each chunk's gradient is taken while its logits are there: 6 T x d x V operations
     instead of the 8 of `sequence_logprob(...)` with any expression after it. Gradients are rounded to the
     operands' type in forward: with a loss scaler, put its scale into the coefficients.
     """

@@ -14,7 +14,8 @@ fp16; products of fp32 stay fp32; sums are fp32 always.
 
 Left out: the copy engine (pages are scattered, and decode is bound by the bytes it reads), fp8 caches.
 Legend of suffixes: T tokens, H query heads, G key/value heads, K head size, N pages of the pool, P tokens of
-a page, I items, J queries of an item, M pages of an item, R rows (queries x heads of a group), W keys.
+a page, I items, J queries of an item, M pages of an item, R rows (queries x heads of a group), W keys, S
+slots: in `write_kv` the places written to, elsewhere the splits of all reads, one behind the other.
 """
 
 import torch
@@ -148,7 +149,10 @@ def attend_pages(q_THK, keys_NPGK, values_NPGK, reads):
 
 
 def _splits(batch, groups, page, q_THK):
-    """As many as fill the device four times over, by the shapes alone, and no more than there are tiles."""
+    """As many as fill the device four times over, but at most 32, and one per tile; by the shapes alone.
+
+    Both counts are rounded up to powers of two, so that few kernels are compiled; a split may be empty.
+    """
     processors = torch.cuda.get_device_properties(q_THK.device).multi_processor_count if q_THK.is_cuda else 8
     programs = max(1, len(batch.rows_IJ) * groups)
     tiles = -(-batch.pages_IM.shape[1] * page // KEYS_PER_TILE)

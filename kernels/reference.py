@@ -145,6 +145,7 @@ def attend_pages(q_THK, keys_NPGK, values_NPGK, reads):
 
     In fp32 a row's result is bitwise a function of its own query, keys, values and reads: whatever the
     other rows are, however many pages pad its item, and whether its prefix is read alone or with others.
+    A page has at most KEYS tokens here.
     """
     count, heads, size = q_THK.shape
     layouts = [batch.layout(count, heads, keys_NPGK) for batch in reads]

@@ -19,7 +19,7 @@ per chunk, in fp32. One product costs 2TdV operations, so the floor is 6TdV: Z, 
 
 Both hand dW to autograd as the gradient of the weight that they were given, and write to no `.grad`:
 tied embeddings, accumulation over micro-batches and FSDP2's reduce-scatter work as for a linear layer.
-Products of fp32 obey torch's own switch for TF32 here, as any matmul does; scoring never uses TF32.
+Products of fp32 obey torch's own switch for TF32 here, as any matmul does; Triton's `score` never uses it.
 
 `implementation` is the module whose `score`, `logits_to_gradient_` and `rows_per_chunk` are used:
 reference.py or sequence_logprob_triton.py. Legend of suffixes: see reference.py.

@@ -92,7 +92,7 @@ def score(hidden_TD, weight_VD, targets_T):
     device = torch.cuda.get_device_properties(hidden_TD.device) if hidden_TD.is_cuda else EMULATED
     tiles, options = _tiles(hidden_TD.dtype, device.major)
     row_blocks, count = triton.cdiv(T, tiles["BLOCK_T"]), triton.cdiv(V, tiles["BLOCK_V"])
-    # Splits fill the device; four tiles or more in each keep their partials under 1% of the logits.
+    # Splits fill the device; four tiles or more in each keep their partials near 1% of the logits, or below.
     splits = min(device.multi_processor_count // min(GROUP, row_blocks), count // 4)
     per_split = triton.cdiv(count, max(1, splits))
     splits = triton.cdiv(count, per_split)

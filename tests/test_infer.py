@@ -16,6 +16,7 @@ from checkpoints import make_checkpoint
 import gramr2.judge
 import infer
 from gramr2.files import exit_status
+from gramr2.records import Pair
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "Q {question} A {response_a} B {response_b} Better:"
@@ -107,6 +108,14 @@ def test_bad_words_are_one_line_and_status_2(words, expected, model, tmp_path, c
 
 
 # ---------------------------------------------------------------------------------- one pair, one list
+
+
+def test_no_preference_is_told_from_an_answer_that_cannot_be_read():
+    pair = Pair((("user", "q"),), "one", "two")
+    known = {"label": None, "p_a": 0.5, "orders_agree": None, "rationale": None}
+    for votes, said in (((0, 0, 0), "scores are equal"), ((1, 1, 0), "tied"), ((0, 0, 2), "could be read")):
+        judgment = known | {"votes": dict(zip(("A", "B", "none"), votes, strict=True))}
+        assert said in infer.readable(pair, judgment).splitlines()[0]
 
 
 def test_identical_responses_are_said_to_be_so(model, tmp_path, capsys):

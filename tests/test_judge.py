@@ -176,20 +176,21 @@ def test_a_canonical_verdict_is_read_where_its_letter_stands(monkeypatch, format
     assert judgment.label == "A" and judgment.p_a == pytest.approx((0.8 + 0.7) / 2) and judgment.orders_agree
 
 
-OTHER_WAYS = {
-    "think": ("<answer>A</answer>", "<answer> B</answer>"),
-    "brackets": ("[[ A ]]", "[[ B ]]"),
-    "rm-r1": ("<answer> [[A]]</answer>", "<answer> [[B]]</answer>"),
-    "boxed": (r"\boxed{A}", r"\boxed{B}"),
-    "arena": ("[[A>>B]]", "[[B>>A]]"),
-}
+OTHER_WAYS = [
+    ("think", ("<answer>A</answer>", "<answer> B</answer>")),
+    ("brackets", ("[[ A ]]", "[[ B ]]")),
+    ("rm-r1", ("<answer> [[A]]</answer>", "<answer> [[B]]</answer>")),
+    ("boxed", (r"\boxed{A}", r"\boxed{B}")),
+    ("arena", ("[[A>>B]]", "[[B>>A]]")),
+    ("arena", (r"\boxed{A>B}", r"\boxed{B>A}")),
+]
 
 
-@pytest.mark.parametrize("format", OTHER_WAYS)
-def test_a_verdict_written_otherwise_is_scored_by_its_canonical_ending(monkeypatch, format):
+@pytest.mark.parametrize("format, verdicts", OTHER_WAYS)
+def test_a_verdict_written_otherwise_is_scored_by_its_canonical_ending(monkeypatch, format, verdicts):
     """p is then the model's own, at the letter, after what was written before the verdict."""
     model = random_model("llama3", max_positions=2000)
-    judge = planted(monkeypatch, lambda question, a, b, draw: 0.8, format, OTHER_WAYS[format])
+    judge = planted(monkeypatch, lambda question, a, b, draw: 0.8, format, verdicts)
     judge.model = model
     judgment = judge.judge("q", "x", "y", votes=1)
     prompt = TOKENIZER.chat([{"role": "user", "content": "<<q|x|y>>"}])

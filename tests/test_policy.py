@@ -166,7 +166,7 @@ def test_targets_are_the_rollout_and_its_stop_token_and_nothing_else(world, tmp_
     """A prompt that is a target trains the asking; what stands behind the stop was never drawn."""
     run(world, tmp_path / "out", short, steps=1, inner=1, max_new_tokens=6)
     tokenizer = load(world[0])[1]
-    prompts = policy.read_prompts([world[1]], tokenizer, PolicyConfig(**CONFIG))
+    prompts, _ = policy.read_prompts([world[1]], tokenizer, PolicyConfig(**CONFIG))
     assert prompts[5].question == "User: Say it.\n\nAssistant: It.\n\nUser: Again."
     rows = rows_of(tmp_path / "out/rollouts.jsonl")
     stopped = 0

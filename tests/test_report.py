@@ -99,7 +99,7 @@ def make_run(root: Path, until: str = "end", truth: bool = True) -> Path:
             "kept": [],
         },
     }
-    settings = {"iters": 1, "without": [], "baselines": True, "world": None, "k": 3}
+    settings = {"iters": 1, "without": [], "baselines": True, "coherence": "of plain text", "k": 3}
     write_json(root / "plan.json", {"settings": settings, "inputs": {}, "code": "0"})
     for number, (step, files) in enumerate(steps.items(), 1):
         place = root / "steps" / f"{number:02}-{step}"

@@ -64,6 +64,18 @@ def test_a_step_that_is_done_is_not_done_again_and_a_later_one_can_be_forgotten(
         books.forget("three")
 
 
+def test_settings_of_memory_may_change_between_starts_and_others_are_refused_by_name(tmp_path):
+    """A cluster that has fewer or smaller GPUs today goes on with what was begun."""
+
+    def start(**training):
+        steps.Books(tmp_path, {"k": 4, "train reward": {"lr": 1.0, "threads": 1} | training}, [], HERE)
+
+    start()
+    start(threads=2)
+    with pytest.raises(InputError, match=r"differs in train reward lr \(1.0, now 2.0\);"):
+        start(lr=2.0)
+
+
 def test_a_directory_that_cannot_be_written_is_one_line(run, tmp_path):
     def work(place):
         raise PermissionError(13, "Permission denied", str(place / "x.jsonl"))

@@ -116,6 +116,17 @@ def test_replacing_a_model_swaps_it_whole(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2  # the link and the version behind it
 
 
+def test_versions_that_a_kill_left_without_their_link_are_cleared(tmp_path):
+    """Killed between the two renames, a publication leaves versions and no link; later ones go on."""
+    for left in ("model.v1", "model.v2"):
+        make_checkpoint(tmp_path / left, "llama3")
+    for seed in (1, 2):
+        make_checkpoint(tmp_path / "model", "llama3", seed=seed)
+    loaded = weights.load_model(tmp_path / "model")
+    assert torch.equal(loaded.norm.weight, random_model("llama3", 2).norm.weight)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_known_superfluous_tensors_are_accepted(tmp_path):
     """Old LLaMA-2 files carry RoPE tables, and some tied checkpoints a copy of the embedding as head."""
     directory = make_checkpoint(tmp_path / "model", "llama3")

@@ -47,7 +47,7 @@ from gramr2.files import InputError, exit_status, publish_file
 from gramr2.prompts import Rationale, mark, parse_rationale, parse_verdict
 from gramr2.records import OTHER, Pair, as_messages, content_id
 
-MALFORMED_LIMIT = 0.01  # a file with a larger share of malformed rows is refused, but one is always allowed
+MALFORMED_LIMIT = 0.01  # an input with a larger share of malformed rows is refused; one row is let pass
 DRAWS = 2  # pairs drawn from one unlabelled question's answers, at most; no answer is in two
 GRAM_WORDS = 13  # overlap with a benchmark: this many words in a row are shared
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
@@ -259,6 +259,8 @@ Reader = Callable[[Row, Source], Iterable[Item]]
 
 
 class Format(NamedTuple):
+    """A published format: its reader, where it is published, and whether it is a benchmark."""
+
     read: Reader
     published: str
     benchmark: bool

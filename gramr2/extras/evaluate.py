@@ -1,4 +1,4 @@
-"""What judgments are worth: the benchmarks of the paper, intervals, calibration; from judged files alone.
+"""What judgments are worth: the benchmarks of the paper, intervals, calibration; from written files alone.
 
 A benchmark's averages are as its authors define them, each under its own name (`BENCHMARKS`). A pair that
 could not be judged, and a verdict that could not be read, count as wrong. Intervals are bootstrap, 95%: the
@@ -6,7 +6,8 @@ units (prompts of RM-Bench, questions of PPE, else pairs) are drawn anew within 
 
 Beside the averages stands how far the judge can be trusted (`reliability`): how often its two orders agree,
 how many votes were unreadable, and what its probabilities are worth. `fit_calibrator` maps them to observed
-frequencies by isotonic regression; judge.py applies the map that lies in a model's directory.
+frequencies by isotonic regression; judge.py applies the map that lies in a model's directory. And of a
+prover's proofs, `score_leanings` says what the score that picks them rewards: copying, or length.
 
 It leaves out: judging (judge.py), and anything that trains or filters; the truth stops here.
 """
@@ -45,7 +46,7 @@ def average(name: str, groups: Sequence[Sequence[float]], seed: int = 0) -> Row:
         drawn += np.concatenate([each[units].mean(1) for units in draws]) / len(values)
     low, high = np.quantile(drawn, (0.025, 0.975))
     mean = fmean(each.mean() for each in values)
-    figures = {"value": mean, "low": min(low, mean), "high": max(high, mean)}  # apart by rounding alone
+    figures = {"value": mean, "low": min(low, mean), "high": max(high, mean)}  # outside by rounding alone
     return {
         "name": name,
         **{key: round(100 * float(value), 2) for key, value in figures.items()},
@@ -75,15 +76,6 @@ def accuracy_row(name: str, judged: Iterable[Row]) -> Row:
     return {"name": name, "accuracy": every.pop("value"), **every, "by_domain": domains}
 
 
-def label_accuracy(labels: Iterable[tuple[str, str | None]], truth: dict[str, str]) -> float | None:
-    """Share of (pair id, label) that are right, in per cent; None where there is nothing to compare.
-
-    For reporting only.
-    """
-    hits = [truth[i] == label for i, label in labels if i in truth and label is not None]
-    return round(100 * fmean(hits), 2) if hits else None
-
-
 # ---------------------------------------------------------------------------------- what a score rewards
 
 
@@ -101,8 +93,8 @@ def copied_share(pair: Pair, text: str, size: int = 5) -> float:
 def score_leanings(proved: Iterable[Row]) -> Row:
     """Rank correlation of the proofs' score with what they copy and with their length in tokens.
 
-    `proved`: rows of a proving step that kept its candidates. Scores are compared within a pair only, so the
-    correlation (Spearman's) is each pair's own, and its mean is taken over the pairs in which both vary.
+    `proved`: rows of a proving step that have their candidates. Scores are compared within a pair only, so
+    the correlation (Spearman's) is each pair's own, and its mean is over the pairs in which both vary.
     """
     found: dict[str, list[float]] = {"copied": [], "length": []}
     for row in proved:
@@ -186,7 +178,7 @@ def judgebench(rows: list[Row]) -> tuple[list[Row], str]:
 
 
 def labelled_pairs(rows: list[Row]) -> tuple[list[Row], str]:
-    """HelpSteer3's validation set among them."""
+    """Any pairs with labels, HelpSteer3's validation set among them: by domain, and over all."""
     groups = by_domain(rows, is_right)
     averages = list(_mean_of(groups, sorted(groups), "domains"))
     return [*averages, average("mean over pairs", [list(chain(*groups.values()))])], ""
@@ -195,7 +187,7 @@ def labelled_pairs(rows: list[Row]) -> tuple[list[Row], str]:
 def ppe(rows: list[Row]) -> tuple[list[Row], str]:
     """Best-of-k: what a linear search has picked after k responses, the best there is, and chance."""
     paths = [_path(row) for row in rows]
-    most = min(len(row["scores"]) for row in rows)  # every reader's row has one at least
+    most = min(len(row["scores"]) for row in rows)  # the reader lets no row pass without one
     averages, lines = [], ["   k  picked  oracle  chance"]
     for k in (2**e for e in range(most.bit_length())):
         picked = [row["scores"][path[k - 1]] if path else 0 for row, path in zip(rows, paths, strict=True)]
@@ -296,8 +288,8 @@ def calibration(p: Sequence[float], labels: Sequence[str]) -> Row:
 def fit_calibrator(rows: Iterable[Row]) -> Row:
     """Isotonic regression of the truth on p_a, the same for both letters: f(1 - p) = 1 - f(p).
 
-    What judge.py interpolates in: each block's mean p and its observed frequency, which is kept from 0 and 1
-    by what so many pairs cannot rule out.
+    judge.py interpolates between the blocks: each one's mean p, and its observed frequency, which stays
+    at least 1 / (pairs + 2) away from 0 and 1: no number of pairs makes a judge certain.
     """
     rows = [row for row in rows if "error" not in row and row["pair"].get("label")]
     if len(rows) < FEWEST:

@@ -100,7 +100,7 @@ class Rollout:
     """A row of rollouts.jsonl. `step` is the first optimizer step that it serves, from 1 as in metrics."""
 
     step: int
-    prompt: int  # counts the prompts that are used
+    prompt: int  # its place among the prompts that are used
     question: str
     response: str
     finish: str  # "stop", or "length": cut, and not judged
@@ -112,17 +112,18 @@ class Rollout:
     judged: list[dict[str, Any]] = field(default_factory=list)
 
 
-def read_prompts(data: Sequence[Path], tokenizer: Tokenizer, config: PolicyConfig) -> list[Prompt]:
-    """The prompts of the files, pair files among them, that leave room for an answer."""
+def read_prompts(data: Sequence[Path], tokenizer: Tokenizer, config: PolicyConfig):
+    """The prompts of the files, pair files among them, that leave room for an answer; and how many do not."""
     prompts, room = [], config.max_length - config.max_new_tokens
     for messages in chain(*(Store(path, messages_of) for path in data)):
         ids = tokenizer.chat([{"role": role, "content": text} for role, text in messages])
         prompts.append(Prompt(Pair(messages, "", "").question, ids))
-    kept = [prompt for prompt in prompts[: config.limit or None] if len(prompt.ids) <= room]
+    wanted = prompts[: config.limit or None]
+    kept = [prompt for prompt in wanted if len(prompt.ids) <= room]
     if not kept:
         names = ", ".join(map(str, data))
         raise InputError(f"{names}: no prompt of {room} tokens or less (max_length less max_new_tokens)")
-    return kept
+    return kept, len(wanted) - len(kept)
 
 
 # ---------------------------------------------------------------------------------- a batch of rollouts
@@ -245,12 +246,12 @@ class Rollouts:
 
 
 def is_read(judgment: Judgment | InputError) -> bool:
-    """Whether a vote could be read. (Equal responses are not asked about, which is no failure.)"""
+    """Whether any vote could be read. (Equal responses are not asked about, which is no failure.)"""
     return isinstance(judgment, Judgment) and not 0 < judgment.abstained == sum(judgment.votes.values())
 
 
 def by_response(log: Log) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """What was judged of each response, as its rollout's row says it."""
+    """What was judged of each response that stood first in a comparison, as its rollout's row says it."""
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for pair, found in log:
         row = {"against": pair.response_b, "p": preference(found), "read": is_read(found)}
@@ -286,13 +287,14 @@ def train(
         now = here.on_first(lambda: fit.identity("policy", config, files, model_dir))
         if (figures := fit.finished(out, now)) is not None:
             return figures
-        prompts = read_prompts(data, tokenizer, config)
+        prompts, too_long = read_prompts(data, tokenizer, config)
         plan, steps = make_plan(config, len(prompts))
         fit.open_run(out, now, here)
         if here.first and progress:
             how = f"{config.reward} reward from {judge_dir or reward}"
             size = f"{plan.batch_size} x {config.group} rollouts, {config.inner} steps on each batch"
-            fit.say([f"policy   {model_dir}, {how}", f"steps    {steps:,}: {len(prompts):,} prompts, {size}"])
+            shown = f"{len(prompts):,} prompts ({too_long:,} more are too long), {size}"
+            fit.say([f"policy   {model_dir}, {how}", f"steps    {steps:,}: {shown}"])
         dtype = parallel.compute_dtype(config, here.device)
         actor, reference = (load_model(model_dir, here.device, dtype) for _ in range(2))
         actor.stop_ids = tokenizer.stop_ids

@@ -1,9 +1,9 @@
 """What `train.py --stage policy` starts from: a policy, prompts and a judge, found or made.
 
-Named on the command line, or in the recipe. In the toy shop the judge is the newest self-training run's, and
-world and backbone are then that run's too, for a judge knows the prices of its own world only. Where no run
-has finished, the toy makes its world and trains a judge on the few labelled pairs it has. The toy's policy
-imitates the lists of both clerks.
+They are named on the command line; prompts may stand in the recipe, as its unlabelled pairs. A judge that is
+not named is the newest self-training run's. In the toy shop world and backbone are that run's too, for a
+judge knows the prices of its own world only. Where no run has finished, the toy makes its world and trains
+a judge on the few annotated pairs it has. The toy's policy imitates the lists of both clerks.
 
 It leaves out: what is then done with them (policy.py).
 """
@@ -29,8 +29,8 @@ IMITATION = {"batch_size": 64, "steps": 100, "max_length": 64, "lr": 3e-3}
 def command(arguments, config: PolicyConfig, sources, make_toy, here: parallel.World) -> Path:
     """`train.py --stage policy`: finds or makes what was not named, and trains; -> its directory.
 
-    In the toy world, world and backbone are those of the run that the judge is from, for a judge knows the
-    prices of its own world only.
+    In the toy, world and backbone are the newest run's, also where `--judge` names another judge: that one
+    should be of the same world, for a judge knows the prices of its own world only.
     """
     out, judge = arguments.out or Path("runs/train-policy"), arguments.judge
     data, model = arguments.data or [Path(path) for path in sources.unlabelled], arguments.model
@@ -63,7 +63,7 @@ def command(arguments, config: PolicyConfig, sources, make_toy, here: parallel.W
 
 
 def newest_run(world: dict[str, Any]) -> Path | None:
-    """The self-training run under runs/ that finished last; where a world is asked for, one that made it."""
+    """The self-training run under runs/ that finished last; for the toy, one whose world has these sizes."""
     for run in finished_runs():
         made = next(run.glob("steps/*-world/world.json"), None)
         if not world or (made and world.items() <= read_json(made).items()):
@@ -82,7 +82,7 @@ def judge_of(run: Path, config: PolicyConfig) -> Path:
 
 
 def make_judge(recipe, config: PolicyConfig, world: Path, backbone: Path, out: Path, here) -> Path:
-    """Where no run has finished: a judge from the toy's few labelled pairs, which knows few prices."""
+    """Where no run has finished: a judge from the toy's few annotated pairs, which knows few prices."""
     kind, pairs = ("discriminative", "labelled") if config.reward == "scalar" else ("reward", "human")
     if here.first:
         fit.say([f"no finished run in runs/: a judge is trained on {pairs}.jsonl; selftrain.py makes better"])

@@ -200,7 +200,10 @@ def confidence(run: Run, pairs: Sequence[Judged]) -> dict[str, list[Strip]]:
 
 
 def proofs(run: Run) -> Row:
-    """How equation 5 ranks the k proofs of a pair: the three pairs with the widest range of scores."""
+    """How equation 5 ranks the k proofs of a pair: the three pairs with the widest range of scores.
+
+    Beside them: of how many pairs the likeliest proof is also the best one, and what the score leans to.
+    """
     widest, pairs, same = [], 0, 0
     steps = [step for step in run.steps if "prove" in step.split("-")]
     for step in steps:
@@ -219,7 +222,7 @@ def proofs(run: Run) -> Row:
 
 
 def ranking(way: str, step: str, row: Row, ranked: list[Row]) -> Row:
-    """The k proofs of one pair, the best first, on a scale from the worst score to 0."""
+    """One pair's k proofs, best first, from the worst score to 0; by another score, to the best."""
     best, worst = 0 if way == "equation-5" else ranked[0]["score"], ranked[-1]["score"]
     strips = []
     every = ranked + [each for each in row["candidates"] if each["score"] is None]
@@ -265,7 +268,7 @@ def as_filtered(run: Run, row: Row) -> tuple[Pair, Judgment]:
     from gramr2.extras.toyworld import coherent
 
     pair, settings = Pair.from_json(row["pair"]), SelfTrainConfig(without=tuple(run.settings["without"]))
-    rules = denoise.COHERENCE | ({"coherence": coherent} if run.settings.get("world") else {})
+    rules = denoise.COHERENCE | ({"coherence": coherent} if run.settings["coherence"] == "the shop's" else {})
     return pair, denoise.only_coherent(pair, Judgment.from_row(row), rules, settings)
 
 

@@ -4,8 +4,8 @@ There are some goods, each with one price from 1 to 9, drawn anew for every seed
 A question names a few goods; two clerks answer with price lists. One list is right throughout, the other
 wrong in one place or more. Who knows the price of one disputed good can decide, and the better list then
 teaches the other prices: that is how unlabelled pairs carry knowledge from round to round. Some goods are
-new: pairs that were annotated name them, and dispute only the others, so that labels tell nothing of what
-new goods cost. Unlabelled pairs and the test dispute all goods alike.
+new: they had no price yet when pairs were annotated, and both lists say 0 of them there, so that labels tell
+nothing of what they cost. In unlabelled pairs and in the test all goods have their prices.
 
 A rationale goes through the goods: what each costs, what each list says, whether that is right; then it
 counts, then it concludes. The backbone is pre-trained on fragments of these forms with made-up prices: it
@@ -67,7 +67,7 @@ class WorldConfig:
     """Sizes of the world and of its backbone."""
 
     goods: int = setting(160, "goods in the shop")
-    settled: int = setting(160, "goods that annotated pairs dispute; the others are new, and agreed on")
+    settled: int = setting(160, "goods that have a price in annotated pairs; both lists say 0 of the others")
     asked: int = setting(3, "goods that a question names")
     human: int = setting(60, "pairs with a human rationale")
     labelled: int = setting(160, "pairs with a label only")
@@ -165,9 +165,10 @@ def coherent(pair: Pair, written: str, settings: object = None) -> str | None:
 
 
 def make_pair(goods: Goods, prices: Prices, rng: random.Random, split: str, told: Sequence[str] = ()) -> Pair:
-    """A question with its two lists; the better one is A or B, and they differ about `told` goods alone."""
-    label = rng.choice("AB")
-    wrong = _wrong_prices([good for good in goods if not told or good in told], prices, rng)
+    """A question with its two lists; the better one is A or B. Of goods that are not `told`, both say 0."""
+    label, untold = rng.choice("AB"), [good for good in goods if told and good not in told]
+    prices = prices | dict.fromkeys(untold, 0)
+    wrong = _wrong_prices([good for good in goods if good not in untold], prices, rng)
     lists = {"A": prices, "B": wrong} if label == "A" else {"A": wrong, "B": prices}
     return Pair(
         messages=(("user", f"price of {' '.join(goods)}?"),),
@@ -276,7 +277,6 @@ def make_world(directory: Path, seed: int = 0, **sizes: int) -> Path:
         raise InputError(f"world: {len(names)} goods give too few questions for {sum(counts)} pairs")
     sets = _distinct_sets(names, config.asked, rng)
     for split, count in zip(SPLITS, counts, strict=True):
-        # An annotated pair tells the prices that it disputes: the others stand in both lists alike.
         told = names[: config.settled] if split in ("human", "labelled") else names
         asked = (goods for goods in sets if set(told) & set(goods))
         pairs = [make_pair(goods, prices, rng, split, told) for goods in itertools.islice(asked, count)]
