@@ -179,7 +179,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--part", nargs="+", choices=["arms", *PARTS], default=["arms", *PARTS])
-    parser.add_argument("--seeds", type=toy.numbers, default=toy.numbers("102-104"), help="[100-102]")
+    parser.add_argument("--seeds", type=toy.numbers, default=toy.numbers("112-114"), help="[112-114]")
     parser.add_argument("--recipe", type=Path, default=common.ROOT / "recipes/toy.toml")
     parser.add_argument("--collect", action="store_true", help="only make the table of what is there")
     arguments = parser.parse_args()

@@ -395,7 +395,8 @@ pairs, together some {baselines:,.0f} GPU-hours.
 {cost_table(small)}
 
 The prover costs the same; only the judge's own steps shrink. Proofs of the labelled pairs do not depend on
-the judge, so a second judge can take them from the first one's run.
+the judge, so a second judge's run can begin with copies of the first one's steps `prover` to
+`filter-labelled`.
 
 ## Storage, 8B
 

@@ -288,7 +288,9 @@ def toy(result):
         lines.append((row, spread(figures), f"{min(seeds):.1f} – {max(seeds):.1f}", len(seeds)))
     minutes = sorted(result["seconds"].values())
     about = f"Seeds {', '.join(map(str, result['seeds']))}; per cent of the held-out pairs. "
-    about += f"The default command took {minutes[0] / 60:.1f} to {minutes[-1] / 60:.1f} minutes a seed. "
+    about += (
+        f"A seed's steps took {minutes[0] / 60:.1f} to {minutes[-1] / 60:.1f} minutes, seeds side by side. "
+    )
     header = "", "mean [95% interval]", "lowest – highest seed", "seeds"
     return f"{about}{where(result['environment'])}\n\n{grid(header, lines)}"
 

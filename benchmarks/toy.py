@@ -1,8 +1,8 @@
 """Every arm of the toy study, over seeds: what each part of the algorithm buys, beside its controls.
 
-    python benchmarks/toy.py --seeds 102-111                 one process; several may share the seeds out
-    python benchmarks/toy.py --seeds 102-111 --arms main     the default command's rows alone
-    python benchmarks/toy.py --seeds 102-111 --collect       no runs: the table of what is there
+    python benchmarks/toy.py --seeds 112-121                 one process; several may share the seeds out
+    python benchmarks/toy.py --seeds 112-121 --arms main     the default command's rows alone
+    python benchmarks/toy.py --seeds 112-121 --collect       no runs: the table of what is there
 
 `main` is `python selftrain.py --seed S`, as a user types it. Every other arm starts from the same backbone
 with the same number of optimiser steps and the same schedule, on the same world; what it shares with `main`
@@ -160,7 +160,6 @@ class Seed:
         config, trains = self.settings()
         config = replace(config, **changes)
         plan = {"arm": arm, **asdict(config)} | {name: asdict(each) for name, each in trains.items()}
-        torch.set_num_threads(trains["reward"].threads)
         here = parallel.World(0, 1, torch.device("cpu"))
         books = Books(self.place / _slug(arm), plan, [], here, until)
         print(f"seed {self.number}, {arm}", file=sys.stderr)
@@ -345,7 +344,7 @@ def collect(seeds: Sequence[Seed]) -> dict[str, Any]:
 
 
 def numbers(text: str) -> list[int]:
-    """102-111, or 3,5,8."""
+    """112-121, or 3,5,8."""
     first, dash, last = text.partition("-")
     return list(range(int(first), int(last) + 1)) if dash else [int(each) for each in text.split(",")]
 
@@ -365,13 +364,14 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     arms = ["main", *LOOPS, "single models"]
-    parser.add_argument("--seeds", type=numbers, default=numbers("102-111"), help="[102-111]")
+    parser.add_argument("--seeds", type=numbers, default=numbers("112-121"), help="[112-121]")
     parser.add_argument("--arms", nargs="+", choices=arms, default=arms, metavar="ARM", help="; ".join(arms))
     parser.add_argument("--recipe", type=Path, default=common.ROOT / "recipes/toy.toml")
     parser.add_argument("--collect", action="store_true", help="only make the table of what is there")
     parser.add_argument("--out", type=Path, help="JSON of the table [benchmarks/results/toy.json]")
     arguments = parser.parse_args()
     seeds = [Seed(number, arguments.recipe.resolve()) for number in arguments.seeds]
+    torch.set_num_threads(seeds[0].settings()[1]["reward"].threads)  # which the result's environment names
     if not arguments.collect:
         for seed in seeds:
             run_arms(seed, arguments.arms.__contains__)
