@@ -354,14 +354,14 @@ def main(argv: Sequence[str]) -> int:
             raise InputError(f"{file}: no such file")
 
     from gramr2 import parallel  # torch takes its seconds only for a run
-    from gramr2.extras.toyworld import coherent
+    from gramr2.extras.toyworld import own_rules
     from gramr2.steps import Books, Reached, Run
 
     with parallel.world(trains["reward"]) as here:
         books = Books(root, plan, files, here, arguments.until)
         if arguments.start:
             here.on_first(lambda: books.forget(arguments.start))
-        run = Run(books, config, trains, {"coherence": coherent} if plan["coherence"] == "the shop's" else {})
+        run = Run(books, config, trains, own_rules(plan))
         try:
             world = dealt(books, config, sources) if sources else toy_world(books, recipe, config, trains)
             go(run, world)

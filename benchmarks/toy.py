@@ -160,6 +160,7 @@ class Seed:
         config, trains = self.settings()
         config = replace(config, **changes)
         plan = {"arm": arm, **asdict(config)} | {name: asdict(each) for name, each in trains.items()}
+        torch.set_num_threads(trains["reward"].threads)
         here = parallel.World(0, 1, torch.device("cpu"))
         books = Books(self.place / _slug(arm), plan, [], here, until)
         print(f"seed {self.number}, {arm}", file=sys.stderr)
@@ -320,6 +321,7 @@ def collect(seeds: Sequence[Seed]) -> dict[str, Any]:
     rows = (*MAIN, *LOOPS, *SINGLES)
     found = {row: {s.number: values for s in seeds if (values := hits(s, row)) is not None} for row in rows}
     config, trains = seeds[0].settings()
+    torch.set_num_threads(trains["reward"].threads)  # which the result's environment names
     results = [read_json(path) for s in seeds if (path := s.place / "main/results.json").is_file()]
     return {
         "settings": {"self-training": asdict(config), "judge": asdict(trains["reward"])},
@@ -371,7 +373,6 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON of the table [benchmarks/results/toy.json]")
     arguments = parser.parse_args()
     seeds = [Seed(number, arguments.recipe.resolve()) for number in arguments.seeds]
-    torch.set_num_threads(seeds[0].settings()[1]["reward"].threads)  # which the result's environment names
     if not arguments.collect:
         for seed in seeds:
             run_arms(seed, arguments.arms.__contains__)

@@ -95,7 +95,7 @@ class Walk:
             {field.name for field in dataclasses.fields(TrainConfig)},
         )
         self.training = TrainConfig(**{key: value for key, value in trains.items() if key in known})
-        self.own_rules = {"coherence": toyworld.coherent} if run.settings.get("world") else {}
+        self.own_rules = toyworld.own_rules(run.settings)
 
     def path(self, step: str, name: str) -> Path:
         return self.run.steps[step] / name

@@ -32,7 +32,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -112,18 +112,17 @@ class Rollout:
     judged: list[dict[str, Any]] = field(default_factory=list)
 
 
-def read_prompts(data: Sequence[Path], tokenizer: Tokenizer, config: PolicyConfig):
+def read_prompts(data: Sequence[Path], tokenizer: Tokenizer, config: PolicyConfig) -> tuple[list, int]:
     """The prompts of the files, pair files among them, that leave room for an answer; and how many do not."""
     prompts, room = [], config.max_length - config.max_new_tokens
-    for messages in chain(*(Store(path, messages_of) for path in data)):
+    for messages in islice(chain(*(Store(path, messages_of) for path in data)), config.limit or None):
         ids = tokenizer.chat([{"role": role, "content": text} for role, text in messages])
         prompts.append(Prompt(Pair(messages, "", "").question, ids))
-    wanted = prompts[: config.limit or None]
-    kept = [prompt for prompt in wanted if len(prompt.ids) <= room]
+    kept = [prompt for prompt in prompts if len(prompt.ids) <= room]
     if not kept:
         names = ", ".join(map(str, data))
         raise InputError(f"{names}: no prompt of {room} tokens or less (max_length less max_new_tokens)")
-    return kept, len(wanted) - len(kept)
+    return kept, len(prompts) - len(kept)
 
 
 # ---------------------------------------------------------------------------------- a batch of rollouts

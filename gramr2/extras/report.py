@@ -265,10 +265,10 @@ def examples(run: Run, wanted: dict[tuple[int, str], Judged]) -> Iterator[tuple]
 
 def as_filtered(run: Run, row: Row) -> tuple[Pair, Judgment]:
     """A judged row as the label filters read it: an incoherent vote is none."""
-    from gramr2.extras.toyworld import coherent
+    from gramr2.extras.toyworld import own_rules
 
     pair, settings = Pair.from_json(row["pair"]), SelfTrainConfig(without=tuple(run.settings["without"]))
-    rules = denoise.COHERENCE | ({"coherence": coherent} if run.settings["coherence"] == "the shop's" else {})
+    rules = denoise.COHERENCE | own_rules(run.settings)
     return pair, denoise.only_coherent(pair, Judgment.from_row(row), rules, settings)
 
 

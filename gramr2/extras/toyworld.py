@@ -30,7 +30,7 @@ import math
 import random
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,7 +164,12 @@ def coherent(pair: Pair, written: str, settings: object = None) -> str | None:
     return None if stated and pair.label in (None, better) else "the conclusion contradicts the count"
 
 
-def make_pair(goods: Goods, prices: Prices, rng: random.Random, split: str, told: Sequence[str] = ()) -> Pair:
+def own_rules(settings: dict) -> dict:
+    """The rules that a run's plan asks for beside those of plain text."""
+    return {"coherence": coherent} if settings["coherence"] == "the shop's" else {}
+
+
+def make_pair(goods: Goods, prices: Prices, rng: random.Random, split: str, told: Set = frozenset()) -> Pair:
     """A question with its two lists; the better one is A or B. Of goods that are not `told`, both say 0."""
     label, untold = rng.choice("AB"), [good for good in goods if told and good not in told]
     prices = prices | dict.fromkeys(untold, 0)
@@ -254,9 +259,8 @@ def write_untrained(directory: Path, seed: int = 0, **sizes: int) -> None:
     )
     model = Decoder(shape)
     generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            torch.nn.init.normal_(parameter, std=shape.hidden_size**-0.5, generator=generator)
+    for matrix in (parameter for parameter in model.parameters() if parameter.dim() == 2):
+        torch.nn.init.normal_(matrix, std=shape.hidden_size**-0.5, generator=generator)
     prompts = {"judge_prompt.txt": JUDGE_TEMPLATE, "prover_prompt.txt": PROVER_TEMPLATE}
     weights.save(model, tokenizer, directory / "backbone_init", extra=prompts)
 
@@ -277,8 +281,8 @@ def make_world(directory: Path, seed: int = 0, **sizes: int) -> Path:
         raise InputError(f"world: {len(names)} goods give too few questions for {sum(counts)} pairs")
     sets = _distinct_sets(names, config.asked, rng)
     for split, count in zip(SPLITS, counts, strict=True):
-        told = names[: config.settled] if split in ("human", "labelled") else names
-        asked = (goods for goods in sets if set(told) & set(goods))
+        told = set(names[: config.settled] if split in ("human", "labelled") else names)
+        asked = (goods for goods in sets if told & set(goods))
         pairs = [make_pair(goods, prices, rng, split, told) for goods in itertools.islice(asked, count)]
         if split == "unlabelled":
             write_rows(directory / "truth.jsonl", ({"id": pair.id, "label": pair.label} for pair in pairs))
