@@ -167,14 +167,17 @@ def exit_status(main, *args) -> int:
 
     Under torchrun every rank meets the same bad input; the first one says it.
     """
-    first = int(os.environ.get("RANK", 0)) == 0
+    said = ""
     try:
-        return main(*args) or 0
+        status = main(*args) or 0
+        sys.stdout.flush()
     except InputError as error:
-        if first:
-            print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        status, said = 2, "error: " + " ".join(str(error).split())
     except KeyboardInterrupt:
-        if first:
-            print("interrupted", file=sys.stderr)
-        return 130
+        status, said = 130, "interrupted"
+    except BrokenPipeError:  # whoever read what was printed has left, as `| head` does
+        status = 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if said and int(os.environ.get("RANK", 0)) == 0:
+        print(said, file=sys.stderr)
+    return status

@@ -80,8 +80,7 @@ def published_name(ours: str) -> str:
     number = re.search(r"\.(\d+)\.", stem)
     if number is None:
         return f"{NAMES[stem]}.{kind}"
-    pattern = stem.replace(number[0], ".{}.", 1)
-    return f"{NAMES[pattern].format(number[1])}.{kind}"
+    return f"{NAMES[stem.replace(number[0], '.{}.', 1)].format(number[1])}.{kind}"
 
 
 # ---------------------------------------------------------------------------------- configuration
