@@ -60,7 +60,7 @@ class TrainConfig:
     beta2: float = setting(0.95, "AdamW: memory of its square")
     clip: float = setting(1.0, "largest norm of the gradient; 0 leaves it as it is")
 
-    label_smoothing: float = setting(0.0, "generative: GRAM's two-way loss, this much for the wrong letter")
+    label_smoothing: float = setting(0.0, "generative, as GRAM: the wrong letter's share of the target")
     use_margin: bool = setting(False, "discriminative: subtract the pair's margin, where the data has one")
     drop_condition: float = setting(0.1, "prover: share of examples without their condition (equation 5)")
     hide_label: float = setting(0.0, "prover: share of examples that are not told the label")

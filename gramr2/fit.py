@@ -6,7 +6,7 @@ share is everything but the target, so that comparing two trained models compare
 
     prover          (4)  prompt with the label -> proof; the condition dropped in a tenth (equation 5)
     reward          (2)  judge prompt -> rationale, then label
-    generative      (1)  judge prompt -> label; with label smoothing, GRAM's two-way loss
+    generative      (1)  judge prompt -> label; with label smoothing, as GRAM
     discriminative  BT   the two responses' scores
     pretrain             text, or responses given prompts
 

@@ -2,7 +2,7 @@
 
 Equations (1) label only, (2) rationale then label and (4) the prover's are one function, `token_loss`:
 the negative log-likelihood of target tokens, each with a coefficient. What differs is the target, which is
-data. Beside it stand GRAM's two-way loss over {A, B} with label smoothing, Bradley-Terry on a scalar head,
+data. Beside it stand GRAM's label smoothing between the two letters, Bradley-Terry on a scalar head,
 and the clipped policy gradient (`PolicyGradient`), whose coefficients are the advantages.
 
 Every loss is a sum. Coefficients carry the normalisation, one over the units of the whole step on all ranks
@@ -105,12 +105,6 @@ def token_loss(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, coeffici
     return -kernels.sequence_logprob_sum(hidden_ND, weight_VD, targets_N, coefficients_N)[0]
 
 
-def two_way_loss(right_N: Tensor, wrong_N: Tensor, smoothing: float) -> Tensor:
-    """GRAM's loss over {A, B} alone, from the two letters' logits; `smoothing` is the wrong one's share."""
-    gap_N = right_N - wrong_N
-    return -(1 - smoothing) * F.logsigmoid(gap_N) - smoothing * F.logsigmoid(-gap_N)
-
-
 def clipped_loss(logp_N: Tensor, old_N: Tensor, advantages_N: Tensor, clip: float) -> Tensor:
     """- min(ratio x advantage, the ratio kept within 1 - clip ... 1 + clip, x advantage), for each token."""
     ratio_N = torch.exp(logp_N - old_N)
@@ -146,19 +140,20 @@ def likelihood(decoder: Decoder, hidden_TD: Tensor, batch: Batch) -> Tensor:
 
 
 def smoothed_label(smoothing: float) -> Objective:
-    """Equation (1) with the letter's term replaced by the two-way loss; the frame around it stays.
+    """Equation (1), with `smoothing` of the letter's target given to the other letter.
 
-    (The frame is what makes a sampled answer readable. It is the same in every example.)
+    -(1 - s) log p(right) - s log p(other), over the whole vocabulary. That is GRAM's two-way loss over {A, B},
+    and what it leaves out: that a letter is written there at all. Trained on the two letters' ratio alone, a
+    model may prefer any other token to both, and a sampled answer has no verdict.
     """
 
     def objective(decoder: Decoder, hidden_TD: Tensor, batch: Batch) -> Tensor:
         hidden_ND, weight_VD = hidden_TD.index_select(0, batch.places_N), decoder.head_weight
+        loss = token_loss(hidden_ND, weight_VD, batch.targets_N, batch.coefficients_N)
         letter_N = batch.rivals_N != NO_RIVAL
-        frame = token_loss(hidden_ND, weight_VD, batch.targets_N, batch.coefficients_N * ~letter_N)
-        letters = hidden_ND[letter_N].float()
-        right = (letters * weight_VD[batch.targets_N[letter_N]]).sum(-1)
-        wrong = (letters * weight_VD[batch.rivals_N[letter_N]]).sum(-1)
-        return frame + (batch.coefficients_N[letter_N] * two_way_loss(right, wrong, smoothing)).sum()
+        towards = weight_VD[batch.targets_N[letter_N]].float() - weight_VD[batch.rivals_N[letter_N]].float()
+        gap = (hidden_ND[letter_N].float() * towards).sum(-1)  # log p(right) - log p(other)
+        return loss + smoothing * (batch.coefficients_N[letter_N] * gap).sum()
 
     return objective
 
