@@ -142,8 +142,8 @@ def likelihood(decoder: Decoder, hidden_TD: Tensor, batch: Batch) -> Tensor:
 def smoothed_label(smoothing: float) -> Objective:
     """Equation (1), with `smoothing` of the letter's target given to the other letter.
 
-    -(1 - s) log p(right) - s log p(other), over the whole vocabulary. That is GRAM's two-way loss over {A, B},
-    and what it leaves out: that a letter is written there at all. Trained on the two letters' ratio alone, a
+    -(1 - s) log p(right) - s log p(other), over the whole vocabulary: GRAM's two-way loss over {A, B}, and
+    what that leaves out, that a letter is written there at all. Trained on the two letters' ratio alone, a
     model may prefer any other token to both, and a sampled answer has no verdict.
     """
 
