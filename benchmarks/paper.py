@@ -19,6 +19,7 @@ Left out: the real data's scale; whether a direction found here holds there.
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -38,9 +39,11 @@ from gramr2.records import Pair
 from gramr2.steps import Run, read_rows
 
 AMOUNTS = (30, 60, 120, 240, 480)
+FAMILIES = "new prices", "five goods"
 UNITS = (0, 25, 50, 100)
 TASK_TEST = 300
 TASK_STEPS = 100
+TASK_TOKENS = 160  # a rationale about five goods takes 123
 SMOOTHING = 0.1
 
 Figures = dict[str, np.ndarray]  # row → whether each held-out pair was judged right
@@ -49,8 +52,8 @@ Figures = dict[str, np.ndarray]  # row → whether each held-out pair was judged
 class Bench:
     """A seed's extra steps, in books of their own beside the arms of toy.py."""
 
-    def __init__(self, seed: Seed, part: str):
-        self.seed, self.run = seed, seed.open(part, Run, {})
+    def __init__(self, seed: Seed, part: str, **changes: Any):
+        self.seed, self.run = seed, seed.open(part, Run, changes)
         self.test = seed.step("data") / "test.jsonl"
 
     def model(self, step: str) -> Path:
@@ -123,10 +126,7 @@ def _tasks(seed: Seed) -> Iterator[tuple[str, list[Pair]]]:
     world = toyworld.prices_of(seed.number, (names := toyworld.good_names(160)))
     changed = names[:40]
     new = {good: rng.choice([p for p in range(1, 10) if p != world[good]]) for good in changed}
-    for family, goods, asked, prices in (
-        ("new prices", changed, 3, new),
-        ("five goods", names, 5, world),
-    ):
+    for family, (goods, asked, prices) in zip(FAMILIES, ((changed, 3, new), (names, 5, world)), strict=True):
         sets: dict[frozenset[str], tuple[str, ...]] = {}
         while len(sets) < max(UNITS) + TASK_TEST:
             drawn = tuple(rng.sample(goods, asked))
@@ -136,7 +136,7 @@ def _tasks(seed: Seed) -> Iterator[tuple[str, list[Pair]]]:
 
 def adaptation(seed: Seed) -> Figures:
     """Figure 4: accuracy on a task after units of its data, from four models."""
-    bench, figures = Bench(seed, "adaptation"), {}
+    bench, figures = Bench(seed, "adaptation", judge_tokens=TASK_TOKENS), {}
     trained_gram = Bench(seed, "gram").gram()
     starts = {
         "GRAM-R²": ("reward", bench.model("fine-tune"), {}),
@@ -160,17 +160,41 @@ def adaptation(seed: Seed) -> Figures:
 PARTS = {"gram": gram, "amount": amount, "adaptation": adaptation}
 
 
+def claims() -> Iterator[tuple[str, str, str]]:
+    """What the paper says, as a row that should be above another."""
+    yield "reasoning on the unlabelled pairs beats GRAM", "fine-tuned", "GRAM"
+    yield "GRAM's pre-training helps the label alone", "GRAM", "generative"
+    for few, more in itertools.pairwise([*map(str, AMOUNTS), "all"]):
+        yield "figure 5: more synthesized pairs help", more, few
+    for family in FAMILIES:
+        for other in ("generative", "GRAM", "from the backbone"):
+            for units in UNITS[1:]:
+                one, less = (f"{family}: {name}, {units}" for name in ("GRAM-R²", other))
+                yield f"figure 4: of {units} units GRAM-R² makes more", one, less
+        yield "figure 4: it needs them", f"{family}: GRAM-R², {UNITS[-1]}", f"{family}: GRAM-R², 0"
+
+
 def collect(seeds: Sequence[Seed]) -> dict[str, Any]:
     """Means over the seeds whose part is whole; a part is asked again, and finds its steps done."""
     result: dict[str, Any] = {"seeds": {}}
+    found = {
+        row: {seed.number: values for seed in seeds if (values := toy.hits(seed, row)) is not None}
+        for row in ("generative", "fine-tuned")
+    }
     for part, work in PARTS.items():
         whole = [seed for seed in seeds if (seed.place / part / "whole").is_file()]
-        rows: dict[str, list[np.ndarray]] = {}
-        for figures in map(work, whole):
-            for name, values in figures.items():
-                rows.setdefault(name, []).append(values)
-        result[part] = {name: mean_with_interval(values) for name, values in rows.items()}
+        rows: dict[str, dict[int, np.ndarray]] = {}
+        for seed in whole:
+            for name, values in work(seed).items():
+                rows.setdefault(name, {})[seed.number] = values
+        result[part] = {name: mean_with_interval(list(values.values())) for name, values in rows.items()}
         result["seeds"][part] = [seed.number for seed in whole]
+        found |= rows
+    result["differences"] = [
+        {"claim": claim, "of": one, "less": other, **figures}
+        for claim, one, other in claims()
+        if (figures := toy.compare(found, one, other))
+    ]
     return result
 
 

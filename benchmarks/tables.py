@@ -331,6 +331,11 @@ def paper(result):
     return f"{where(result['environment'])}\n\n{grid(('', 'accuracy [95% interval]', 'seeds'), lines)}"
 
 
+@table("paper-claims", "paper", "python benchmarks/paper.py")
+def paper_claims(result):
+    return toy_claims(result)
+
+
 def interval(figure, form="{:.1f}"):
     value, low, high = (form.format(figure[name]) for name in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
