@@ -24,6 +24,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 
 import common
 
@@ -197,6 +198,7 @@ def summary(seeds: list[dict]) -> dict:
     for name in ("before", *REWARDS):
         row = {kind: over(name, lambda f, n=name, k=kind: f[n][k]) for kind in ("right", "prices", "greedy")}
         row |= {"gain": over(name, gap(name, "before")), "over scalar": over(name, gap(name, "scalar"))}
+        row["right by seed"] = [round(100 * fmean(seed["success"][name]["right"]), 1) for seed in seeds]
         rows.append({"name": name, **row})
     ways = seeds[0]["curves"]
     curves = {

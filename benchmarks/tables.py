@@ -348,16 +348,19 @@ def policy(result):
         gains = [interval(row[name], "{:+.1f}") for name in ("gain", "over scalar")]
         gains = ["", ""] if row["name"] == "before" else gains
         means = [f"{row[name]['value']:.1f}" for name in ("prices", "greedy")]
-        lines.append((row["name"], interval(row["right"]), *gains, *means))
+        by_seed = ", ".join(map(str, row["right by seed"]))
+        lines.append((row["name"], interval(row["right"]), by_seed, *gains, *means))
     header = (
         "reward",
         "right throughout, %",
+        "of each seed",
         "gain",
         "over the scalar",
         "prices right, %",
         "greedy answer right, %",
     )
-    about = f"{len(result['seeds'])} seed(s), {result['questions']} held-out questions, {result['drawn']} "
+    seeds = ", ".join(map(str, result["seeds"]))
+    about = f"Seeds {seeds}; {result['questions']} held-out questions, {result['drawn']} "
     about += f"answers drawn for each; intervals 95%, paired by question. {where(result['environment'])}"
     return f"{about}\n\n{grid(header, lines)}"
 
@@ -366,7 +369,9 @@ def policy(result):
 def policy_best_of_n(result):
     sizes = list(result["curves"]["oracle"])
     lines = [(way, *(interval(curve[n]) for n in sizes)) for way, curve in result["curves"].items()]
-    about = f"{len(result['seeds'])} seed(s), {result['lists']} held-out questions."
+    about = (
+        f"Means over seeds {', '.join(map(str, result['seeds']))}, {result['lists']} held-out questions each."
+    )
     return f"{about}\n\n{grid(('picked by', *(f'n = {n}' for n in sizes)), lines)}"
 
 
