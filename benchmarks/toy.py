@@ -212,6 +212,14 @@ class Seed:
             model = run.train(_slug(name), stage, data, self.backbone)
             run.judge(f"test-{_slug(name)}", model, test, 1)
 
+    def lengths(self) -> None:
+        """The control at other lengths: is it the number of steps that it lacks, or has too many of?"""
+        run, data = self.open("other lengths", Run, {}), self.step("data")
+        known = [data / "human.jsonl", self.step("filter-labelled") / "kept.jsonl"]
+        for name, share in LENGTHS.items():
+            model = run.train(_slug(name), "reward", known, self.backbone, longer=share)
+            run.judge(f"test-{_slug(name)}", model, data / "test.jsonl", 1)
+
     @property
     def backbone(self) -> Path:
         """Shipped and laid into the world, or pre-trained by a step of the run."""
@@ -234,10 +242,13 @@ MAIN = ("backbone", "discriminative", "generative", "initial", "round 1", "round
 MAIN += ("labelled only, 2x steps", "fine-tuned", "voting@16")
 SINGLES = ("true labels on the pool", "generative, true labels on the pool")
 SINGLES += ("labelled, without the human rationales", "human rationales alone")
+LENGTHS = {"labelled only, 0.5x steps": 0.5, "labelled only, 1.5x steps": 1.5}
 # What the paper says or argues, as a difference that should be above zero.
 CLAIMS = [
     ("self-training gains over its start, same steps", "round 3", "initial"),
     ("and over the labelled pairs trained twice as long", "round 3", "labelled only, 2x steps"),
+    ("and half as long", "round 3", "labelled only, 0.5x steps"),
+    ("and one and a half times as long", "round 3", "labelled only, 1.5x steps"),
     ("a rationale before the label beats the label alone", "initial", "generative"),
     ("and a scalar head", "initial", "discriminative"),
     ("the first round gains", "round 1", "initial"),
@@ -270,7 +281,8 @@ def judged(seed: Seed, row: str) -> Path:
         return seed.step(f"test-{_slug(row)}") / "judged.jsonl"
     if row in LOOPS:
         return seed.step("test-round-3", row) / "judged.jsonl"
-    return seed.step(f"test-{_slug(row)}", "single models") / "judged.jsonl"
+    arm = "other lengths" if row in LENGTHS else "single models"
+    return seed.step(f"test-{_slug(row)}", arm) / "judged.jsonl"
 
 
 def right(judged: Path) -> np.ndarray:
@@ -318,7 +330,7 @@ def compare(found: dict[str, dict[int, np.ndarray]], one: str, other: str) -> di
 
 
 def collect(seeds: Sequence[Seed]) -> dict[str, Any]:
-    rows = (*MAIN, *LOOPS, *SINGLES)
+    rows = (*MAIN, *LENGTHS, *LOOPS, *SINGLES)
     found = {row: {s.number: values for s in seeds if (values := hits(s, row)) is not None} for row in rows}
     config, trains = seeds[0].settings()
     torch.set_num_threads(trains["reward"].threads)  # which the result's environment names
@@ -359,13 +371,15 @@ def run_arms(seed: Seed, wanted: Callable[[str], bool]) -> None:
             seed.loop(arm, loop)
     if wanted("single models"):
         seed.singles()
+    if wanted("other lengths"):
+        seed.lengths()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    arms = ["main", *LOOPS, "single models"]
+    arms = ["main", *LOOPS, "single models", "other lengths"]
     parser.add_argument("--seeds", type=numbers, default=numbers("112-121"), help="[112-121]")
     parser.add_argument("--arms", nargs="+", choices=arms, default=arms, metavar="ARM", help="; ".join(arms))
     parser.add_argument("--recipe", type=Path, default=common.ROOT / "recipes/toy.toml")

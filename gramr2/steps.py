@@ -220,10 +220,11 @@ class Run:
 
         return self.books.step(name, whole)
 
-    def train(self, name: str, kind: str, data: Sequence[Path], start: Path, longer: int = 1) -> Path:
+    def train(self, name: str, kind: str, data: Sequence[Path], start: Path, longer: float = 1) -> Path:
         """Trains from `start`, `longer` times as long as the kind's settings say; → the model directory."""
         config = self.trains[kind]
-        config = dataclasses.replace(config, steps=config.steps * longer, epochs=config.epochs * longer)
+        steps, epochs = round(config.steps * longer), config.epochs * longer
+        config = dataclasses.replace(config, steps=steps, epochs=epochs)
         stage = "reward" if kind == "finetune" else kind
         self.books.step(name, lambda place: fit.train(stage, config, data, start, place))
         return self.books.place(name) / "model"
