@@ -43,7 +43,7 @@ def test_the_mean_counts_a_seed_once_however_many_pairs_it_has():
 
 
 def test_a_claim_names_rows_that_exist():
-    rows = {*toy.MAIN, *toy.LOOPS, *toy.SINGLES}
+    rows = {*toy.MAIN, *toy.LENGTHS, *toy.LOOPS, *toy.SINGLES}
     assert {row for _, one, other in toy.CLAIMS for row in (one, other)} <= rows
     for arm, loop in toy.LOOPS.items():
         replace(config.SelfTrainConfig(), **(loop.changes or {}))  # refused by name where a filter is gone
