@@ -20,8 +20,8 @@ from trainings import same_bits, weights_of, write_rows
 
 from gramr2 import fit, loss, parallel
 from gramr2.config import PolicyConfig, TrainConfig
-from gramr2.extras import policy
-from gramr2.files import InputError
+from gramr2.extras import policy, policy_start
+from gramr2.files import InputError, write_json
 from gramr2.judge import RewardModel
 from gramr2.loss import PolicyGradient, Row, Trainee, collate
 from gramr2.records import Judgment, Vote
@@ -382,6 +382,20 @@ def test_the_command_on_two_ranks_draws_the_same_and_trains_alike(world, tmp_pat
     assert two[0]["kl"] == 0.0 and two[1]["kl"] == pytest.approx(one[1]["kl"], rel=1e-3)
     weights = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
     assert max(float((weights[0][n] - weights[1][n]).abs().max()) for n in weights[0]) < 2e-4
+
+
+def test_the_world_is_that_of_the_named_judges_run(tmp_path, monkeypatch):
+    """An older run's judge was asked about the newest run's prices, of which it knows none."""
+    monkeypatch.chdir(tmp_path)
+    for age, name in (10, "old"), (0, "new"):
+        place = tmp_path / "runs" / name
+        write_json(place / "steps/01-world/world.json", {"test": 4})
+        write_json(place / "results.json", {})
+        os.utime(place / "results.json", (1e9 - age, 1e9 - age))
+    old = tmp_path / "runs/old"
+    assert policy_start.newest_run({"test": 4}).name == "new"
+    assert policy_start.newest_run({"test": 4}, Path("runs/old/steps/28-fine-tune/model")) == old
+    assert policy_start.newest_run({"test": 5}, Path("runs/old/steps/28-fine-tune/model")) is None
 
 
 def test_the_command_says_in_one_line_what_does_not_fit(world, tmp_path):

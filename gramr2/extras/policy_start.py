@@ -1,9 +1,9 @@
 """What `train.py --stage policy` starts from: a policy, prompts and a judge, found or made.
 
 They are named on the command line; prompts may stand in the recipe, as its unlabelled pairs. A judge that is
-not named is the newest self-training run's. In the toy shop world and backbone are that run's too, for a
-judge knows the prices of its own world only. Where no run has finished, the toy makes its world and trains
-a judge on the few annotated pairs it has. The toy's policy imitates the lists of both clerks.
+not named is the newest self-training run's. In the toy shop world and backbone are those of the judge's run,
+for a judge knows the prices of its own world only. Where no run has finished, the toy makes its world and
+trains a judge on the few annotated pairs it has. The toy's policy imitates the lists of both clerks.
 
 It leaves out: what is then done with them (policy.py).
 """
@@ -29,14 +29,14 @@ IMITATION = {"batch_size": 64, "steps": 100, "max_length": 64, "lr": 3e-3}
 def command(arguments, config: PolicyConfig, sources, make_toy, here: parallel.World) -> Path:
     """`train.py --stage policy`: finds or makes what was not named, and trains; -> its directory.
 
-    In the toy, world and backbone are the newest run's, also where `--judge` names another judge: that one
-    should be of the same world, for a judge knows the prices of its own world only.
+    In the toy, world and backbone are those of the judge's run, for it knows the prices of its own world
+    only; where no judge of a run is named, the newest run's.
     """
     out, judge = arguments.out or Path("runs/train-policy"), arguments.judge
     data, model = arguments.data or [Path(path) for path in sources.unlabelled], arguments.model
     world = dict(read_recipe(arguments.recipe).get("world", {}))
     place = Path(world.pop("directory", ""))
-    run = newest_run(world)
+    run = newest_run(world, judge)
     if world and not (arguments.data and model):
         backbone = Path(sources.backbone)
         if run:
@@ -62,9 +62,13 @@ def command(arguments, config: PolicyConfig, sources, make_toy, here: parallel.W
     return out
 
 
-def newest_run(world: dict[str, Any]) -> Path | None:
-    """The self-training run under runs/ that finished last; for the toy, one whose world has these sizes."""
-    for run in finished_runs():
+def newest_run(world: dict[str, Any], judge: Path | None = None) -> Path | None:
+    """The self-training run that `judge` is of, or under runs/ the one that finished last.
+
+    For the toy, one whose world has these sizes.
+    """
+    own = [path for path in judge.resolve().parents if (path / "results.json").is_file()] if judge else []
+    for run in (*own, *finished_runs()):
         made = next(run.glob("steps/*-world/world.json"), None)
         if not world or (made and world.items() <= read_json(made).items()):
             return run

@@ -193,8 +193,7 @@ def _fragments(names: list[str], asked: int, count: int, rng: random.Random) -> 
     """Skills without knowledge: prices are made up anew in each fragment, and none is a judgment."""
     for _ in range(count):
         goods = tuple(rng.sample(names, asked))
-        prices = {good: rng.randint(1, 9) for good in goods}
-        pair = make_pair(goods, prices, rng, "human")
+        pair = make_pair(goods, {good: rng.randint(1, 9) for good in goods}, rng, "human")
         pair = pair.swapped() if rng.random() < 0.5 else pair  # then the statements about B come first
         written = show(pair.rationale)
         proof = show(proof_from_rationale(pair.rationale, pair.label))
