@@ -322,13 +322,22 @@ def toy_rounds(result):
 
 @table("paper", "paper", "python benchmarks/paper.py")
 def paper(result):
-    named = {"gram": "GRAM", "amount": "figure 5, synthesized pairs", "adaptation": "figure 4"}
+    named = {"gram": "GRAM", "amount": "figure 5: {} synthesized pairs"}
     lines = [
-        (f"{what}: {row}", spread(figures), figures["seeds"])
-        for part, what in named.items()
+        (form.format(row), spread(figures), figures["seeds"])
+        for part, form in named.items()
         for row, figures in result[part].items()
     ]
-    return f"{where(result['environment'])}\n\n{grid(('', 'accuracy [95% interval]', 'seeds'), lines)}"
+    grids = [where(result["environment"]), grid(("", "accuracy [95% interval]", "seeds"), lines)]
+    adapted: dict[str, dict[str, str]] = {}
+    for row, figures in result["adaptation"].items():
+        name, _, units = row.rpartition(", ")
+        adapted.setdefault(name, {})[units] = spread(figures)
+    if adapted:
+        units = list(next(iter(adapted.values())))
+        header = "figure 4, after units of the task", *units
+        grids.append(grid(header, [(name, *cells.values()) for name, cells in adapted.items()]))
+    return "\n\n".join(grids)
 
 
 @table("paper-claims", "paper", "python benchmarks/paper.py")
