@@ -110,12 +110,11 @@ def amount(seed: Seed) -> Figures:
     """Figure 5: the first N synthesized pairs, in the order in which the rounds made them."""
     bench, figures = Bench(seed, "amount"), {}
     pairs = [row for path in bench.synthesized for row in read_rows(path)]
-    human = [seed.step("data") / "human.jsonl"] if bench.run.settings.mix_human else []
     backbone = seed.backbone
     for count in (*(n for n in AMOUNTS if n < len(pairs)), len(pairs)):
         shown = "all" if count == len(pairs) else str(count)
         data = bench.write(f"first-{shown}", iter(pairs[:count]))
-        model = bench.train(f"train-{shown}", "reward", [*human, data], backbone)
+        model = bench.train(f"train-{shown}", "reward", [*seed.human, data], backbone)
         figures[shown] = bench.hits(shown, model, bench.test)
     return figures
 
@@ -177,10 +176,7 @@ def claims() -> Iterator[tuple[str, str, str]]:
 def collect(seeds: Sequence[Seed]) -> dict[str, Any]:
     """Means over the seeds whose part is whole; a part is asked again, and finds its steps done."""
     result: dict[str, Any] = {"seeds": {}}
-    found = {
-        row: {seed.number: values for seed in seeds if (values := toy.hits(seed, row)) is not None}
-        for row in ("generative", "fine-tuned")
-    }
+    found = {row: toy.hits_by_seed(seeds, row) for row in ("generative", "fine-tuned")}
     for part, work in PARTS.items():
         whole = [seed for seed in seeds if (seed.place / part / "whole").is_file()]
         rows: dict[str, dict[int, np.ndarray]] = {}
@@ -190,12 +186,7 @@ def collect(seeds: Sequence[Seed]) -> dict[str, Any]:
         result[part] = {name: mean_with_interval(list(values.values())) for name, values in rows.items()}
         result["seeds"][part] = [seed.number for seed in whole]
         found |= rows
-    result["differences"] = [
-        {"claim": claim, "of": one, "less": other, **figures}
-        for claim, one, other in claims()
-        if (figures := toy.compare(found, one, other))
-    ]
-    return result
+    return result | {"differences": toy.differences(found, claims())}
 
 
 def main() -> int:

@@ -21,7 +21,7 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -215,10 +215,15 @@ class Seed:
     def lengths(self) -> None:
         """The control at other lengths: is it the number of steps that it lacks, or has too many of?"""
         run, data = self.open("other lengths", Run, {}), self.step("data")
-        known = [data / "human.jsonl", self.step("filter-labelled") / "kept.jsonl"]
+        known = [*self.human, self.step("filter-labelled") / "kept.jsonl"]
         for name, share in LENGTHS.items():
             model = run.train(_slug(name), "reward", known, self.backbone, longer=share)
             run.judge(f"test-{_slug(name)}", model, data / "test.jsonl", 1)
+
+    @property
+    def human(self) -> list[Path]:
+        """The human rationales, where the settings put them into every arm."""
+        return [self.step("data") / "human.jsonl"] if self.settings()[0].mix_human else []
 
     @property
     def backbone(self) -> Path:
@@ -297,6 +302,10 @@ def hits(seed: Seed, row: str) -> np.ndarray | None:
     return right(path)
 
 
+def hits_by_seed(seeds: Sequence[Seed], row: str) -> dict[int, np.ndarray]:
+    return {seed.number: values for seed in seeds if (values := hits(seed, row)) is not None}
+
+
 def interval(drawn: np.ndarray) -> list[float]:
     return [round(100 * float(value), 2) for value in np.quantile(drawn, (0.025, 0.975))]
 
@@ -329,9 +338,20 @@ def compare(found: dict[str, dict[int, np.ndarray]], one: str, other: str) -> di
     return {**mean_with_interval(differences), "above zero": above, "below zero": below, "by seed": seeds}
 
 
+def differences(
+    found: dict[str, dict[int, np.ndarray]], claims: Iterable[tuple[str, str, str]]
+) -> list[dict]:
+    """Those claims of which both rows are there."""
+    return [
+        {"claim": claim, "of": one, "less": other, **figures}
+        for claim, one, other in claims
+        if (figures := compare(found, one, other))
+    ]
+
+
 def collect(seeds: Sequence[Seed]) -> dict[str, Any]:
     rows = (*MAIN, *LENGTHS, *LOOPS, *SINGLES)
-    found = {row: {s.number: values for s in seeds if (values := hits(s, row)) is not None} for row in rows}
+    found = {row: hits_by_seed(seeds, row) for row in rows}
     config, trains = seeds[0].settings()
     torch.set_num_threads(trains["reward"].threads)  # which the result's environment names
     results = [read_json(path) for s in seeds if (path := s.place / "main/results.json").is_file()]
@@ -344,11 +364,7 @@ def collect(seeds: Sequence[Seed]) -> dict[str, Any]:
             for row, values in found.items()
             if values
         },
-        "differences": [
-            {"claim": claim, "of": one, "less": other, **figures}
-            for claim, one, other in CLAIMS
-            if (figures := compare(found, one, other))
-        ],
+        "differences": differences(found, CLAIMS),
         "rounds": {str(each["seed"]): each["rounds"] for each in results},
         "seconds": {str(each["seed"]): round(sum(each["seconds"].values())) for each in results},
     }

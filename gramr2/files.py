@@ -176,7 +176,7 @@ def exit_status(main, *args) -> int:
     except KeyboardInterrupt:
         status, said = 130, "interrupted"
     except BrokenPipeError:  # whoever read what was printed has left, as `| head` does
-        status = 0
+        status = 141  # as of those that the signal ends: a run may have been cut
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if said and int(os.environ.get("RANK", 0)) == 0:
         print(said, file=sys.stderr)

@@ -54,7 +54,8 @@ def _compile_template(source: str, date: str | None):
         raise jinja2.TemplateError(message)
 
     def strftime_now(form: str) -> str:
-        return (datetime.datetime.fromisoformat(date) if date else datetime.datetime.now()).strftime(form)
+        now = datetime.datetime.fromisoformat(date) if date else datetime.datetime.now()
+        return now.strftime(form)
 
     def tojson(value: Any, **options) -> str:
         return json.dumps(value, **({"ensure_ascii": False} | options))

@@ -80,7 +80,8 @@ def published_name(ours: str) -> str:
     number = re.search(r"\.(\d+)\.", stem)
     if number is None:
         return f"{NAMES[stem]}.{kind}"
-    return f"{NAMES[stem.replace(number[0], '.{}.', 1)].format(number[1])}.{kind}"
+    pattern = stem.replace(number[0], ".{}.", 1)
+    return f"{NAMES[pattern].format(number[1])}.{kind}"
 
 
 # ---------------------------------------------------------------------------------- configuration

@@ -393,9 +393,9 @@ def test_the_world_is_that_of_the_named_judges_run(tmp_path, monkeypatch):
         write_json(place / "results.json", {})
         os.utime(place / "results.json", (1e9 - age, 1e9 - age))
     old = tmp_path / "runs/old"
-    assert policy_start.newest_run({"test": 4}).name == "new"
-    assert policy_start.newest_run({"test": 4}, Path("runs/old/steps/28-fine-tune/model")) == old
-    assert policy_start.newest_run({"test": 5}, Path("runs/old/steps/28-fine-tune/model")) is None
+    assert policy_start.run_of({"test": 4}).name == "new"
+    assert policy_start.run_of({"test": 4}, Path("runs/old/steps/28-fine-tune/model")) == old
+    assert policy_start.run_of({"test": 5}, Path("runs/old/steps/28-fine-tune/model")) is None
 
 
 def test_the_command_says_in_one_line_what_does_not_fit(world, tmp_path):

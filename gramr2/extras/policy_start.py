@@ -36,7 +36,7 @@ def command(arguments, config: PolicyConfig, sources, make_toy, here: parallel.W
     data, model = arguments.data or [Path(path) for path in sources.unlabelled], arguments.model
     world = dict(read_recipe(arguments.recipe).get("world", {}))
     place = Path(world.pop("directory", ""))
-    run = newest_run(world, judge)
+    run = run_of(world, judge)
     if world and not (arguments.data and model):
         backbone = Path(sources.backbone)
         if run:
@@ -62,7 +62,7 @@ def command(arguments, config: PolicyConfig, sources, make_toy, here: parallel.W
     return out
 
 
-def newest_run(world: dict[str, Any], judge: Path | None = None) -> Path | None:
+def run_of(world: dict[str, Any], judge: Path | None = None) -> Path | None:
     """The self-training run that `judge` is of, or under runs/ the one that finished last.
 
     For the toy, one whose world has these sizes.
