@@ -2,10 +2,10 @@
 
     python train.py --stage prover                            the toy, from nothing, on a laptop
     torchrun --nproc_per_node=8 train.py --stage reward --recipe recipes/llama3.1-8b.toml \\
-        --model Llama-3.1-8B-Instruct --data labelled.jsonl   one model on eight GPUs
+        --model Llama-3.1-8B-Instruct --data human.jsonl       one model on eight GPUs
     python train.py --stage reward --model runs/x/model --data helpsteer3-stem.jsonl --limit 1000
                                                               task adaptation
-    torchrun --nproc_per_node=2 train.py --stage policy       the toy's shop assistant, with a judge's rewards
+    torchrun --nproc_per_node=2 train.py --stage policy       the toy's clerk, with a judge's rewards
     torchrun --nproc_per_node=8 train.py --stage policy --recipe recipes/llama3.1-8b.toml \\
         --model POLICY --judge runs/x/model --data prompts.jsonl --reward pairwise
 
@@ -16,7 +16,7 @@ status is then 130. What is trained is in gramr2/fit.py, the losses in gramr2/lo
 The stage policy (gramr2/extras/policy.py) rewards a model's own answers: by a judge that compares them with
 its greedy answer (pairwise) or with each other (tournament), or by a discriminative model (scalar). Without
 --judge it takes the newest run of selftrain.py under runs/; in the toy, that run's world too. Where there is
-none, the toy trains a judge on its few human rationales first. The toy's policy is one that imitates both
+none, the toy trains a judge on its few annotated pairs first. The toy's policy is one that imitates both
 clerks, OUT-start; the judge made for it is OUT-judge. OUT/rollouts.jsonl has every answer with its reward.
 """
 

@@ -9,6 +9,7 @@ Left out: profiling, and any judgement of the figures.
 """
 
 import datetime
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -80,6 +81,14 @@ def compare(functions: dict, repeats: int = 5, warmups: int = 1) -> dict:
         }
         for name in functions
     }
+
+
+def needed(package: str):
+    """A peer without which there is nothing to compare with."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        sys.exit(f"this benchmark compares with {package}: pip install -e '.[bench]' brings it")
 
 
 def write_result(name: str, result: dict) -> Path:

@@ -70,9 +70,9 @@ def ours(directory: Path, dtype: str, device: str):
 
 
 def theirs(directory: Path, dtype: str, device: str):
-    import transformers
+    from common import needed
 
-    load = transformers.AutoModelForCausalLM.from_pretrained
+    load = needed("transformers").AutoModelForCausalLM.from_pretrained
     model = load(directory, dtype=getattr(torch, dtype)).to(device).eval()
 
     @torch.no_grad()

@@ -59,8 +59,7 @@ def ours(judge: RewardModel, pairs: list[Pair], votes: int) -> None:
 
 def theirs(directory: Path, judge: RewardModel, device: str, dtype: str):
     """The card's loop: (pairs, votes) → nothing."""
-    import transformers
-
+    transformers = common.needed("transformers")
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).to(
         device

@@ -71,7 +71,7 @@ def judging(kills: int) -> dict:
 
 
 def selftrain(kills: int, recipe: Path) -> dict:
-    """selftrain.py, the toy by default: a dozen kills a run, spread over what a whole one takes."""
+    """selftrain.py, the toy by default: thirteen kills a run, spread over what a whole one takes."""
     from selfruns import Forks, same_results
 
     rng, forks = random.Random(0), Forks()

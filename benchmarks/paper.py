@@ -74,7 +74,7 @@ class Bench:
 
     @property
     def synthesized(self) -> list[Path]:
-        """What the rounds of `main` trained on, the human rationales apart."""
+        """What the judges of `main` trained on, the human rationales apart, in the order in which it came."""
         rounds = [f"round-{n + 1}-rationales" for n in range(self.run.settings.iters)]
         return [self.seed.step(name) / "kept.jsonl" for name in ("filter-labelled", *rounds)]
 
@@ -107,7 +107,7 @@ def gram(seed: Seed) -> Figures:
 
 
 def amount(seed: Seed) -> Figures:
-    """Figure 5: the first N synthesized pairs, in the order in which the rounds made them."""
+    """Figure 5: the first N synthesized pairs: those with given labels, then what each round kept."""
     bench, figures = Bench(seed, "amount"), {}
     pairs = [row for path in bench.synthesized for row in read_rows(path)]
     backbone = seed.backbone

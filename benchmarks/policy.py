@@ -39,8 +39,8 @@ from gramr2.sampler import generate
 from gramr2.weights import load
 
 RECIPE = common.ROOT / "recipes/toy.toml"
-# Name of the row: the reward, and which of the run's models gives it. A tournament of eight asks six times as
-# much as eight comparisons with the greedy answer; with these sizes a batch costs the judge about the same.
+# Name of the row: the reward, and which of the run's models gives it. A tournament of eight asks 28 times,
+# eight comparisons with the greedy answer 8 times; with these sizes a batch costs the judge about the same.
 SMALL = {"batch_size": 64, "group": 4}
 REWARDS = {
     "reasoning, pairwise": ("pairwise", "fine-tune", {}),

@@ -4,7 +4,7 @@
     python benchmarks/sampling.py                  an 8B-shaped model in bf16 on a GPU, random weights
 
 Everything is drawn at temperature 1 from the whole vocabulary, without stop ids, so that every way makes
-the same number of tokens. Static generate takes each workload as one batch; where lengths are ragged, it
+the same number of tokens. Every way takes a workload as one batch; where lengths are ragged, static generate
 runs to the longest, and only the tokens asked for count. "tiny" stands with two vocabularies, because the
 larger one's projection is most of such a model's work. Continuous batching is slow on a CPU, and is measured
 there once, on one workload. On a GPU a decode step's time is set against its floor: bytes of weights and of
@@ -17,6 +17,7 @@ import itertools
 import random
 import statistics
 import time
+from functools import partial
 
 import common
 import torch
@@ -86,15 +87,14 @@ def random_prompts(count: int, length: int, vocabulary: int) -> list[list[int]]:
     return [[draw.randrange(vocabulary) for _ in range(length)] for _ in range(count)]
 
 
-def static_generate(model, prompts: list[list[int]], k: int, new: int):
-    """k samples of each prompt, as one padded batch that runs to its longest."""
-    ids = torch.tensor(prompts, device=model.device)
-    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": k}
+def static_generate(model, prompts: list[list[int]], limits: list[list[int]]):
+    """K samples of each prompt, as one padded batch that runs to its longest."""
+    ids, longest = torch.tensor(prompts, device=model.device), max(map(max, limits))
+    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": K}
+    options |= {"min_new_tokens": longest, "max_new_tokens": longest}
     with torch.inference_mode():
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, **options
-        )
-    assert out.shape == (len(prompts) * k, len(prompts[0]) + new)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    assert out.shape == (len(prompts) * K, len(prompts[0]) + longest)
 
 
 def continuous_batching(model, prompts: list[list[int]], k: int, new: int):
@@ -139,41 +139,36 @@ def row(workload: str, tokens: int, ways: dict, repeats: int, once=()) -> dict:
     return {"workload": workload, "tokens": tokens, "ways": figures, "absent": absent}
 
 
+def ours(model, prompts: list[list[int]], limits: list[list[int]]):
+    samples = sampler.generate(model, prompts, n=K, max_new_tokens=limits, stop_ids=(), progress=False)
+    assert [[len(sample.ids) for sample in group] for group in samples] == limits
+
+
+def ragged(count: int) -> list[list[int]]:
+    """For each sample of `count` prompts, how many tokens are asked for: 16 to 112, evenly, shuffled."""
+    lengths = [16 + 96 * i // (K * count - 1) for i in range(K * count)]
+    random.Random(1).shuffle(lengths)
+    return [lengths[i : i + K] for i in range(0, len(lengths), K)]
+
+
 def on_cpu(repeats: int, continuous: bool) -> dict:
     rows = []
     for name, config in SMALL.items():
-        count, new = (2, 32) if name == "107M" else (4, 64)
         model, other = random_model(config, "cpu", torch.float32), peer(config, "cpu", torch.float32)
-        prompts = random_prompts(count, PROMPT, config.vocab_size)
-
-        def ours(limit=new, model=model, prompts=prompts):
-            samples = sampler.generate(model, prompts, n=K, max_new_tokens=limit, stop_ids=(), progress=False)
-            assert all(len(s.ids) == s_limit for s, s_limit in _with_limits(samples, limit))
-
-        ways = {"ours": ours}
-        if other:
-            ways["static"] = lambda o=other, p=prompts, n=new: static_generate(o, p, K, n)
-            if continuous and name == "tiny, vocabulary 2k":  # it takes minutes: the smallest, and one turn
-                ways["continuous"] = lambda o=other, p=prompts, n=new: continuous_batching(o, p, K, n)
-        workload = f"{name}: {count} prompts x {K}, {new} new"
-        rows.append(row(workload, count * K * new, ways, repeats, once=["continuous"]))
-        if name == "107M":
-            continue
-        # Ragged: the same requests, but 16 to 112 tokens, evenly, shuffled.
-        lengths = [16 + 96 * i // (K * count - 1) for i in range(K * count)]
-        random.Random(1).shuffle(lengths)
-        limits = [lengths[i : i + K] for i in range(0, len(lengths), K)]
-        ways = {"ours": lambda f=ours, x=limits: f(x)}
-        if other:
-            ways["static"] = lambda o=other, p=prompts: static_generate(o, p, K, 112)
-        rows.append(row(f"{name}: {count} prompts x {K}, 16 to 112 new", sum(lengths), ways, repeats))
+        count, new = (2, 32) if name == "107M" else (4, 64)
+        workloads = {f"{count} prompts x {K}, {new} new": [[new] * K] * count}
+        if name != "107M":
+            workloads |= {f"{n} prompts x {K}, 16 to 112 new": ragged(n) for n in (count, 4 * count)}
+        for workload, limits in workloads.items():
+            prompts = random_prompts(len(limits), PROMPT, config.vocab_size)
+            ways = {"ours": partial(ours, model, prompts, limits)}
+            if other:
+                ways["static"] = partial(static_generate, other, prompts, limits)
+                if continuous and name == "tiny, vocabulary 2k" and len(rows) == 1:  # it takes minutes
+                    ways["continuous"] = partial(continuous_batching, other, prompts, K, new)
+            tokens = sum(map(sum, limits))
+            rows.append(row(f"{name}: {workload}", tokens, ways, repeats, once=["continuous"]))
     return {"rows": rows, "k": K, "prompt": PROMPT}
-
-
-def _with_limits(samples: list, limit):
-    for index, group in enumerate(samples):
-        for number, sample in enumerate(group):
-            yield sample, limit if isinstance(limit, int) else limit[index][number]
 
 
 def wait(device: str) -> None:

@@ -4,10 +4,10 @@
     python benchmarks/toy.py --seeds 112-121 --arms main     the default command's rows alone
     python benchmarks/toy.py --seeds 112-121 --collect       no runs: the table of what is there
 
-`main` is `python selftrain.py --seed S`, as a user types it. Every other arm starts from the same backbone
-with the same number of optimiser steps and the same schedule, on the same world; what it shares with `main`
-(the prover, the proofs, the first judge) is taken from there. Runs lie under runs/toy-seeds/seed-S/ARM and
-go on after an interruption. The result is benchmarks/results/toy.json.
+`main` is `python selftrain.py --seed S`, as a user types it (with --recipe: under that recipe). Every other
+arm starts from the same backbone with the same number of optimiser steps and the same schedule, on the same
+world; what it shares with `main` (the prover, the proofs, the first judge) is taken from there. Runs lie
+under runs/toy-seeds/seed-S/ARM and go on after an interruption. The result is benchmarks/results/toy.json.
 
 Differences are paired: both arms judged the same test pairs. An interval is a bootstrap, 95%, over a seed's
 test pairs; that of a mean draws seeds first, then pairs within each.
@@ -114,6 +114,7 @@ class Loop:
     shares: str
     run: type[Run] = Run
     changes: dict[str, Any] | None = None
+    until: str = "test-round-3"
 
 
 LABELS, RULES = settings.FILTERS[:3], settings.FILTERS[3:]
@@ -128,7 +129,8 @@ LOOPS = {
     "by the numerator alone": Loop("wrong-labels", changes={"select_by": "numerator"}),
     "by the label contrast": Loop("wrong-labels", changes={"select_by": "contrast"}),
     "the judge's own rationales": Loop("round-1-labels", OwnRationales),
-    "shuffled rationales": Loop("prove-labelled", ShuffledRationales),
+    # It ends with the first judge: of what that one says, the first round keeps nothing.
+    "shuffled rationales": Loop("prove-labelled", ShuffledRationales, until="test-initial"),
     "continued, not restarted": Loop("round-1-predict", Continued),
 }
 
@@ -168,7 +170,7 @@ class Seed:
 
     def loop(self, arm: str, loop: Loop) -> None:
         """The loop of selftrain.py under other settings, with the steps that it shares linked in."""
-        run = self.open(arm, loop.run, loop.changes or {}, until="test-round-3")
+        run = self.open(arm, loop.run, loop.changes or {}, loop.until)
         for step in sorted((self.place / "main/steps").iterdir()):
             there = run.books.root / "steps" / step.name
             if not there.exists():
@@ -204,7 +206,7 @@ class Seed:
         kept = run.filter_rationales("true-rationales", proofs)
         known = main("filter-labelled") / "kept.jsonl"
         for name, stage, data in (
-            ("true labels on the pool", "reward", [human, known, kept]),
+            ("true labels on the pool", "reward", [*self.human, known, kept]),
             ("generative, true labels on the pool", "generative", [labelled, true]),
             ("labelled, without the human rationales", "reward", [known]),
             ("human rationales alone", "reward", [human]),
@@ -271,7 +273,7 @@ CLAIMS = [
     ("equation 5 beats a random eligible proof", "round 3", "random eligible proof"),
     ("and the numerator alone", "round 3", "by the numerator alone"),
     ("and the contrast of the two labels", "round 3", "by the label contrast"),
-    ("what a rationale says matters", "round 3", "shuffled rationales"),
+    ("what a rationale says matters", "initial", "shuffled rationales"),
     ("starting again beats going on", "round 3", "continued, not restarted"),
     ("labelled pairs add to the human rationales", "initial", "human rationales alone"),
     ("human rationales add to the labelled pairs", "initial", "labelled, without the human rationales"),
@@ -285,7 +287,7 @@ def judged(seed: Seed, row: str) -> Path:
     if row in MAIN:
         return seed.step(f"test-{_slug(row)}") / "judged.jsonl"
     if row in LOOPS:
-        return seed.step("test-round-3", row) / "judged.jsonl"
+        return seed.step(LOOPS[row].until, row) / "judged.jsonl"
     arm = "other lengths" if row in LENGTHS else "single models"
     return seed.step(f"test-{_slug(row)}", arm) / "judged.jsonl"
 

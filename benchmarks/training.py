@@ -67,14 +67,13 @@ def sequences(case: str) -> list[list[int]]:
 def ours(case: str, model_dir: Path):
     rows = [Row((Example(tuple(ids), 1),)) for ids in sequences(case)]
     here = parallel.World(0, 1, torch.device("cpu"))
-    trainee = fit.make_trainee("pretrain", CONFIG, SMALL, model_dir, here)
+    trainee = fit.make_trainee(loss.likelihood, CONFIG, SMALL, model_dir, here)
     loop = fit.Loop(trainee, CONFIG, here, model_dir, 10**6)
     return lambda: loop.step(rows)
 
 
 def theirs(case: str, model_dir: Path):
-    import transformers
-
+    transformers = common.needed("transformers")
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=CONFIG.lr, fused=True)

@@ -359,8 +359,9 @@ class Walk:
 
 
 def choose(run: Run, wanted: str | None) -> Judged:
-    """The pair that was asked for; or a kept one, rightly labelled, on which the votes differ, if there "
-    "is one."""
+    """The pair that was asked for; or a kept one, rightly labelled, on which the votes differ,
+    if there is one.
+    """
     truth = {row["id"]: row["label"] for row in run.rows("world", "truth.jsonl")}
     best = None
     for number in run.rounds:

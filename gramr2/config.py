@@ -2,8 +2,8 @@
 
 `resolve` merges the three in that order and refuses what it does not know, by name; `add_flags` gives
 every field of a dataclass its `--field-name`, with the help text that stands beside the field. Defaults
-are for the toy that a laptop trains; the recipes hold the published sizes. The paper publishes hardly any
-setting of training: every value here is a choice of ours.
+are for small models; recipes/toy.toml holds the toy's settings, the large recipes those for the paper's
+models. The paper publishes hardly any setting of training: every value here is a choice of ours.
 
 A recipe's tables: [train] and, over it, [train.STAGE] ([train.finetune] is the loop's last training);
 [selftrain]; [world], the toy world's sizes; [models], where the backbone and the prover's base stand;
@@ -91,7 +91,7 @@ class TrainConfig:
         if self.token_budget < self.max_length:
             raise InputError(
                 f"token_budget: {self.token_budget} is less than max_length {self.max_length}, so that the "
-                "longest examples would fit nowhere; raise --token-budget or lower --max-length"
+                "longest examples would fit nowhere; raise token_budget or lower max_length"
             )
 
 
@@ -139,7 +139,7 @@ class Sources:
 
 @dataclass(frozen=True)
 class SelfTrainConfig:
-    """The loop around training. The paper publishes the three rounds, and none of the numbers below."""
+    """The loop around training. The paper publishes rounds, pool and test votes, and no other number."""
 
     iters: int = setting(3, "rounds of self-training")
     seed: int = setting(0, "decides the world, the order, and every sample")
@@ -158,7 +158,7 @@ class SelfTrainConfig:
     keep_candidates: bool = setting(False, "write down all k proofs of every pair, not of a few alone")
     mix_human: bool = setting(False, "every judge also trains on the human rationales, in every arm alike")
     pool: int = setting(0, "unlabelled pairs per round; 0: an equal share of all of them")
-    test_votes: int = setting(16, "votes of the row voting@16")
+    test_votes: int = setting(16, "votes of the row voting@N")
     test_limit: int = setting(0, "only the first N test pairs; 0: all")
     baselines: bool = setting(True, "also train discriminative, generative and labelled only, 2x steps")
 
@@ -241,7 +241,9 @@ def _coerce(value: Any, kind: Any, where: str) -> Any:
 
 def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
     """A flag for each field; a flag that is not given leaves no trace, so that the recipe holds."""
-    group = parser.add_argument_group("settings (each may stand in the recipe; --no-NAME sets a switch off)")
+    group = parser.add_argument_group(
+        "settings (a flag wins over the recipe; [...] is for what neither says; --no-NAME sets a switch off)"
+    )
     kinds = typing.get_type_hints(cls)
     for each in dataclasses.fields(cls):
         flag, kind = "--" + each.name.replace("_", "-"), kinds[each.name]

@@ -183,10 +183,6 @@ class Sieve:
     reasons: list[str | None]  # "filter: reason"
     alone: dict[str, int]  # pairs that a filter objects to, whatever the others say
 
-    @property
-    def dropped(self) -> dict[str, int]:
-        return dict(Counter(reason.split(":")[0] for reason in self.reasons if reason))
-
 
 def objection(
     pair: Pair, rationale: str, rules: dict[str, RationaleFilter], settings: SelfTrainConfig

@@ -402,7 +402,7 @@ class Loop:
             write_rows(place, ({**each.to_json(), "text": self.decode(each.ids)} for each in sequences))
         raise InputError(
             f"loss or gradient was not finite in {BAD_STEPS} steps in a row, up to step {self.at.step}; "
-            f"the last batch is in {place}; look at it, or lower --lr, and run the same command again"
+            f"the last batch is in {place}; look at it, or lower lr and begin a new run"
         )
 
 

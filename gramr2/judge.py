@@ -486,7 +486,7 @@ class Contest:
 def preference(judgment: Judgment | InputError) -> float:
     """p that A is better: a number also where the orders disagree and `p_a` is 0.5; 0.5 after a failure.
 
-    It is made from the votes, where there are any, and a calibration does not enter.
+    It is made from the votes, where there are any: a calibration enters for judges without votes only.
     """
     if isinstance(judgment, InputError):
         return UNDECIDED

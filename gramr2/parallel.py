@@ -97,7 +97,7 @@ def world(config: TrainConfig) -> Iterator[World]:
     """Joins the process group there is, or the one that torchrun describes, or stands alone."""
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     if cuda and not torch.cuda.is_available():
-        raise InputError("device: no CUDA device is visible here; use --device cpu")
+        raise InputError("device: no CUDA device is visible here; set it to cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -155,7 +155,7 @@ def shard(trainee: Trainee, config: TrainConfig, here: World) -> None:
         for module in (*trainee.decoder.blocks, trainee):
             fully_shard(module, mesh=here.mesh, mp_policy=policy)
     elif dtype != torch.float32:
-        raise InputError("dtype: one CPU process computes in float32; use --dtype float32")
+        raise InputError("dtype: one CPU process computes in float32; set it to float32")
     trainee.to_empty(device=here.device)
 
 

@@ -20,17 +20,17 @@ from gramr2.model import Decoder, packed_causal, packed_positions
 TOKEN_BUDGET = 8192  # tokens of one forward pass; a longer sequence is a pass of its own
 
 
-def check_ids(model: Decoder, sequences: Sequence[Sequence[int]], what: str = "sequence") -> None:
+def check_ids(model: Decoder, sequences: Sequence[Sequence[int]]) -> None:
     """Ids of the vocabulary only, one token at least, and not more than the model has positions."""
     size, positions = model.config.vocab_size, model.config.max_positions
     for index, ids in enumerate(sequences):
         if not len(ids):
-            raise InputError(f"{what} {index} is empty; expected at least one token")
+            raise InputError(f"sequence {index} is empty; expected at least one token")
         if len(ids) > positions:
-            raise InputError(f"{what} {index} has {len(ids)} tokens; the model has {positions} positions")
+            raise InputError(f"sequence {index} has {len(ids)} tokens; the model has {positions} positions")
         if min(ids) < 0 or max(ids) >= size:
             bad = min(ids) if min(ids) < 0 else max(ids)
-            raise InputError(f"{what} {index} holds the id {bad}, outside the vocabulary of {size}")
+            raise InputError(f"sequence {index} holds the id {bad}, outside the vocabulary of {size}")
 
 
 def _packs(sequences: Sequence[Sequence[int]], budget: int) -> Iterator[list[int]]:

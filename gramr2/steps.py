@@ -268,7 +268,7 @@ class Run:
             reasons = ", ".join(f"{count} {reason}" for reason, count in ineligible.most_common())
             raise Exhausted(
                 f"{place.name}: no eligible proof of {counts['pairs']} pairs ({reasons}); train it "
-                "longer ([train.prover] in the recipe), or give it room (--proof-tokens)"
+                "longer ([train.prover] in the recipe), or give it room (--proof-tokens), in a new run"
             )
         return {**counts, "ineligible": dict(ineligible)}
 

@@ -23,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .reference import IGNORE
 
-CHUNK_BYTES = 512 << 20  # 2,093 rows of 128,256 bf16 logits: few enough passes over W and dW
+CHUNK_BYTES = 512 << 20  # 2,092 rows of 128,256 bf16 logits: few enough passes over W and dW
 # Blocks of tokens that run side by side: they share the tiles of W in the L2 cache, while their own
 # rows (16 blocks of 128 rows: 16 MB at width 4096) stay there from tile to tile.
 GROUP = 16

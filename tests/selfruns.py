@@ -1,4 +1,4 @@
-"""Runs selftrain.py for tests in forked children, killed where a test asks. See `job` for what may be asked.
+"""Runs selftrain.py for tests in forked children, killed where a test asks: see `Forks.run`.
 
 As a script it is a process that has imported everything and computes nothing itself, so that every fork is
 as good as a fresh start and costs no import: JSON jobs come on stdin, a line each, and results go back.
@@ -54,7 +54,7 @@ ROWS = {"human": 6, "labelled": 8, "unlabelled": 8, "test": 4}
 
 
 def finished_micro(place: Path) -> Path:
-    """The finished run of the micro recipe, made once for all tests of a session."""
+    """The finished run of the micro recipe, made where it is not there yet."""
     if not (place / "runs/micro/results.json").is_file():
         command = [sys.executable, str(ROOT / "selftrain.py"), "--recipe", str(ROOT / "recipes/micro.toml")]
         subprocess.run(command, cwd=place, check=True, capture_output=True)

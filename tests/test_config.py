@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from gramr2.config import STAGES, Sources, TrainConfig, add_flags, given, read_recipe, resolve, setting
+from gramr2.config import (
+    STAGES,
+    PolicyConfig,
+    Sources,
+    TrainConfig,
+    add_flags,
+    given,
+    read_recipe,
+    resolve,
+    setting,
+)
 from gramr2.files import InputError
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
@@ -88,6 +98,7 @@ def test_a_budget_below_the_longest_example_is_refused():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_resolves_for_every_stage(path):
     """A recipe that is refused, or a field that was renamed under it, is found here and not on a node."""
-    for stage in STAGES:
+    for stage in (*STAGES, "finetune"):
         resolve(TrainConfig, path, ["train", f"train.{stage}"], {})
+    resolve(PolicyConfig, path, ["train", "train.policy"], {})
     resolve(Sources, path, ["models", "data"], {})

@@ -1,6 +1,7 @@
 """The loop and the stages: what is trained on, resumed to the bit, and what happens to bad input."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -323,7 +324,8 @@ def test_a_model_that_does_not_suit_is_refused(world, tmp_path):
 
 def test_dry_run_says_the_plan_and_reads_no_weights(world, tmp_path):
     """A plan must be possible for a model that this machine could never hold."""
-    model, data = world
+    data = world[1]
+    model = shutil.copytree(world[0], tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     lines = "\n".join(fit.dry_run("reward", TrainConfig(**CONFIG), [data], model, ALONE))
     for word in ("52,464 parameters", "48 examples", "6 of 8 examples", "GB on each of 1 ranks"):
         assert word in lines

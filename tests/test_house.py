@@ -25,7 +25,7 @@ LAYERS = [
     ["gramr2.steps", "gramr2.extras"],
     ["train", "selftrain", "infer"],
 ]
-# These stand beside what they serve: scoring is below the sampler's users, weights read the tokenizer.
+# Records and settings raise the InputError of files.
 SIBLINGS = {("gramr2.records", "gramr2.files"), ("gramr2.config", "gramr2.files")}
 # The design asks for a core of 2,500 lines. What the capabilities need is more, and this is where it stands:
 # the figure may fall, and a change that raises it has to say why. The last one to raise it, by 60, brought
@@ -141,7 +141,7 @@ def test_every_module_says_what_it_is_and_what_it_leaves_out():
 
 
 def test_importing_does_nothing():
-    """No extra, no device, no environment: `import gramr2` must be safe anywhere and cost nothing."""
+    """No extra, no change of the environment: `import gramr2` must be safe anywhere and cost nothing."""
     code = (
         "import os, sys; before = dict(os.environ); import gramr2, kernels.reference\n"
         "assert dict(os.environ) == before\n"

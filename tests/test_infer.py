@@ -126,7 +126,7 @@ def test_identical_responses_are_said_to_be_so(model, tmp_path, capsys):
     assert "identical" in run(capsys, "--pair", tmp_path / "a.json", "--model", model, *BULK[:2])[1]
 
 
-@pytest.mark.parametrize("method", infer.METHODS)
+@pytest.mark.parametrize("method", gramr2.judge.METHODS)  # each is offered by the command
 def test_a_list_is_ranked_with_its_comparisons_counted(method, model, tmp_path, capsys):
     responses = ["one", "two", "", "four", "five"]
     write(tmp_path / "b.json", [{"question": "q", "responses": responses}])

@@ -120,69 +120,6 @@ for shape in t.SHAPES:
     run(code, TRITON_INTERPRET="1")
 
 
-def test_the_kernels_compile_for_hopper_without_spilling():
-    """For the 8B shape in bf16: decode rows, a prefix of 16 samples, and the merge; tensor cores in use."""
-    pytest.importorskip("triton")
-    lines = run("import test_paged_attention as t; t.compile_all()").splitlines()
-    assert len(lines) == 4
-    for line in lines:
-        name, registers, spilled, tensor = line.split()
-        assert int(spilled) == 0, line
-        assert int(registers) <= 255, line
-        assert "read" not in name or int(tensor) > 0, line
-
-
-def compile_all():
-    import re
-    import tempfile
-
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
-    from triton.compiler import ASTSource
-
-    from kernels import paged_attention as paged
-
-    read = dict.fromkeys(("q_ptr", "keys_ptr", "values_ptr"), "*bf16")
-    read |= dict.fromkeys(("rows_ptr", "visible_ptr", "pages_ptr"), "*i64")
-    read |= dict.fromkeys(("o_ptr", "max_ptr", "sum_ptr"), "*fp32")
-    read |= dict.fromkeys(("T", "G", "J", "M", "first_slot"), "i32") | {"scale": "fp32"}
-    shape = {
-        "K": 128,
-        "PAGE": 64,
-        "HEADS": 4,
-        "SPLITS": 4,
-        "LOWEST": reference.LOWEST,
-        "BLOCK_W": 64,
-        "BLOCK_K": 128,
-    }
-    write = dict.fromkeys(("k_ptr", "v_ptr", "keys_ptr", "values_ptr"), "*bf16")
-    merge = {"o_ptr": "*fp32", "max_ptr": "*fp32", "sum_ptr": "*fp32", "out_ptr": "*bf16", "TH": "i32"}
-    jobs = [
-        (paged._read_kernel, read, shape | {"BLOCK_R": 16}, {"num_warps": 4, "num_stages": 3}),
-        (paged._read_kernel, read, shape | {"BLOCK_R": 64}, {"num_warps": 4, "num_stages": 3}),
-        (paged._write_kernel, write | {"slots_ptr": "*i64", "GK": "i32"},
-         {"BLOCK": 1024}, {}),
-        (paged._merge_kernel, merge,
-         {"K": 128, "SLOTS": 8, "LOWEST": reference.LOWEST, "BLOCK_S": 8, "BLOCK_K": 128}, {}),
-    ]  # fmt: skip
-    for fn, signature, constants, options in jobs:
-        index = fn.arg_names.index
-        types = {n: "constexpr" if n in constants else signature[n] for n in fn.arg_names}
-        aligned = {(index(n),): [["tt.divisibility", 16]] for n in signature if n.endswith("_ptr")}
-        source = ASTSource(fn, types, {(index(n),): v for n, v in constants.items()}, aligned)
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        ptx = compiled.asm["ptx"]
-        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-            file.write(ptx)
-            file.flush()
-            target = re.search(r"\.target (\w+)", ptx)[1]
-            command = [get_ptxas(90).path, "-v", f"--gpu-name={target}", file.name, "-o", os.devnull]
-            log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-        figures = (re.search(p, log)[1] for p in (r"Used (\d+) reg", r"(\d+) bytes spill stores"))
-        print(fn.__name__, *figures, ptx.count("mma.sync") + ptx.count("wgmma.mma_async"))
-
-
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

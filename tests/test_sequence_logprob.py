@@ -1,7 +1,7 @@
 """The fused log-prob against float64, and what it promises about memory, errors and gradients.
 
 Numerics are judged relatively: the error against float64 must be no worse than that of the plain torch
-way (logits in the operands' type, then fp32) plus a hair. The tests marked `anywhere` run twice: here,
+way (logits in the operands' type, then fp32) plus a hair. The tests named `anywhere` run twice: here,
 on the reference path, and in a process of their own under Triton's interpreter, on the kernels.
 """
 

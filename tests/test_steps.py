@@ -76,7 +76,7 @@ def test_settings_of_memory_may_change_between_starts_and_others_are_refused_by_
         start(lr=2.0)
 
 
-def test_a_directory_that_cannot_be_written_is_one_line(run, tmp_path):
+def test_a_directory_that_cannot_be_written_is_one_line(run):
     def work(place):
         raise PermissionError(13, "Permission denied", str(place / "x.jsonl"))
 

@@ -1,1 +1,1 @@
-"""Around the algorithm: data sets, benchmarks, the toy world, the report. The core imports none of it."""
+"""Around the algorithm: data sets, benchmarks, the toy world, the report. No core module imports it."""

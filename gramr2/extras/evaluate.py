@@ -79,12 +79,12 @@ def accuracy_row(name: str, judged: Iterable[Row]) -> Row:
 # ---------------------------------------------------------------------------------- what a score rewards
 
 
-def copied_share(pair: Pair, text: str, size: int = 5) -> float:
+def copied_share(pair: Pair, text: str) -> float:
     """The share of a text's runs of five words that stand in the question or in a response."""
 
     def runs(text: str) -> list[tuple[str, ...]]:
         words = re.findall(r"\w+", text.lower())
-        return list(zip(*(words[start:] for start in range(size)), strict=False))
+        return list(zip(*(words[start:] for start in range(5)), strict=False))
 
     known = {run for text in (pair.question, pair.response_a, pair.response_b) for run in runs(text)}
     return fmean([run in known for run in runs(text)] or [0.0])

@@ -226,13 +226,13 @@ class Rollouts:
 
     def check(self, step: int) -> None:
         if not self.batch:
-            raise InputError(f"step {step}: no rollout had finite logits; lower --lr")
+            raise InputError(f"step {step}: no rollout had finite logits; lower lr, in a new run")
         counts = self.counts()
         asked, lost = counts["comparisons"], counts["no verdict"]
         if lost > self.config.max_abstained * asked:
             raise InputError(
                 f"step {step}: {lost} of {asked} comparisons have no verdict, more than max_abstained "
-                f"{self.config.max_abstained:g}; look at {self.path}; give another --judge or --judge-tokens"
+                f"{self.config.max_abstained:g}; look at {self.path}, and begin anew with another --judge"
             )
 
     def figures(self) -> dict[str, Any]:

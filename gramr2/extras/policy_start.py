@@ -81,7 +81,7 @@ def judge_of(run: Path, config: PolicyConfig) -> Path:
         return run / read_json(run / "results.json")["model"]
     found = next(run.glob("steps/*-discriminative/model"), None)
     if found is None:
-        raise InputError(f"{run}: has no discriminative model (run it with --baselines); give --judge DIR")
+        raise InputError(f"{run}: ran without baselines, and has no scalar judge; give --judge DIR")
     return found
 
 

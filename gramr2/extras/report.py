@@ -2,10 +2,10 @@
 
     python -m gramr2.extras.report runs/toy        writes a run's report again
 
-Every run ends by writing it. It is made from the run's directory alone (plan.json, steps/, results.json), so
-a run that was interrupted, or that stopped where a round kept nothing, has one too: it says what is missing.
-Here the figures are made; the page that shows them is the template report.html beside this file, with its
-style and its filter in report.css and report.js.
+A run that ends by itself writes it. It is made from the run's directory alone (plan.json, steps/,
+results.json), so a run that was interrupted can have one too: it says what is missing. Here the figures are
+made; the page that shows them is the template report.html beside this file, with its style and its filter in
+report.css and report.js.
 
 Responses and rationales are text that somebody else wrote. The template engine escapes all that it fills in,
 and the page's policy allows its own style and script, by their hashes, and nothing else. Long texts are
