@@ -6,7 +6,7 @@ A LLaMA-shaped model is made, saved, and loaded by both: 107M parameters (vocabu
 LLaMA-3.2-1B's shape on a GPU. Scoring is log p(token given the tokens before it) for every token: ours
 through gramr2.logprobs, theirs as a padded batch, its logits and their log-softmax. Equal lengths, 4 x 512;
 ragged ones, 12 sequences of 8 to 512 tokens, useful tokens only; in bfloat16 on the CPU 1 x 256, and 6 of 8
-to 128; on a GPU 8 x 2,048, and 24 of 8 to 2,048, in bfloat16. Timings alternate in one process and are
+to 128; on a GPU 8 x 2,048, and 16 of 8 to 2,048, in bfloat16. Timings alternate in one process and are
 reported as the median of the ratios; the peak memory of each is read in a process of its own, on a GPU the
 memory of the GPU. Results go to benchmarks/results/forward.json, or to forward_cuda.json.
 """
@@ -19,6 +19,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +39,7 @@ SHAPES = {
 LENGTHS = {  # device, dtype: equal ones, how many ragged ones, and the longest of them
     ("cpu", "float32"): ([512] * 4, 12, 512),
     ("cpu", "bfloat16"): ([256], 6, 128),  # a CPU without instructions for it computes several times slower
-    ("cuda", "bfloat16"): ([2048] * 8, 24, 2048),
+    ("cuda", "bfloat16"): ([2048] * 8, 16, 2048),  # padded logits, and two copies of them, fit 80 GB
 }
 
 
@@ -107,11 +108,11 @@ def peak_mib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts bytes
 
 
-def measure(directory: Path, dtype: str, device: str, repeats: int) -> list[dict]:
+def measure(directory: Path, dtype: str, device: str, repeats: int) -> Iterator[dict]:
+    """A row for each case, as it is measured."""
     from common import compare
 
     engines = {name: make(directory, dtype, device) for name, make in ENGINES.items()}
-    rows = []
     for case in CASES:
         batch = sequences(case, dtype, device)
         a, b = (torch.cat(list(score(batch))) for score in engines.values())
@@ -119,19 +120,18 @@ def measure(directory: Path, dtype: str, device: str, repeats: int) -> list[dict
         timing = compare(
             {name: (lambda s=score, b=batch: s(b)) for name, score in engines.items()}, repeats=repeats
         )
-        rows.append(
-            {
-                "dtype": dtype,
-                "case": case,
-                "tokens": tokens,
-                "tokens_per_second": {name: tokens / timing[name]["seconds"] for name in ENGINES},
-                "ratio": timing["transformers"]["ratio"],
-                "peak_mib": {name: peak_memory(directory, name, dtype, case, device) for name in ENGINES},
-                "largest_difference": (a.float() - b.float()).abs().max().item(),
-            }
-        )
-        print(rows[-1], file=sys.stderr)
-    return rows
+        difference = (a.float() - b.float()).abs().max().item()
+        if device == "cuda":
+            torch.cuda.empty_cache()  # the processes that measure memory need it
+        yield {
+            "dtype": dtype,
+            "case": case,
+            "tokens": tokens,
+            "tokens_per_second": {name: tokens / timing[name]["seconds"] for name in ENGINES},
+            "ratio": timing["transformers"]["ratio"],
+            "peak_mib": {name: peak_memory(directory, name, dtype, case, device) for name in ENGINES},
+            "largest_difference": difference,
+        }
 
 
 def main() -> None:
@@ -157,9 +157,13 @@ def main() -> None:
         device, model = arguments.device, Path(place) / "model"
         parameters = make_model(model, "quick" if arguments.quick else device)
         dtypes = [dtype for where, dtype in LENGTHS if where == device][: 1 if arguments.quick else 2]
-        rows = [row for dtype in dtypes for row in measure(model, dtype, device, arguments.repeats)]
-    name = "forward_quick" if arguments.quick else "forward_cuda" if device == "cuda" else "forward"
-    write_result(name, {"parameters": parameters, "threads": arguments.threads, "rows": rows})
+        name = "forward_quick" if arguments.quick else "forward_cuda" if device == "cuda" else "forward"
+        result = {"parameters": parameters, "threads": arguments.threads, "rows": []}
+        for dtype in dtypes:
+            for row in measure(model, dtype, device, arguments.repeats):
+                print(row, file=sys.stderr)
+                result["rows"].append(row)
+                write_result(name, result)
 
 
 if __name__ == "__main__":

@@ -241,9 +241,7 @@ def _coerce(value: Any, kind: Any, where: str) -> Any:
 
 def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
     """A flag for each field; a flag that is not given leaves no trace, so that the recipe holds."""
-    group = parser.add_argument_group(
-        "settings (a flag wins over the recipe; [...] is for what neither says; --no-NAME sets a switch off)"
-    )
+    group = parser.add_argument_group("settings: the flag, or the recipe's, or [this]; --no-NAME for false")
     kinds = typing.get_type_hints(cls)
     for each in dataclasses.fields(cls):
         flag, kind = "--" + each.name.replace("_", "-"), kinds[each.name]

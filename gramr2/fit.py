@@ -152,11 +152,10 @@ class Curriculum:
 
     def _answer(self, asked: str, target: str) -> Example:
         """Where the chat template has opened <think>, the target goes on from there, or closes it first."""
-        messages = [{"role": "user", "content": asked}]
         if self.opened:
             begun = target.startswith("<think>\n")
             target = target.removeprefix("<think>\n") if begun else f"\n</think>\n\n{target}"
-        ids, start = self.tokenizer.example(messages, target)
+        ids, start = self.tokenizer.answered([("user", asked)], target)
         return Example(tuple(ids), start)
 
     def _label(self, pair: Pair) -> Row:
@@ -169,12 +168,11 @@ class Curriculum:
         return Row((answer,), rival=(place, of_b if pair.label == "A" else of_a))
 
     def _scored(self, pair: Pair) -> Row:
-        messages = [{"role": role, "content": content} for role, content in pair.messages]
         better, worse = pair.response_a, pair.response_b
         if pair.label == "B":
             better, worse = worse, better
         margin = (pair.margin or 0.0) if self.config.use_margin else 0.0
-        both = (scored_sequence(self.tokenizer, messages, text) for text in (better, worse))
+        both = (self.tokenizer.answered(pair.messages, text)[0] for text in (better, worse))
         return Row(tuple(Example(tuple(ids), len(ids)) for ids in both), margin=abs(margin))
 
     def _text(self, row: dict[str, Any]) -> Example:
@@ -186,14 +184,8 @@ class Curriculum:
         turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
         if not isinstance(turns, list) or not isinstance(row.get("response"), str):
             raise Unusable('neither "text" nor "prompt" and "response"')
-        messages = [{"role": role, "content": text} for role, text in as_messages(turns)]
-        ids, start = self.tokenizer.example(messages, row["response"])
+        ids, start = self.tokenizer.answered(as_messages(turns), row["response"])
         return Example(tuple(ids), start)
-
-
-def scored_sequence(tokenizer: Tokenizer, messages: Sequence[dict[str, str]], response: str) -> list[int]:
-    """What a discriminative model reads; its score stands at the last token, the one that ends the turn."""
-    return tokenizer.example(messages, response)[0]
 
 
 # ---------------------------------------------------------------------------------- what a run will do

@@ -259,7 +259,8 @@ class RewardModel:
         if pair.response_a == pair.response_b:
             return Judgment.from_votes([])
         try:
-            sequences = [self._sequence(pair.messages, each) for each in (pair.response_a, pair.response_b)]
+            both = pair.response_a, pair.response_b
+            sequences = [self.tokenizer.answered(pair.messages, each)[0] for each in both]
         except InputError as error:  # a template may refuse a conversation's roles
             return InputError(f"pair {pair.id}: {error}")
         tokens, room = max(map(len, sequences)), self.model.config.max_positions
@@ -268,10 +269,6 @@ class RewardModel:
         a, b = self.scores(sequences)
         label = None if a == b else "A" if a > b else "B"
         return Judgment(label, _sigmoid(a - b), {"A": 0, "B": 0, "none": 0})
-
-    def _sequence(self, messages: Sequence[tuple[str, str]], response: str) -> list[int]:
-        turns = [{"role": role, "content": text} for role, text in messages]
-        return self.tokenizer.example(turns, response)[0]
 
     @torch.no_grad()
     def scores(self, sequences: Sequence[Sequence[int]]) -> list[float]:
@@ -341,7 +338,8 @@ class RewardModel:
             raise InputError("reward: prompts, completions and references must be as many")
         asked = [(("user", prompt),) for prompt in prompts]
         if references is None and not self.endings:
-            return self.scores([self._sequence(*each) for each in zip(asked, completions, strict=True)])
+            both = zip(asked, completions, strict=True)
+            return self.scores([self.tokenizer.answered(*each)[0] for each in both])
         if references is not None:
             duels = [(i, None) for i in range(len(prompts))]
             pairs = [Pair(*each) for each in zip(asked, completions, references, strict=True)]

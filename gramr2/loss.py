@@ -207,11 +207,13 @@ class Trainee(nn.Module):
         self.decoder, self.objective = decoder, objective
         # Each pack brings its own attention. A compiled block is given this one function instead, which it
         # does not look into; otherwise it would be compiled again for every pack.
-        self._attend = torch.compiler.disable(lambda *arguments: self._pack(*arguments))
+        # It does not hold the module: a cycle would outlive the training, with all its weights.
+        self._packs = packs = {}
+        self._attend = torch.compiler.disable(lambda *arguments: packs["now"](*arguments))
 
     def forward(self, batch: Batch) -> Tensor:
         device = batch.ids_T.device
         positions_T = packed_positions(batch.lengths, device)
-        self._pack = packed_causal(batch.lengths, device)
+        self._packs["now"] = packed_causal(batch.lengths, device)
         hidden_TD = self.decoder(batch.ids_T, positions_T, self._attend)
         return self.objective(self.decoder, hidden_TD, batch)

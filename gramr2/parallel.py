@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import os
 import shutil
 import sys
@@ -156,6 +157,7 @@ def shard(trainee: Trainee, config: TrainConfig, here: World) -> None:
             fully_shard(module, mesh=here.mesh, mp_policy=policy)
     elif dtype != torch.float32:
         raise InputError("dtype: one CPU process computes in float32; set it to float32")
+    gc.collect()  # FSDP holds its modules in circles: one trained before may still be there
     trainee.to_empty(device=here.device)
 
 
@@ -257,7 +259,9 @@ class ResumePoints:
             with self._reporting(temporary):
                 write_json(temporary / "cursor.json", cursor)
         with _quiet():
-            future = dcp.async_save(state, checkpoint_id=temporary, **self.options)
+            # Nothing is copied ahead: that takes a CUDA stream, on the first GPU, for tensors of the CPU.
+            writer = dcp.FileSystemWriter(temporary, per_thread_copy_ahead=0)
+            future = dcp.async_save(state, storage_writer=writer, **self.options)
         self.pending = (future, temporary, final)
 
     def publish_when_written(self) -> None:

@@ -32,6 +32,7 @@ import hashlib
 import inspect
 import os
 import time
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -529,7 +530,9 @@ class _Graphs:
     """
 
     def __init__(self, engine: Engine):
-        self.engine, self.pool, self.graphs, self.turn = engine, torch.cuda.graph_pool_handle(), {}, 0
+        # A cycle would keep the cache until Python looks for cycles, and the next call finds no memory.
+        self.engine = weakref.proxy(engine)
+        self.pool, self.graphs, self.turn = torch.cuda.graph_pool_handle(), {}, 0
 
     def launch(self, arrays: dict[str, np.ndarray]) -> Callable[[], np.ndarray]:
         rows = len(arrays["slots"])
@@ -586,7 +589,8 @@ class _Graphs:
             self.engine.decode(batch)
         torch.cuda.current_stream(self.engine.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # Only this thread is held to what a capture allows: another may be writing a resume point.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             outputs_RC = self.engine.decode(batch)
         returned = [torch.empty(outputs_RC.shape, dtype=outputs_RC.dtype, pin_memory=True) for _ in hosts]
         return graph, device, hosts, outputs_RC, returned
@@ -791,7 +795,8 @@ def _run(engine: Engine, queue: Iterator[_Prompt], blocks: int, stops: _Stops, t
     with tqdm(total=total, unit="sample", disable=not progress, dynamic_ncols=True) as bar:
         while scheduler.busy:
             step = scheduler.plan()
-            wait = engine.launch(step, scheduler)
+            with torch.cuda.device_of(engine.last_S):  # which need not be the current one
+                wait = engine.launch(step, scheduler)
             if wait:
                 flying.append((step, wait))
             elif not flying and not step.chunks:

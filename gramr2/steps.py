@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import io
 import json
@@ -186,10 +187,10 @@ class Run:
 
     def load(self, kind: type, directory: Path) -> Any:
         """A model to sample from, whole on this rank's device."""
-        config = self.trains["reward"]
-        dtype = parallel.compute_dtype(config, self.here.device)
+        config, device = self.trains["reward"], self.here.device
+        gc.collect()  # FSDP holds its modules in circles: one trained before may still be there
         with contextlib.redirect_stderr(sys.stderr if self.here.first else io.StringIO()):
-            return kind.load(directory, self.here.device, dtype, date=config.date)
+            return kind.load(directory, device, parallel.compute_dtype(config, device), date=config.date)
 
     def in_shards(self, place: Path, items: Sequence[Any], work: Callable[[list[Any]], Iterable[Row]]):
         """Maps `work` over shards of `items`, each published whole by whoever took it; → their paths."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -241,3 +241,7 @@ class Tokenizer:
         """(ids, start): a training example, and where its target begins. The stop id closes it."""
         prompt_ids = self.chat(messages, **variables)
         return [*prompt_ids, *self.encode(target), self.turn_end], len(prompt_ids)
+
+    def answered(self, turns: Iterable[tuple[str, str]], response: str) -> tuple[list[int], int]:
+        """The same of a pair's (role, text) turns. A scalar head's score stands at the last token."""
+        return self.example([{"role": role, "content": text} for role, text in turns], response)

@@ -28,7 +28,7 @@ KEYS_PER_TILE = 64
 FUSION = {"enable_fp_fusion": True}  # the default until Triton 3.9, said aloud since 3.10 changes it
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr"])
 def _write_kernel(k_ptr, v_ptr, keys_ptr, values_ptr, slots_ptr, GK, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token)
@@ -39,11 +39,16 @@ def _write_kernel(k_ptr, v_ptr, keys_ptr, values_ptr, slots_ptr, GK, BLOCK: tl.c
     tl.store(values_ptr + slot * GK + at, v, mask=at < GK)
 
 
-@triton.jit
+# What changes from step to step (numbers of rows, members, pages, splits; where buffers begin) makes no
+# kernel of its own: each would be compiled in the middle of a step.
+@triton.jit(
+    do_not_specialize=["T", "J", "M", "first_slot", "splits"],
+    do_not_specialize_on_alignment=["rows_ptr", "visible_ptr", "pages_ptr"],
+)
 def _read_kernel(
     q_ptr, keys_ptr, values_ptr, rows_ptr, visible_ptr, pages_ptr, o_ptr, max_ptr, sum_ptr,
-    T, G, J, M, first_slot, scale,
-    K: tl.constexpr, PAGE: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr, LOWEST: tl.constexpr,
+    T, G, J, M, first_slot, splits, scale,
+    K: tl.constexpr, PAGE: tl.constexpr, HEADS: tl.constexpr, LOWEST: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     item, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -61,7 +66,7 @@ def _read_kernel(
     o_RK = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     longest = tl.max(visible_R, 0)
     tiles = tl.cdiv(longest, BLOCK_W)
-    per_split = tl.cdiv(tiles, SPLITS)
+    per_split = tl.cdiv(tiles, splits)
     for tile in range(split * per_split, tl.minimum((split + 1) * per_split, tiles)):
         key_W = tile * BLOCK_W + tl.arange(0, BLOCK_W)
         page_W = tl.load(pages_ptr + item * M + key_W // PAGE, mask=key_W < longest, other=0)
@@ -85,14 +90,14 @@ def _read_kernel(
     tl.store(sum_ptr + at_R, sum_R, mask=real_R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["TH", "slots"])
 def _merge_kernel(
-    o_ptr, max_ptr, sum_ptr, out_ptr, TH,
-    K: tl.constexpr, SLOTS: tl.constexpr, LOWEST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
+    o_ptr, max_ptr, sum_ptr, out_ptr, TH, slots,
+    K: tl.constexpr, LOWEST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     slot_S, d_K = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_K)
-    sum_S = tl.load(sum_ptr + slot_S * TH + row, mask=slot_S < SLOTS, other=0.0)
+    sum_S = tl.load(sum_ptr + slot_S * TH + row, mask=slot_S < slots, other=0.0)
     # A slot that holds nothing was perhaps never written: it is neither read nor weighed.
     held_S = sum_S != 0
     max_S = tl.load(max_ptr + slot_S * TH + row, mask=held_S, other=LOWEST)
@@ -136,14 +141,14 @@ def attend_pages(q_THK, keys_NPGK, values_NPGK, reads):
         _read_kernel[(items, groups, parts)](
             q_THK, keys_NPGK, values_NPGK, batch.rows_IJ, batch.visible_IJ, batch.pages_IM,
             o_STHK, max_STH, sum_STH,
-            count, groups, members, batch.pages_IM.shape[1], sum(splits[:index]), size**-0.5,
-            size, page, heads // groups, parts, LOWEST,
+            count, groups, members, batch.pages_IM.shape[1], sum(splits[:index]), parts, size**-0.5,
+            size, page, heads // groups, LOWEST,
             rows, keys, max(16, triton.next_power_of_2(size)), **options,
         )  # fmt: skip
     out_THK = torch.empty_like(q_THK)
     _merge_kernel[(count * heads,)](
-        o_STHK, max_STH, sum_STH, out_THK, count * heads,
-        size, slots, LOWEST, triton.next_power_of_2(slots), triton.next_power_of_2(size), **FUSION,
+        o_STHK, max_STH, sum_STH, out_THK, count * heads, slots,
+        size, LOWEST, triton.next_power_of_2(slots), triton.next_power_of_2(size), **FUSION,
     )  # fmt: skip
     return out_THK
 
@@ -151,12 +156,12 @@ def attend_pages(q_THK, keys_NPGK, values_NPGK, reads):
 def _splits(batch, groups, page, q_THK):
     """As many as fill the device four times over, but at most 32, and one per tile; by the shapes alone.
 
-    Both counts are rounded up to powers of two, so that few kernels are compiled; a split may be empty.
+    Every row has room in every split, so many rows have few. A split may be empty.
     """
     processors = torch.cuda.get_device_properties(q_THK.device).multi_processor_count if q_THK.is_cuda else 8
     programs = max(1, len(batch.rows_IJ) * groups)
     tiles = -(-batch.pages_IM.shape[1] * page // KEYS_PER_TILE)
-    return min(32, triton.next_power_of_2(max(1, 4 * processors // programs)), triton.next_power_of_2(tiles))
+    return max(1, min(32, tiles, 4 * processors // programs, 4096 // len(q_THK)))
 
 
 def builds(major):
@@ -172,10 +177,10 @@ def builds(major):
         yield _write_kernel, [*pools, *pools, "*i64", "i32:16"], write, FUSION, False
         for rows in (16, 32, 64):
             keys, options = _tiles(dtype, rows)
-            constants = {"K": size, "PAGE": page, "HEADS": heads, "SPLITS": 4, "LOWEST": LOWEST}
+            constants = {"K": size, "PAGE": page, "HEADS": heads, "LOWEST": LOWEST}
             constants |= {"BLOCK_R": rows, "BLOCK_W": keys, "BLOCK_K": size}
-            types = [f"*{name}", *pools, *["*i64"] * 3, *["*fp32"] * 3, *["i32"] * 5, "fp32"]
+            types = [f"*{name}", *pools, *["*i64"] * 3, *["*fp32"] * 3, *["i32"] * 6, "fp32"]
             wanted = "wide" if rows == 64 else "any"
             yield _read_kernel, types, constants, options, dtype != torch.float32 and wanted
-        merge = {"K": size, "SLOTS": slots, "LOWEST": LOWEST, "BLOCK_S": slots, "BLOCK_K": size}
-        yield _merge_kernel, [*["*fp32"] * 3, f"*{name}", "i32"], merge, FUSION, False
+        merge = {"K": size, "LOWEST": LOWEST, "BLOCK_S": slots, "BLOCK_K": size}
+        yield _merge_kernel, [*["*fp32"] * 3, f"*{name}", "i32", "i32"], merge, FUSION, False

@@ -179,7 +179,7 @@ def test_transformers_loads_what_training_leaves(world, tmp_path):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: pytest -m cuda")
 def test_a_gpu_trains_near_the_cpu(world, tmp_path):
     """bf16 compute over fp32 weights, one FSDP rank: near the CPU's curve, saving on the way."""
     settings = {"steps": 10, "save_steps": 5}

@@ -1,6 +1,8 @@
 """Every loss against an oracle in float64 that is written out naively and shares no code with it."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from checkpoints import random_model
 
 from gramr2 import loss
 from gramr2.loss import Row, Trainee, collate
+from gramr2.model import packed_causal
 from gramr2.records import Example
 
 
@@ -124,3 +127,35 @@ def test_an_empty_pack_adds_nothing_and_has_a_gradient(objective):
     value.backward()
     assert value.item() == 0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_a_trained_model_goes_with_its_training():
+    """In a circle it would stay, with all its weights, beside the model that samples next."""
+    trainee = Trainee(random_model("llama3"), loss.likelihood)
+    trainee(collate([Row((each,)) for each in examples()], 1.0, "cpu")).backward()
+    decoder = weakref.ref(trainee.decoder)
+    gc.disable()
+    try:
+        del trainee
+        assert decoder() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: pytest -m cuda")
+@pytest.mark.parametrize("size", [64, 128])
+def test_the_devices_attention_is_the_one_by_lengths(size):
+    """Grouped heads in a ragged pack, value and gradients: what every bf16 step on a GPU runs."""
+    lengths, generator = [7, 1, 130, 7], torch.Generator().manual_seed(0)
+    shapes = [(sum(lengths), heads, size) for heads in (8, 2, 2, 8)]
+    *qkv, weight = (torch.randn(shape, generator=generator) for shape in shapes)
+
+    def results(device, dtype):
+        leaves = [x.to(device, dtype).requires_grad_() for x in qkv]
+        out = packed_causal(lengths, device)(0, *leaves)
+        (out * weight.to(device, dtype)).sum().backward()
+        return [x.float().cpu() for x in (out.detach(), *(leaf.grad for leaf in leaves))]
+
+    for mine, exact in zip(results("cuda", torch.bfloat16), results("cpu", torch.float32), strict=True):
+        assert (mine - exact).norm() / exact.norm() < 0.02

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import random
 import subprocess
 import sys
 import tracemalloc
+import weakref
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -487,8 +490,31 @@ def test_the_triton_kernels_serve_the_sampler():
         TRITON_INTERPRET="1")  # fmt: skip
 
 
+def test_a_calls_cache_goes_with_the_call(monkeypatch):
+    """Kept in a circle, a device's cache would still be there when the next call measures what is free."""
+    engines = []
+
+    class Engine(sampler.Engine):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.members, self.graphs = 2, FakeGraphs(self)
+            engines.append(weakref.ref(self))
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", Mock)
+    monkeypatch.setattr(sampler, "Engine", Engine)
+    model = random_model("llama2")
+    gc.disable()
+    try:
+        generate(model, [[1, 2, 3]], max_new_tokens=2, progress=False)
+        next(generate_iter(model, [[1, 2, 3]] * 2, max_new_tokens=2, progress=False))  # and left there
+        assert [engine() for engine in engines] == [None, None]
+    finally:
+        gc.enable()
+
+
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: pytest -m cuda")
 def test_cuda_graphs_follow_the_oracle():
     model = random_model("qwen3").cuda()
     prompts = prompts_of(LENGTHS)
@@ -497,6 +523,21 @@ def test_cuda_graphs_follow_the_oracle():
     for prompt, group in zip(prompts, got, strict=True):
         ids, _ = naive_greedy(model, prompt, 40)
         assert all(sample.ids == ids for sample in group)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: pytest -m cuda")
+def test_a_tight_cache_changes_no_sample_in_bf16():
+    """Preempted, forked and copied on the device, and cut off by top-p: log-probs are those of the ids."""
+    model = random_model("qwen3").cuda().bfloat16()
+    prompts = prompts_of(LENGTHS)
+    limits = Limits(cache_bytes=cache_bytes(model, BLOCKS), block_size=16, running=13, token_budget=64)
+    options = dict(n=3, max_new_tokens=40, top_p=0.9, top_k=50, stop_ids=(), progress=False)
+    for prompt, group in zip(prompts, generate(model, prompts, limits=limits, **options), strict=True):
+        for sample in group:
+            assert len(sample.ids) == 40 and sample.finish == "length"
+            scored = gramr2.logprobs(model, [prompt + sample.ids])[0][len(prompt) - 1 :].cpu().numpy()
+            np.testing.assert_allclose(sample.logprobs, scored, atol=0.15)
 
 
 # -------------------------------------------------------------------------------------------- bad input
