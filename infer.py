@@ -22,12 +22,13 @@ import argparse
 import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from gramr2.files import InputError, exit_status, finished_runs, read_json, write_rows
+from gramr2.files import InputError, Parser, exit_status, finished_runs, read_json, write_rows
 from gramr2.records import Pair, messages_of, show
 
 VOTES = {"pair": 16, "rank": 4, "pairs": 4, "bench": 1}  # 16 is what the paper's best figures use
@@ -35,9 +36,7 @@ METHODS = ("linear", "knockout", "merge", "selection")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "infer.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("infer.py", description=__doc__)
     one = parser.add_mutually_exclusive_group(required=True).add_argument
     one("--pair", type=Path, metavar="FILE", help="one pair, a JSON file")
     one("--rank", type=Path, metavar="FILE", help="one list of responses, a JSON file")
@@ -133,13 +132,13 @@ class Judge:
         device, prompt = "cuda" if cuda else "cpu", arguments.prompt
         self.model = RewardModel.load(directory, device, dtype, prompt, arguments.format)
         self.sampling = {"votes": votes, "seed": arguments.seed, "max_new_tokens": arguments.max_new_tokens}
-        if arguments.bench and votes == 2:
-            self.sampling["temperature"] = 0.0
+        self.sampling["temperature"] = float(votes > 1 and not (arguments.bench and votes == 2))
         self.settings = {"model": str(directory), "format": self.model.format, **self.sampling}
-        self.settings |= {"prompt": prompt and str(prompt), "calibrated": self.model.calibrates(votes)}
-        if self.model.calibration and not self.settings["calibrated"]:
-            fitted = self.model.calibration["votes"]
-            print(f"warning: not calibrated: the calibration is for {fitted} votes", file=sys.stderr)
+        calibrated = self.model.calibrates(votes, self.sampling["temperature"])
+        self.settings |= {"prompt": prompt and str(prompt), "calibrated": calibrated}
+        if self.model.calibration and not calibrated:
+            fitted = "{votes} votes, greedy: {greedy}".format_map(self.model.calibration)
+            print(f"warning: not calibrated: the calibration is for {fitted}", file=sys.stderr)
 
     def rows(self, items: Sequence[Any]) -> Iterator[dict[str, Any]]:
         """The row of each pair, or of each of a benchmark's lists: a failure is a row with the reason."""
@@ -165,9 +164,9 @@ def bulk(arguments: argparse.Namespace, votes: int, source: Sequence[Any]) -> di
     judge = Judge(arguments, votes)
     done = keep_finished(arguments.out, judge.settings)
     bad: list[dict[str, Any]] = []
-    waiting, counts = pending(source, done, bad), {"judged": 0, "before": len(done), "failed": 0}
+    waiting, counts = pending(source, done, bad), {"judged": 0, "before": done.total(), "failed": 0}
     with Shard(arguments.out) as out, tqdm(total=len(source), unit="pair", disable=None) as bar:
-        bar.update(len(done))
+        bar.update(done.total())
         while shard := list(islice(waiting, SHARD)):
             rows = list(judge.rows(shard))
             for row in rows:
@@ -181,7 +180,7 @@ def bulk(arguments: argparse.Namespace, votes: int, source: Sequence[Any]) -> di
 
 
 def key_of(item: Pair | dict) -> bytes:
-    """What makes an item the same in another call: a pair's whole row, for ids may repeat; a list's id."""
+    """What makes an item the same in another call: a pair's whole row; a list's id."""
     content = item.to_json() if isinstance(item, Pair) else item["id"]
     try:
         text = json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
@@ -190,29 +189,32 @@ def key_of(item: Pair | dict) -> bytes:
     return hashlib.blake2b(text, digest_size=16).digest()
 
 
-def keep_finished(path: Path, settings: dict[str, Any]) -> set[bytes]:
-    """Keys of what an earlier call has judged; its failures are taken out, to be tried again."""
-    if not path.is_file():
-        return set()
+def keep_finished(path: Path, settings: dict[str, Any]) -> Counter[bytes]:
+    """How often an earlier call has judged each key; its failures are taken out, to be tried again."""
+    if not path.exists():
+        return Counter()
     from gramr2.data import Store
 
-    done, failed, rows = set(), False, Store(path)
+    done, failed, rows = Counter(), False, Store(path)
     for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not isinstance(row.get("judge", {}), dict):
+            raise InputError(f"{path}: row {number} is not a judged row; give another --out")
         if "error" in row:
             failed = True
             continue
-        was = row.get("judge") or {}
+        was = row.get("judge", {})
         other = [f"{k} {was.get(k)}, now {settings[k]}" for k in settings if was.get(k) != settings[k]]
         if other:
             raise InputError(f"{path}: row {number} was judged with {'; '.join(other)}; give another --out")
-        done.add(key_of(Pair.from_json(row["pair"]) if "pair" in row else row))
+        done[key_of(Pair.from_json(row["pair"]) if "pair" in row else row)] += 1
     if failed:
         write_rows(path, (row for row in rows if "error" not in row))
     return done
 
 
-def pending(source: Sequence[Any], done: set[bytes], bad: list[dict[str, Any]]) -> Iterator[Any]:
-    """What is still to be judged, each once; rows that are no pairs go to `bad` with the reason."""
+def pending(source: Sequence[Any], done: Counter[bytes], bad: list[dict[str, Any]]) -> Iterator[Any]:
+    """What is still to be judged, as often as it stands there; what is no pair goes to `bad`, with why."""
+    met: Counter[bytes] = Counter()
     for place in range(len(source)):
         try:
             item = source[place]
@@ -220,8 +222,8 @@ def pending(source: Sequence[Any], done: set[bytes], bad: list[dict[str, Any]]) 
         except InputError as error:
             bad.append({"id": f"row {place + 1}", "error": str(error)})
             continue
-        if key not in done:
-            done.add(key)
+        met[key] += 1
+        if met[key] > done[key]:
             yield item
 
 

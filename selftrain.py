@@ -26,7 +26,7 @@ from statistics import fmean
 from typing import Any
 
 from gramr2 import config as settings
-from gramr2.files import InputError, exit_status, said_plainly, write_json
+from gramr2.files import InputError, Parser, exit_status, said_plainly, write_json
 
 HERE = Path(__file__).resolve().parent
 
@@ -253,30 +253,36 @@ def dealt(books, config, sources: settings.Sources) -> World:
 
 
 def deal(place: Path, config, sources: settings.Sources, tokenizer) -> dict[str, int]:
-    """Writes the files of `dealt`, row by row; only ids are held."""
+    """Writes the files of `dealt`, row by row; only ids are held. A pair is known by what it says."""
     from gramr2.data import Store, order
     from gramr2.files import write_rows
+    from gramr2.records import Pair
 
     counts: Counter[str] = Counter()
-    ids: dict[str, set[str]] = {name: set() for name in ("test", "human", "labelled", "unlabelled")}
+    met: dict[str, set[str]] = {name: set() for name in ("test", "human", "labelled", "unlabelled")}
+    owners: dict[str, str] = {}  # whose an id is: files may number their rows alike
 
     def fresh(name: str):
-        above = ids if name == "unlabelled" else ["test"]
+        above = met if name == "unlabelled" else ["test"]
         for pair in (pair for file in getattr(sources, name) for pair in spelled(file, tokenizer)):
-            if any(pair.id in ids[each] for each in above):
+            content = pair.content_id
+            if owners.setdefault(pair.id, content) != content:
+                pair = replace(pair, id=content)
+            if any(content in met[each] for each in above):
                 counts[f"{name}, known already"] += 1
             elif name != "unlabelled" and pair.label is None:
                 counts[f"{name}, without a label"] += 1
             else:
                 counts[name] += 1
-                ids[name].add(pair.id)
+                met[name].add(content)
                 yield pair if name != "unlabelled" else replace(pair, label=None, rationale=None, margin=None)
 
-    for name in ids:
+    for name in met:
         write_rows(place / f"{name}.jsonl", (pair.to_json() for pair in fresh(name)))
         if not counts[name]:
             raise InputError(f"{name}: no pair is left to use ({dict(counts)}); give others with --{name}")
-    unproved = (row for row in Store(place / "labelled.jsonl") if row["id"] not in ids["human"])
+    labelled = Store(place / "labelled.jsonl", Pair.from_json)
+    unproved = (pair.to_json() for pair in labelled if pair.content_id not in met["human"])
     write_rows(place / "held_out.jsonl", islice(unproved, HELD_OUT))
     pool = Store(place / "unlabelled.jsonl")
     share = config.pool or len(pool) // config.iters
@@ -299,6 +305,10 @@ def spelled(file: str, tokenizer):
 
     for number, pair in enumerate(Store(file, records.Pair.from_json), 1):
         texts = [*(text for _, text in pair.messages), pair.response_a, pair.response_b]
+        try:
+            "".join((*texts, pair.rationale or "")).encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{file}: row {number}: text that is not Unicode (half a character)") from None
         for text in (f" {text}" for text in texts if tokenizer.unknown_id is not None):
             if tokenizer.unknown_id in tokenizer.encode(text):
                 pieces = re.findall(r" ?\w+|[^\w\s]", text)
@@ -313,14 +323,11 @@ def spelled(file: str, tokenizer):
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "selftrain.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("selftrain.py", description=__doc__)
     parser.add_argument("--recipe", type=Path, default=HERE / "recipes/toy.toml", help="settings [toy]")
     for name in DATA:
-        parser.add_argument(
-            f"--{name}", nargs="+", metavar="FILE", help="pair files [the recipe's, or the toy's]"
-        )
+        words = {"nargs": "+", "action": "extend", "metavar": "FILE"}
+        parser.add_argument(f"--{name}", **words, help="pair files [the recipe's, or the toy's]")
     parser.add_argument("--name", help="the run is the directory runs/NAME [the recipe's name]")
     parser.add_argument("--from", dest="start", metavar="STEP", help="do this step, and all after it, again")
     parser.add_argument("--until", metavar="STEP", help="stop once this step is done")
@@ -367,6 +374,11 @@ def main(argv: Sequence[str]) -> int:
             go(run, world)
         except Reached as reached:
             books.say(f"stopped after {reached}, as asked")
+        else:
+            if arguments.until:
+                raise InputError(
+                    f"--until: no step {arguments.until}; all is done: {', '.join(books.counts)}"
+                )
     return 0
 
 

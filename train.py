@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gramr2 import config as settings
-from gramr2.files import InputError, exit_status
+from gramr2.files import InputError, Parser, exit_status
 
 HERE = Path(__file__).resolve().parent
 # What a stage trains on where the command line does not say: a field of config.Sources.
@@ -38,12 +38,12 @@ DATA["pretrain"] = "pretrain"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("train.py", description=__doc__)
     parser.add_argument("--stage", required=True, choices=(*settings.STAGES, "policy"), help="what to train")
     parser.add_argument("--recipe", type=Path, default=HERE / "recipes/toy.toml", help="settings [toy]")
-    parser.add_argument("--data", type=Path, nargs="+", metavar="FILE", help="JSONL [the recipe's]")
+    parser.add_argument(
+        "--data", type=Path, nargs="+", action="extend", metavar="FILE", help="JSONL [the recipe's]"
+    )
     parser.add_argument("--model", type=Path, metavar="DIR", help="where it starts from [the recipe's]")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where it goes [runs/train-STAGE]")
     parser.add_argument("--judge", type=Path, metavar="DIR", help="policy: a reward model [the newest run's]")

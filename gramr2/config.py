@@ -79,7 +79,7 @@ class TrainConfig:
 
     def __post_init__(self):
         positive = ("batch_size", "max_length", "token_budget", "threads", "lr")
-        not_negative = ("epochs", "steps", "limit", "shard", "save_steps", "save_minutes", "clip")
+        not_negative = ("epochs", "steps", "limit", "seed", "shard", "save_steps", "save_minutes", "clip")
         shares = ("warmup", "final_lr", "drop_condition", "hide_label", "label_smoothing", "beta1", "beta2")
         _require(self, positive, lambda value: value > 0, "must be above 0")
         _require(self, (*not_negative, "weight_decay"), lambda value: value >= 0, "must not be negative")
@@ -165,6 +165,7 @@ class SelfTrainConfig:
     def __post_init__(self):
         positive = ("iters", "k", "votes", "test_votes", "proof_tokens", "judge_tokens", "max_words")
         _require(self, (*positive, "proof_temperature"), lambda value: value > 0, "must be above 0")
+        _require(self, ("seed", "pool", "test_limit"), lambda value: value >= 0, "must not be negative")
         _require(self, ("softmax",), _share, "must be from 0 to 1")
         _require(self, ("confidence",), lambda each: each and all(map(_share, each)), "must be from 0 to 1")
         _require(self, ("votes", "test_votes"), lambda value: value % 2 == 0, "must be even")
@@ -250,7 +251,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
         default = each.default if isinstance(each.default, tuple) else (str(each.default).lower(),)
         options["help"] = f"{text} [{' '.join(map(str, default)) or 'none'}]"
         if typing.get_origin(kind) is tuple:
-            options |= {"nargs": "*", "type": typing.get_args(kind)[0]}
+            options |= {"nargs": "*", "action": "extend", "type": typing.get_args(kind)[0]}
         elif kind is bool:
             silent = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
             group.add_argument(f"--no-{flag[2:]}", dest=each.name, action="store_false", **silent)

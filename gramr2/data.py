@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from gramr2.files import InputError, publish_file
+from gramr2.files import InputError, publish_file, said_plainly
 
 _HEADER = 4  # words before the offsets: a mark, the data file's size, its time of change, bytes of whole rows
 _MARK = int.from_bytes(b"gramidx1", "little")
@@ -29,7 +29,7 @@ _MARK = int.from_bytes(b"gramidx1", "little")
 def _is_json(line: bytes) -> bool:
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -103,10 +103,10 @@ class Store:
             return row if self.make is None else self.make(row)
         except UnicodeDecodeError:
             raise InputError(f"{self.path}: row {i + 1} is not UTF-8 text") from None
-        except json.JSONDecodeError as error:
-            raise InputError(f"{self.path}: row {i + 1} is not JSON ({error.msg})") from None
         except InputError as error:
             raise InputError(f"{self.path}: row {i + 1}: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{self.path}: row {i + 1} is not JSON ({error})") from None
 
     def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))
@@ -117,8 +117,9 @@ class Shard:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a+b")
+        with said_plainly(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a+b")
         self._mend()
 
     def _mend(self) -> None:

@@ -11,6 +11,7 @@ What it leaves out: locking. A path has one writer.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import hashlib
@@ -23,12 +24,25 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-# A full disk or quota, a limit on a file's size, no leave to write.
+# A full disk or quota, a limit on a file's size, no leave to write; a file for a directory, or the reverse.
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+UNWRITABLE |= {errno.EISDIR, errno.ENOTDIR, errno.EEXIST}
 
 
 class InputError(ValueError):
     """Bad input: names the file, row or field, and says what to do. One line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose errors are one line as well, and whose help keeps the lines of its docstring."""
+
+    def __init__(self, *names: str, description: str | None):
+        super().__init__(
+            *names, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    def error(self, message: str):
+        raise InputError(f"{message} (--help shows what there is)")
 
 
 def _sync(path: Path) -> None:
@@ -138,10 +152,11 @@ def read_text(path: str | Path) -> str:
 
 def read_json(path: str | Path) -> Any:
     """Reads a JSON file, or says in one line why it cannot."""
+    text = read_text(path)
     try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not JSON ({error.msg}, line {error.lineno})") from None
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or deep nesting, too
+        raise InputError(f"{path}: not JSON ({error})") from None
 
 
 def finished_runs() -> list[Path]:

@@ -112,7 +112,11 @@ class Curriculum:
 
     def plain(self, i: int) -> Row:
         """Row i in its own order, with nothing hidden: what decides whether it is used at all."""
-        row = self._build(self.record(i))
+        record = self.record(i)
+        try:
+            row = self._build(record)
+        except InputError as error:  # of its text
+            raise Unusable(str(error)) from None
         if row.length > self.config.max_length:
             raise Unusable("longer than max_length")
         return row
@@ -177,6 +181,8 @@ class Curriculum:
 
     def _text(self, row: dict[str, Any]) -> Example:
         """{"text"}: every token but the first is a target. A response given a prompt: the response's are."""
+        if not isinstance(row, dict):
+            raise Unusable("not an object with named fields")
         if isinstance(row.get("text"), str):
             ids = [*self.tokenizer.encode_document(row["text"]), *self.tokenizer.stop_ids[:1]]
             return Example(tuple(ids), 1)

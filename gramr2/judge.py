@@ -157,7 +157,7 @@ class RewardModel:
             temperature = float(votes > 1)
         if self.format == "label":  # its distribution is known without drawing from it
             votes, temperature, max_new_tokens = 2, 0.0, 1
-        calibrated = self.calibrates(votes)
+        calibrated = self.calibrates(votes, temperature)
         pairs = iter(pairs)
         while together := list(islice(pairs, shard)):
             if self.endings:
@@ -170,10 +170,12 @@ class RewardModel:
                     judgment = dataclasses.replace(judgment, p_a=float(np.interp(judgment.p_a, *known)))
                 yield pair, judgment
 
-    def calibrates(self, votes: int) -> bool:
-        """Whether the directory's calibration holds: another number of votes has another distribution."""
-        taken = 0 if not self.endings else 2 if self.format == "label" else votes
-        return self.calibration is not None and self.calibration["votes"] == taken
+    def calibrates(self, votes: int, temperature: float) -> bool:
+        """Whether the directory's calibration is for such votes: others are distributed in another way."""
+        kept = self.calibration or {}
+        if not self.endings or self.format == "label":  # nothing is sampled
+            return kept.get("votes") == (2 if self.endings else 0)
+        return (kept.get("votes"), kept.get("greedy")) == (votes, not temperature)
 
     # ------------------------------------------------------------------ generative
 
@@ -221,31 +223,31 @@ class RewardModel:
         else:
             label, reason = None, {"length": "cut at the length limit"}.get(sample.finish, "no finite logits")
         if label is not None and p_a is None:
-            p_a = self._softmax_at_letter(sample, text)
+            start = max(map(text.rfind, FORMATS[self.format].openings))  # the verdict that was read
+            p_a = self._softmax_at_letter(sample, text, start)
             if p_a is None:
-                p_a = self._softmax_after(asked.ids, text)
+                p_a = self._softmax_after(asked.ids, text[:start])
             if p_a is None:
                 label, reason = None, "no room to score the verdict"
         if asked.order == "BA":
             label, p_a = OTHER[label], None if p_a is None else 1 - p_a
         return Vote(label, asked.order, p_a, reason, text, seed, len(sample.ids))
 
-    def _softmax_at_letter(self, sample: Sample, text: str) -> float | None:
-        """p(A) among {A, B} where the verdict was sampled in its canonical form."""
+    def _softmax_at_letter(self, sample: Sample, text: str, start: int) -> float | None:
+        """p(A) among {A, B} where the verdict at `start` was sampled in its canonical form."""
         for place in range(len(sample.ids) - 1, -1, -1):
             if sample.ids[place] in self.letters:
                 before = self.tokenizer.decode(sample.ids[:place])
                 ending = self.endings[self.letters.index(sample.ids[place])]
-                if before.endswith(self.head) and text.startswith(ending, len(before) - len(self.head)):
+                if before == text[:start] + self.head and text.startswith(ending, start):
                     return _sigmoid(sample.watched[place][0] - sample.watched[place][1])
         return None
 
-    def _softmax_after(self, prompt_ids: list[int], text: str) -> float | None:
+    def _softmax_after(self, prompt_ids: list[int], start: str) -> float | None:
         """p(A) among {A, B} in the canonical ending, scored after what was written before the verdict.
 
         A pass of its own: what else is judged beside it must not change its last bits.
         """
-        start = text[: max(map(text.rfind, FORMATS[self.format].openings))]
         endings = [self.tokenizer.encode(start + ending) for ending in self.endings]
         differ = next(i for i, (a, b) in enumerate(zip(*endings, strict=False)) if a != b)
         if len(prompt_ids) + differ >= self.model.config.max_positions:

@@ -134,8 +134,11 @@ class Pair:
         if self.label not in OTHER:
             raise InputError(f'label is {self.label!r}; expected "A", "B" or none')
         if not self.id:
-            computed = content_id(self.messages, self.response_a, self.response_b)
-            object.__setattr__(self, "id", computed)
+            object.__setattr__(self, "id", self.content_id)
+
+    @property
+    def content_id(self) -> str:
+        return content_id(self.messages, self.response_a, self.response_b)
 
     @property
     def question(self) -> str:
@@ -216,7 +219,8 @@ def _text(row: dict[str, Any], field_name: str) -> str:
 
 def _optional(row: dict[str, Any], name: str, kind) -> Any:
     value = row.get(name)
-    if value is None or (isinstance(value, kind) and not isinstance(value, bool)):
+    fits = isinstance(value, kind) and not isinstance(value, bool) and value == value  # NaN is not itself
+    if value is None or fits:
         return value
     raise InputError(f'field "{name}" is {value!r:.40}, of another type than expected')
 
@@ -235,6 +239,8 @@ def as_messages(turns: Any, name: str = "messages") -> tuple[tuple[str, str], ..
 
 def messages_of(row: dict[str, Any]) -> tuple[tuple[str, str], ...]:
     """A row's conversation, or its one question."""
+    if not isinstance(row, dict):
+        raise InputError("not an object with named fields")
     if row.get("messages") is not None:
         return as_messages(row["messages"])
     return (("user", _text(row, "question")),)

@@ -92,7 +92,7 @@ class Books:
         # As plan.json gives it back: a tuple of settings comes as a list.
         now = json.loads(json.dumps({"settings": settings, "inputs": hashes, "code": code_version()}))
         written = self.root / "plan.json"
-        if not written.is_file():
+        if not any(self.root.glob("steps/*/done.json")):  # what has done nothing yet is bound to nothing
             with said_plainly(self.root):
                 write_json(written, now)
         before = read_json(written)
@@ -125,11 +125,15 @@ class Books:
 
     def forget(self, name: str) -> None:
         """Removes a step and all that came after it, so that they are done again."""
-        places = sorted((self.root / "steps").glob("[0-9][0-9]-*"))
-        found = next((i for i, place in enumerate(places) if place.name[3:] == name), None)
+        places = sorted(
+            (self.root / "steps").glob("*-*"), key=lambda place: int(place.name.partition("-")[0])
+        )
+        found = next((i for i, place in enumerate(places) if place.name.partition("-")[2] == name), None)
         if found is None:
-            steps = ", ".join(place.name[3:] for place in places) or "none yet"
+            steps = ", ".join(place.name.partition("-")[2] for place in places) or "none yet"
             raise InputError(f"--from: no step {name} in {self.root}; there are {steps}")
+        for said in ("results.json", "report.html"):  # of the steps that go
+            (self.root / said).unlink(missing_ok=True)
         for place in reversed(places[found:]):
             shutil.rmtree(place)
 

@@ -150,7 +150,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text as it stands: nothing is added."""
-        return self._fast.encode(text, add_special_tokens=False).ids
+        try:
+            return self._fast.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            raise InputError("text that is not Unicode (half of a surrogate pair)") from None
 
     def encode_document(self, text: str) -> list[int]:
         """Ids of a text that stands by itself: with BOS where the tokenizer has one, and exactly one."""

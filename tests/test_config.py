@@ -58,7 +58,7 @@ def test_flags_of_every_kind():
     assert parse() == {}
     assert parse("--flag") == {"flag": True} == parse("--flag", "true")
     assert parse("--no-flag") == {"flag": False} == parse("--flag", "false")
-    assert parse("--names", "a", "b") == {"names": ["a", "b"]}
+    assert parse("--names", "a", "b") == parse("--names", "a", "--names", "b") == {"names": ["a", "b"]}
     assert resolve(Some, None, [], parse("--names", "a")).names == ("a",)
 
 

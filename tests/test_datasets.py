@@ -162,6 +162,13 @@ def test_html_becomes_text_with_its_code():
     )
 
 
+def test_html_keeps_words_and_powers_apart():
+    """2 to the tenth is not 210, and two cells are not one word."""
+    markup = "<div>2<sup>10</sup></div><div>a<sub>1</sub></div><table><tr><th>x</th><th>y</th></tr></table>"
+    assert plain(markup) == "2^10\n\na_1\n\nx y"
+    assert plain("<dl><dt>k</dt><dd>v</dd></dl><h4>T</h4>end") == "k\nv\n\nT\n\nend"
+
+
 @pytest.mark.parametrize("markup", ["<![if x]>", "<p", "<!", "&#xffffffff;", "</pre></p>", "<pre><p>a", ""])
 def test_odd_html_is_text_or_a_malformed_row(markup):
     with contextlib.suppress(InputError):

@@ -212,6 +212,8 @@ def test_a_calibrator_recovers_planted_confidences():
         evaluate.fit_calibrator(rows[:29])
     with pytest.raises(InputError, match="alike"):
         evaluate.fit_calibrator([*rows, row("A", judge={"calibrated": True})])
+    with pytest.raises(InputError, match="alike"):
+        evaluate.fit_calibrator([*rows, row("A", judge={"model": "another"})])
 
 
 def test_failures_and_unread_verdicts_are_wrong_and_counted(tmp_path):

@@ -63,6 +63,8 @@ BAD_PAIRS = {
     "not JSON": ("{question", "not JSON"),
     "not an object": ("[1]", "not an object"),
     "half a character": ('{"question": "\\ud800", "response_a": "x", "response_b": "y"}', "not Unicode"),
+    "too deep": ("[" * 100_000, "not JSON"),
+    "a long number": ("1" * 5_000, "not JSON"),
     "too long": (
         json.dumps(pair(1, response_a="word " * 300)),
         "tokens are too many for the model's 200 positions",
@@ -94,6 +96,11 @@ def test_a_bad_pair_is_one_line_and_status_2(name, model, tmp_path, capsys):
         (["--score", "nothing", "a.json"], "no benchmark nothing"),
         (["--bench", "nothing", "a.json", "--out", "o", "--model", "MODEL"], "no benchmark nothing"),
         (["--bench", "judgebench", "a.json", "--out", "o", "--model", "MODEL"], "a.json"),
+        (["--pairs", "a.json", "--out", ".", "--model", "MODEL", "--format", "label"], "Is a directory"),
+        (["--pairs", "a.json", "--out", "a.json/b", "--model", "MODEL", "--format", "label"], "a.json"),
+        (["--pairs", "a.json", "--out", "5.jsonl", "--model", "MODEL", "--format", "label"], "row 1"),
+        (["--score", "ppe", "a.json"], "not rows of ppe"),
+        (["--nosuch"], "--help"),
         (["--calibrate", "a.json", "--model", "."], "not a model directory"),
         (["--calibrate", "a.json", "--model", "MODEL"], "judged pairs"),
     ],
@@ -102,6 +109,7 @@ def test_a_bad_pair_is_one_line_and_status_2(name, model, tmp_path, capsys):
 def test_bad_words_are_one_line_and_status_2(words, expected, model, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(Path("a.json"), [pair(1)])
+    Path("5.jsonl").write_text("5\n")
     status, out, err = run(capsys, *(model if word == "MODEL" else word for word in words))
     (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert status == 2 and out == "" and expected in error
@@ -153,22 +161,22 @@ def test_a_bulk_run_goes_on_past_bad_rows_and_tries_them_again(model, tmp_path, 
     rows = [pair(n) for n in range(5)]
     rows[1] = pair(1, response_a="word " * 300)
     rows[3] = {"question": "no responses"}
-    rows.append(rows[0])  # the same row again is judged once
+    rows.append(rows[0])  # the same row again is another row of the answer
     rows.append({**rows[0], "response_a": rows[0]["response_b"], "response_b": rows[0]["response_a"]})
     source, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
     with source.open("a") as file:
         file.write("not json\n")
     words = ("--pairs", source, "--out", out, "--model", model, *BULK)
     counts = json.loads(run(capsys, *words)[1])
-    assert counts == {"judged": 4, "before": 0, "failed": 3}
+    assert counts == {"judged": 5, "before": 0, "failed": 3}
     failures = [row for row in read(out) if "error" in row]
     assert len(failures) == 3 and "200 positions" in failures[0]["error"]
     assert [row["id"] for row in failures[1:]] == ["row 4", "row 8"]
     counts = json.loads(run(capsys, *words)[1])
-    assert counts == {"judged": 0, "before": 4, "failed": 3} and len(read(out)) == 7
+    assert counts == {"judged": 0, "before": 5, "failed": 3} and len(read(out)) == 8
     rows[1], rows[3] = pair(1), pair(3)
     write(source, rows)
-    assert json.loads(run(capsys, *words)[1]) == {"judged": 2, "before": 4, "failed": 0}
+    assert json.loads(run(capsys, *words)[1]) == {"judged": 2, "before": 5, "failed": 0}
     assert len({row["id"] for row in read(out)}) == 5 and not any("error" in row for row in read(out))
 
 
@@ -189,6 +197,9 @@ def test_a_calibration_travels_with_the_model_and_the_table_says_so(tmp_path, ca
     assert "not calibrated" in run(capsys, "--score", "pairs", out)[1]
     status, said, _ = run(capsys, "--calibrate", out, "--model", place)
     assert status == 0 and "40 pairs" in said
+    other = make_checkpoint(tmp_path / "other", num_labels=1, tie_embeddings=False)
+    status, _, err = run(capsys, "--calibrate", out, "--model", other)
+    assert status == 2 and "not by" in err  # another model's probabilities are distributed otherwise
     assert run(capsys, *words, "--out", again)[0] == 0
     assert "not calibrated" not in run(capsys, "--score", "pairs", again)[1]
     fitted = json.loads((place / "calibration.json").read_text())

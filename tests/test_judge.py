@@ -157,7 +157,7 @@ def test_a_pair_that_is_too_long_is_refused_with_both_numbers_and_the_others_jud
 
 def test_a_calibration_maps_p_for_its_number_of_votes_and_leaves_one_half(monkeypatch):
     judge = planted(monkeypatch, lambda question, a, b, draw: {"good": 0.9, "bad": 0.1}.get(a, 0.8))
-    judge.calibration = {"votes": 4, "p": [0.1, 0.9], "calibrated": [0.3, 0.7]}
+    judge.calibration = {"votes": 4, "greedy": False, "p": [0.1, 0.9], "calibrated": [0.3, 0.7]}
     assert judge.judge("q", "good", "bad", votes=4).p_a == pytest.approx(0.7)
     assert judge.judge("q", "bad", "good", votes=4).p_a == pytest.approx(0.3)
     assert judge.judge("q", "good", "bad", votes=2).p_a == pytest.approx(0.9)
@@ -203,6 +203,25 @@ def test_a_verdict_written_otherwise_is_scored_by_its_canonical_ending(monkeypat
     model.config = dataclasses.replace(model.config, max_positions=len(prompt) + differ)
     (cut,) = judge.judge("q", "x", "y", votes=1).details
     assert cut.label is None and "no room" in cut.reason  # and nothing is raised, which would stop a bulk run
+
+
+EARLIER = [
+    ("think", "<think>\nFirst <answer>\nA\n</answer>.\n</think>\n<answer>B</answer>"),
+    ("brackets", "Not [[A]], but [[ B ]]"),
+    ("boxed", r"Not \boxed{Assistant 1}, but \boxed{B}"),
+    ("arena", "At first [[A>B]], then [[B>>A]]"),
+]
+
+
+@pytest.mark.parametrize("format, text", EARLIER)
+def test_p_belongs_to_the_verdict_that_was_read(monkeypatch, format, text):
+    """An earlier canonical letter, of which the judge was sure, would turn the judgment round."""
+    judge = planted(monkeypatch, None, format)
+    ids = TOKENIZER.encode(text)
+    sample = Sample(ids, [0.0] * len(ids), [[0.0, -6.0]] * len(ids), "stop")
+    monkeypatch.setattr(judge, "_softmax_after", lambda prompt, start: 0.01)
+    vote = judge._read(SimpleNamespace(order="AB", ids=[1]), sample, 0)
+    assert (vote.label, vote.p_a) == ("B", 0.01)
 
 
 @pytest.fixture(scope="module")

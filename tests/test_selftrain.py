@@ -227,6 +227,24 @@ def test_unlabelled_pairs_that_are_known_already_are_dropped_and_counted(forks, 
     assert refused["statuses"] == [2] and "--pool" in errors(refused)[0]
 
 
+def test_a_pair_is_known_by_what_it_says_and_not_by_its_number(forks, small, micro, tmp_path):
+    """Files that number their rows alike would lose most; one that numbers a test pair anew, the test."""
+    place, words = micro / "steps/01-world", ["--recipe", small, "--until", "data"]
+    rows = {name: read(place / f"{name}.jsonl")[:8] for name in ("human", "labelled", "unlabelled", "test")}
+    rows["labelled"].append(rows["test"][3])
+    for name, chosen in rows.items():
+        numbered = (json.dumps(row | {"id": str(number)}) + "\n" for number, row in enumerate(chosen))
+        (tmp_path / f"{name}.jsonl").write_text("".join(numbered))
+        words += [f"--{name}", tmp_path / f"{name}.jsonl"]
+    assert forks.run(tmp_path, words)["statuses"] == [0]
+    counts = json.loads((step(tmp_path, "data") / "done.json").read_text())["counts"]
+    assert counts == dict.fromkeys(rows, 8) | {"labelled, known already": 1}
+    ids = [row["id"] for name in rows for row in read(step(tmp_path, "data") / f"{name}.jsonl")]
+    assert len(set(ids)) == 32
+    never = forks.run(tmp_path, ["--recipe", small, *words[4:], "--until", "nosuch", "--name", "never"])
+    assert never["statuses"] == [2] and "no step nosuch" in errors(never)[0]
+
+
 def test_a_tokenizer_whose_verdicts_are_not_letters_of_their_own_is_refused_at_the_start(
     forks, small, tmp_path
 ):

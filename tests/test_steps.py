@@ -68,12 +68,34 @@ def test_settings_of_memory_may_change_between_starts_and_others_are_refused_by_
     """A cluster that has fewer or smaller GPUs today goes on with what was begun."""
 
     def start(**training):
-        steps.Books(tmp_path, {"k": 4, "train reward": {"lr": 1.0, "threads": 1} | training}, [], HERE)
+        settings = {"k": 4, "train reward": {"lr": 1.0, "threads": 1} | training}
+        steps.Books(tmp_path, settings, [], HERE).step("data", lambda place: {})
 
     start()
     start(threads=2)
     with pytest.raises(InputError, match=r"differs in train reward lr \(1.0, now 2.0\);"):
         start(lr=2.0)
+
+
+def test_a_run_of_many_steps_is_done_again_from_any_of_them(run):
+    """Numbers of three digits come last, not between 10 and 11; and what was concluded from them goes."""
+    names = [f"s{number}" for number in range(1, 104)]
+    for name in names:
+        run.books.step(name, lambda place: {})
+    (run.books.root / "results.json").write_text("{}")
+    run.books.forget("s50")
+    assert sorted(path.name for path in run.books.root.glob("steps/*")) == [
+        f"{n:02}-s{n}" for n in range(1, 50)
+    ]
+    assert not (run.books.root / "results.json").exists()
+
+
+def test_a_run_that_has_done_nothing_is_bound_to_nothing(tmp_path):
+    """A name would be spent on settings that were refused."""
+    steps.Books(tmp_path, {"pool": 100_000}, [], HERE)
+    steps.Books(tmp_path, {"pool": 8}, [], HERE).step("data", lambda place: {})
+    with pytest.raises(InputError, match="pool"):
+        steps.Books(tmp_path, {"pool": 9}, [], HERE)
 
 
 def test_a_directory_that_cannot_be_written_is_one_line(run):

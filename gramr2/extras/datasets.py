@@ -19,7 +19,6 @@ What it leaves out: fetching, sampling and mixing of sets, and scoring of benchm
 
 from __future__ import annotations
 
-import argparse
 import bisect
 import codecs
 import contextlib
@@ -43,7 +42,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from gramr2.files import InputError, exit_status, publish_file
+from gramr2.files import InputError, Parser, exit_status, publish_file
 from gramr2.prompts import Rationale, mark, parse_rationale, parse_verdict
 from gramr2.records import OTHER, Pair, as_messages, content_id
 
@@ -398,9 +397,11 @@ def skywork_80k(row: Row, source: Source) -> Iterator[Item]:
 class _PlainText(html.parser.HTMLParser):
     """HTML → text: paragraphs and list items as lines, code as it is, between backticks."""
 
-    OPEN = dict.fromkeys(["p", "ul", "ol", "blockquote", "h1", "h2", "h3", "hr", "table"], "\n\n")
+    OPEN = dict.fromkeys(["p", "ul", "ol", "dl", "div", "blockquote", "hr", "table"], "\n\n")
+    OPEN |= {f"h{level}": "\n\n" for level in range(1, 7)}
     CLOSE = OPEN | {"code": "`"}
-    OPEN = OPEN | {"code": "`", "li": "\n- ", "br": "\n", "tr": "\n", "td": " "}
+    OPEN = OPEN | {"code": "`", "li": "\n- ", "br": "\n", "tr": "\n", "dt": "\n", "dd": "\n"}
+    OPEN = OPEN | {"td": " ", "th": " ", "sup": "^", "sub": "_"}
 
     def __init__(self):
         super().__init__()
@@ -748,14 +749,8 @@ def _line(item: Pair | Row) -> bytes:
 # --- the command -----------------------------------------------------------------------------------------
 
 
-def _refuse(message: str) -> None:
-    raise InputError(f"{message}; see --help")
-
-
-def _parser() -> argparse.ArgumentParser:
-    lines = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("gramr2.extras.datasets", description=__doc__, formatter_class=lines)
-    parser.error = _refuse
+def _parser() -> Parser:
+    parser = Parser("gramr2.extras.datasets", description=__doc__)
     add = parser.add_argument
     add("name", nargs="?", metavar="FORMAT", help="what IN is: one of the listed names")
     add("path", nargs="?", metavar="IN", help=f"a file ({', '.join(SUFFIXES)}) or a directory of them")

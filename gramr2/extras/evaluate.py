@@ -14,9 +14,11 @@ It leaves out: judging (judge.py), and anything that trains or filters; the trut
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections import defaultdict
+import sys
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -219,12 +221,18 @@ def read_benchmark(name: str, path: Path) -> Iterator[Pair | Row]:
 
     if name not in BENCHMARKS:
         raise InputError(f"no benchmark {name}; there are {', '.join(BENCHMARKS)}")
-    source = Source(path)
+    source, left_out = Source(path), Counter()
     for where, row in source:
         try:
-            yield from (item for item in FORMATS[name].items(row, source) if not isinstance(item, str))
+            items = list(FORMATS[name].items(row, source))
+            if any(isinstance(item, Pair) and item.label is None for item in items):
+                raise InputError("its pair has no label")
         except InputError as error:
             raise InputError(f"{path}: {where}: {error}") from None
+        left_out.update(item for item in items if isinstance(item, str))
+        yield from (item for item in items if not isinstance(item, str))
+    for reason, count in left_out.items():
+        print(f"{path}: left out {count}: {reason}", file=sys.stderr)
 
 
 def _published(row: Row) -> Row:
@@ -296,8 +304,11 @@ def fit_calibrator(rows: Iterable[Row]) -> Row:
         raise InputError(f"{len(rows)} judged pairs with a label; a calibrator needs {FEWEST} or more")
     votes = {sum(row["votes"].values()) for row in rows if row["details"] or not sum(row["votes"].values())}
     votes -= {0} if len(votes) > 1 else set()  # identical responses have none
-    if len(votes) > 1 or any(_settings(row).get("calibrated") for row in rows):
-        raise InputError("a calibrator needs pairs judged alike: by one number of votes, not calibrated yet")
+    alike = {json.dumps(_settings(row) | {"seed": 0}, sort_keys=True) for row in rows}
+    if len(votes) > 1 or len(alike) > 1 or _settings(rows[0]).get("calibrated"):
+        raise InputError(
+            "a calibrator needs pairs judged alike: by one judge and number of votes, not calibrated yet"
+        )
     points = [(row["p_a"], row["pair"]["label"] == "A") for row in rows]
     points += [(1 - p, not truth) for p, truth in points]
     points.sort(key=lambda point: (point[0], -point[1]))  # of equal p the true first: they pool
@@ -310,6 +321,7 @@ def fit_calibrator(rows: Iterable[Row]) -> Row:
     least = 1 / (len(rows) + 2)
     return {
         "votes": votes.pop(),
+        "greedy": not _settings(rows[0]).get("temperature"),
         "pairs": len(rows),
         "p": [total / count for _, total, count in blocks],
         "calibrated": [min(max(truths / count, least), 1 - least) for truths, _, count in blocks],
@@ -323,9 +335,13 @@ def calibrate(path: Path, directory: Path) -> tuple[Path, Row]:
     if not (directory / "config.json").is_file():
         raise InputError(f"{directory}: not a model directory (it has no config.json)")
     try:
-        fitted = fit_calibrator(Store(path))
+        rows = Store(path)
+        fitted = fit_calibrator(rows)
+        judge = next(_settings(row).get("model", "") for row in rows if "error" not in row)
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: not a file of judged pairs ({error!r})") from None
+    if Path(judge).resolve() != directory.resolve():
+        raise InputError(f"{path}: judged by {judge or 'another judge'}, not by {directory}")
     write_json(directory / CALIBRATION, fitted)
     return directory / CALIBRATION, fitted
 
@@ -340,7 +356,10 @@ def score(name: str, paths: Sequence[Path]) -> Row:
     rows = [row for path in paths for row in Store(path, partial(_checked, name))]
     if not rows:
         raise InputError(f"{paths[0]}: no judged rows")
-    averages, text = BENCHMARKS[name](rows)
+    try:
+        averages, text = BENCHMARKS[name](rows)
+    except (KeyError, TypeError, IndexError) as error:
+        raise InputError(f"{paths[0]}: not rows of {name} ({error!r})") from None
     judges = sorted({_judge(row) for row in rows if row.get("judge")})
     compared = [each for row in rows for each in row.get("comparisons", ())] if name == "ppe" else rows
     figures = reliability(compared)

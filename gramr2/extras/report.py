@@ -16,7 +16,6 @@ It leaves out: anything that would need a model. The truth is read here for repo
 
 from __future__ import annotations
 
-import argparse
 import base64
 import hashlib
 import heapq
@@ -34,7 +33,7 @@ from typing import Any, NamedTuple
 from gramr2 import denoise
 from gramr2.config import SelfTrainConfig
 from gramr2.extras.evaluate import accuracy_row, score_leanings
-from gramr2.files import InputError, exit_status, publish_file, read_json
+from gramr2.files import InputError, Parser, exit_status, publish_file, read_json
 from gramr2.records import OTHER, UNDECIDED, Judgment, Pair, show
 
 EXAMPLES = 200  # pairs in a report
@@ -339,8 +338,7 @@ def write_report(root: str | Path) -> Path:
 
 
 def main(argv: Sequence[str]) -> int:
-    lines = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("gramr2.extras.report", description=__doc__, formatter_class=lines)
+    parser = Parser("gramr2.extras.report", description=__doc__)
     parser.add_argument("run", help="the directory of a run, such as runs/toy")
     print(f"report: {write_report(parser.parse_args(argv).run)}")
     return 0
