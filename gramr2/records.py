@@ -41,11 +41,12 @@ _MENTION = re.compile(
 _STORED = re.compile(r"⟦(?:⟦|([AB])⟧)")
 _UNMARKED = re.compile(
     r"\b(?i:assistant|answer|output|model|completion|reply|chatbot|responses?|candidate)[ _#-]?[AB12]\b"
-    r"|\b(?i:responses?|assistant) (?:is )?[\"'*(\[]{0,2}[AB12]\b"
+    r"|\b(?i:responses?|assistant)\s+(?:is )?[\"'“”‘’*(\[]{0,2}[AB12]\b|@[AB12]\b|\bR[12]\b"
     r"|⟦,? ?(?:and|or|vs\.?|versus|&|/) ?[12AB]\b"
-    r"|\b(?i:first|second|1st|2nd) (?i:response|answer|assistant|reply|output|completion|one)\b"
+    r"|\b(?i:first|second|1st|2nd) (?i:response|answer|assistant|reply|output|completion|one|is|was|over)\b"
     r"|(?<![\w'’.-])[AB](?:['’]s|,? (?:is|was|has|had|does|did|gives|provides|fails|offers|wins|seems|over|"
-    r"and [AB]|or [AB])\b)"
+    r"includes?|lacks?|misses|beats|outperforms?|and [AB]|or [AB])\b)"
+    r"|\b[12] (?:is|was|over|beats|outperforms)\b"
     r"|\b(?i:than|prefer|prefers|choose|chose|pick|over|between|favou?r|both) [AB]\b(?!['’]?\w)"
 )
 

@@ -87,7 +87,8 @@ def test_mentions_as_people_write_them(text, shown):
     "text",
     ["Assistant B is", "the first response", "A is better", "I prefer B.", "Answer 2", "B's list",
      "`Response A` is quoted", "the second one fails", "Response (A) is", "Response **1**",
-     "The better response is B.", "Response 1 and 2 both"],
+     "The better response is B.", "Response 1 and 2 both", "Response “A” is", "@1 is clear", "A outperforms",
+     "1 is better than 2", "the first is shorter", "Response\n1 is"],
 )  # fmt: skip
 def test_unmarked_mentions_are_seen(text):
     """A swap would make such a rationale argue for the wrong response."""
