@@ -13,7 +13,8 @@ A pair file: {"question": "…", "response_a": "…", "response_b": "…"}, or "
 list file has "responses" instead (--json counts them from 0). Without --model the newest run of selftrain.py
 under runs/ judges. One vote is greedy and in the given order; an even number of votes is sampled, half of
 them with the responses exchanged. A benchmark takes votes per order: 1 is greedy in both. Benchmarks:
-rm-bench, judgebench, ppe, helpsteer3, pairs. Exit status: 0 done, 2 bad input, 130 interrupted.
+rm-bench, judgebench, ppe, helpsteer3, pairs. Exit status: 0 done, 2 bad input, 130 interrupted, 141 its
+reader left.
 """
 
 from __future__ import annotations

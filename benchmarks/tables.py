@@ -277,7 +277,10 @@ def acceptance(read):
 
 
 def spread(figures):
-    return f"{figures['mean']:.1f} [{figures['interval'][0]:.1f}, {figures['interval'][1]:.1f}]"
+    low, high = (
+        f"{each:.1f}" if abs(each) >= 0.05 or not each else f"{each:.2f}" for each in figures["interval"]
+    )
+    return f"{figures['mean']:.1f} [{low}, {high}]"  # a bound beside zero shows on which side it lies
 
 
 @table("toy", "toy", "python benchmarks/toy.py")
