@@ -367,8 +367,8 @@ def page(read) -> str:
 
 One run of the whole algorithm at the paper's sizes: a Qwen3-14B prover, and a reward model of 8B or 3B, on
 {GPUS} GPUs of the H200's kind. `python benchmarks/scale.py` computes everything below from the first table
-and the recipes; the cache takes {sampler.CUDA_CACHE_SHARE:.0%} of what the weights leave, and a token is four bytes
-of text; {found}. Expect a factor of two either way,
+and the recipes; the cache takes {sampler.CUDA_CACHE_SHARE:.0%} of what the weights leave, and a token is
+four bytes of text; {found}. Expect a factor of two either way,
 and read it for which setting costs what.
 
 ## Assumed
