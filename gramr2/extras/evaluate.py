@@ -358,11 +358,11 @@ def score(name: str, paths: Sequence[Path]) -> Row:
         raise InputError(f"{paths[0]}: no judged rows")
     try:
         averages, text = BENCHMARKS[name](rows)
+        judges = sorted({_judge(row) for row in rows if row.get("judge")})
+        compared = [each for row in rows for each in row.get("comparisons", ())] if name == "ppe" else rows
+        figures = reliability(compared)
     except (KeyError, TypeError, IndexError) as error:
         raise InputError(f"{paths[0]}: not rows of {name} ({error!r})") from None
-    judges = sorted({_judge(row) for row in rows if row.get("judge")})
-    compared = [each for row in rows for each in row.get("comparisons", ())] if name == "ppe" else rows
-    figures = reliability(compared)
     figures["failed"] = sum("error" in row for row in rows)
     return {"benchmark": name, "judges": judges, "averages": averages, **figures, "more": text}
 
