@@ -105,6 +105,8 @@ def make_toy(world: dict, sources: settings.Sources, arguments: argparse.Namespa
     from gramr2.extras import toyworld
 
     sizes = dict(world)
+    if "directory" not in sizes:
+        raise InputError("the recipe's [world] names no directory, where the toy's files are to lie")
     directory = Path(sizes.pop("directory"))
     if here.first:
         toyworld.make_world(directory, **sizes)

@@ -51,6 +51,8 @@ class Store:
             self._file = self.path.open("rb")
         except OSError as error:
             raise InputError(f"{self.path}: {error.strerror}") from None
+        if not self.path.is_file():
+            raise InputError(f"{self.path}: not a file on disk, where rows can be read by their place")
         stat = os.fstat(self._file.fileno())
         index = self.path.with_name(self.path.name + ".idx")
         words = self._read_index(index, stat)

@@ -25,6 +25,15 @@ def write(path, rows, end=""):
     return path
 
 
+def test_a_pipe_is_refused_in_one_line(tmp_path):
+    """`cat pairs.jsonl | infer.py --pairs /dev/stdin`: rows are read by their place, which a pipe has not."""
+    os.mkfifo(tmp_path / "pipe")
+    keep = os.open(tmp_path / "pipe", os.O_RDWR)
+    with pytest.raises(InputError, match="not a file on disk"):
+        Store(tmp_path / "pipe")
+    os.close(keep)
+
+
 def test_store_reads_at_random_what_a_plain_reader_reads(tmp_path):
     """The first time through the file, the second through the index beside it."""
     path = write(tmp_path / "rows.jsonl", ROWS)
