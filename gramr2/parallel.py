@@ -216,14 +216,6 @@ def training_state(trainee: Trainee, optimizer: torch.optim.Optimizer) -> dict[s
     return state
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """One process without a process group is meant, and is no reason for a warning."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
 class ResumePoints:
     """The directory `resume/`: step-N/ holds a whole state; what is being written begins with a dot.
 
@@ -235,6 +227,8 @@ class ResumePoints:
     def __init__(self, directory: Path, here: World):
         self.directory, self.here = directory, here
         self.options = {"no_dist": True} if here.files is None else {"process_group": here.files}
+        # One process without a process group is meant. The thread that writes may warn of it at any time.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         self.pending: tuple[Future, Path, Path] | None = None
 
     def points(self) -> list[Path]:
@@ -245,8 +239,7 @@ class ResumePoints:
         newest = self.here.gather([str(path) for path in self.points()])[0][-1:]
         if not newest:
             return None
-        with _quiet():
-            dcp.load(state, checkpoint_id=newest[0], **self.options)
+        dcp.load(state, checkpoint_id=newest[0], **self.options)
         return read_json(Path(newest[0]) / "cursor.json")
 
     def save(self, step: int, state: dict[str, Tensor], cursor: dict[str, Any]) -> None:
@@ -258,10 +251,9 @@ class ResumePoints:
                 shutil.rmtree(stale, ignore_errors=True)
             with self._reporting(temporary):
                 write_json(temporary / "cursor.json", cursor)
-        with _quiet():
-            # Nothing is copied ahead: that takes a CUDA stream, on the first GPU, for tensors of the CPU.
-            writer = dcp.FileSystemWriter(temporary, per_thread_copy_ahead=0)
-            future = dcp.async_save(state, storage_writer=writer, **self.options)
+        # Nothing is copied ahead: that takes a CUDA stream, on the first GPU, for tensors of the CPU.
+        writer = dcp.FileSystemWriter(temporary, per_thread_copy_ahead=0)
+        future = dcp.async_save(state, storage_writer=writer, **self.options)
         self.pending = (future, temporary, final)
 
     def publish_when_written(self) -> None:
