@@ -36,7 +36,7 @@ from gramr2 import parallel
 from gramr2.data import Store
 from gramr2.extras.evaluate import is_right
 from gramr2.extras.toyworld import coherent
-from gramr2.files import read_json, write_json, write_rows
+from gramr2.files import read_json, steps_of, write_json, write_rows
 from gramr2.records import Pair
 from gramr2.steps import Books, Exhausted, Reached, Run, read_rows
 
@@ -171,11 +171,11 @@ class Seed:
     def loop(self, arm: str, loop: Loop) -> None:
         """The loop of selftrain.py under other settings, with the steps that it shares linked in."""
         run = self.open(arm, loop.run, loop.changes or {}, loop.until)
-        for step in sorted((self.place / "main/steps").iterdir()):
+        for name, step in steps_of(self.place / "main").items():
             there = run.books.root / "steps" / step.name
             if not there.exists():
                 shutil.copytree(step, there, copy_function=os.link)
-            if step.name[3:] == loop.shares:
+            if name == loop.shares:
                 break
         try:
             world = selftrain.toy_world(
@@ -235,8 +235,8 @@ class Seed:
 
     def step(self, name: str, arm: str = "main") -> Path:
         """A step's directory in an arm, by the step's name."""
-        found = [path for path in (self.place / _slug(arm) / "steps").glob("*") if path.name[3:] == name]
-        return found[0] if found else self.place / _slug(arm) / "steps" / f"00-{name}"
+        run = self.place / _slug(arm)
+        return steps_of(run).get(name, run / "steps" / f"00-{name}")
 
 
 def _slug(name: str) -> str:

@@ -165,6 +165,12 @@ def finished_runs() -> list[Path]:
     return [path.parent for path in results]
 
 
+def steps_of(run: Path) -> dict[str, Path]:
+    """A self-training run's step directories by name, in the order of their numbers."""
+    places = sorted((run / "steps").glob("*-*"), key=lambda place: int(place.name.partition("-")[0]))
+    return {place.name.partition("-")[2]: place for place in places}
+
+
 @contextlib.contextmanager
 def said_plainly(place: str | Path) -> Iterator[None]:
     """A disk that is full, or closed to writing, is the user's to mend; `place` is what was written."""

@@ -35,7 +35,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from gramr2 import denoise, fit, parallel
+from gramr2 import denoise, files, fit, parallel
 from gramr2.config import SelfTrainConfig, TrainConfig
 from gramr2.data import Store
 from gramr2.files import InputError, digest, publish_file, read_json, said_plainly, write_json, write_rows
@@ -125,17 +125,16 @@ class Books:
 
     def forget(self, name: str) -> None:
         """Removes a step and all that came after it, so that they are done again."""
-        places = sorted(
-            (self.root / "steps").glob("*-*"), key=lambda place: int(place.name.partition("-")[0])
-        )
-        found = next((i for i, place in enumerate(places) if place.name.partition("-")[2] == name), None)
-        if found is None:
-            steps = ", ".join(place.name.partition("-")[2] for place in places) or "none yet"
-            raise InputError(f"--from: no step {name} in {self.root}; there are {steps}")
+        places = files.steps_of(self.root)
+        if name not in places:
+            known = ", ".join(places) or "none yet"
+            raise InputError(f"--from: no step {name} in {self.root}; there are {known}")
         for said in ("results.json", "report.html"):  # of the steps that go
             (self.root / said).unlink(missing_ok=True)
-        for place in reversed(places[found:]):
-            shutil.rmtree(place)
+        for each in reversed(places):  # the last first: a kill leaves no gap
+            shutil.rmtree(places[each])
+            if each == name:
+                break
 
 
 def held(plan: Row) -> Row:

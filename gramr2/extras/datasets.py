@@ -397,11 +397,10 @@ def skywork_80k(row: Row, source: Source) -> Iterator[Item]:
 class _PlainText(html.parser.HTMLParser):
     """HTML → text: paragraphs and list items as lines, code as it is, between backticks."""
 
-    OPEN = dict.fromkeys(["p", "ul", "ol", "dl", "div", "blockquote", "hr", "table"], "\n\n")
-    OPEN |= {f"h{level}": "\n\n" for level in range(1, 7)}
-    CLOSE = OPEN | {"code": "`"}
-    OPEN = OPEN | {"code": "`", "li": "\n- ", "br": "\n", "tr": "\n", "dt": "\n", "dd": "\n"}
-    OPEN = OPEN | {"td": " ", "th": " ", "sup": "^", "sub": "_"}
+    BLOCKS = ("p", "ul", "ol", "dl", "div", "blockquote", "hr", "table", "h1", "h2", "h3", "h4", "h5", "h6")
+    CLOSE = dict.fromkeys(BLOCKS, "\n\n") | {"code": "`"}
+    LINES = dict.fromkeys(("br", "tr", "dt", "dd"), "\n")
+    OPEN = CLOSE | LINES | {"li": "\n- ", "td": " ", "th": " ", "sup": "^", "sub": "_"}
 
     def __init__(self):
         super().__init__()

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 from gramr2 import denoise
 from gramr2.config import SelfTrainConfig
 from gramr2.extras.evaluate import accuracy_row, score_leanings
-from gramr2.files import InputError, Parser, exit_status, publish_file, read_json
+from gramr2.files import InputError, Parser, exit_status, publish_file, read_json, steps_of
 from gramr2.records import OTHER, UNDECIDED, Judgment, Pair, show
 
 EXAMPLES = 200  # pairs in a report
@@ -53,9 +53,8 @@ class Run:
         self.settings = read_json(self.root / "plan.json")["settings"]
         finished = (self.root / "results.json").is_file()
         self.results = read_json(self.root / "results.json") if finished else {}
-        closed = [path.parent for path in self.root.glob("steps/*-*/done.json")]
-        closed.sort(key=lambda place: int(place.name.partition("-")[0]))
-        self.steps = {place.name.partition("-")[2]: place for place in closed}
+        places = steps_of(self.root).items()
+        self.steps = {name: place for name, place in places if (place / "done.json").exists()}
         judged = range(1, self.settings["iters"] + 1)
         self.rounds = [number for number in judged if f"round-{number}-predict" in self.steps]
 
