@@ -159,16 +159,16 @@ def bulk(arguments: argparse.Namespace, votes: int, source: Sequence[Any]) -> di
     """Appends rows shard by shard. What succeeded before stays, what failed is tried again."""
     from tqdm import tqdm
 
-    from gramr2.data import Shard
-    from gramr2.judge import SHARD
+    from gramr2.data import RowLog
+    from gramr2.judge import PAIRS_PER_CALL
 
     judge = Judge(arguments, votes)
     done = keep_finished(arguments.out, judge.settings)
     bad: list[dict[str, Any]] = []
     waiting, counts = pending(source, done, bad), {"judged": 0, "before": done.total(), "failed": 0}
-    with Shard(arguments.out) as out, tqdm(total=len(source), unit="pair", disable=None) as bar:
+    with RowLog(arguments.out) as out, tqdm(total=len(source), unit="pair", disable=None) as bar:
         bar.update(done.total())
-        while shard := list(islice(waiting, SHARD)):
+        while shard := list(islice(waiting, PAIRS_PER_CALL)):
             rows = list(judge.rows(shard))
             for row in rows:
                 out.write(row)

@@ -25,8 +25,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from gramr2 import config as settings
-from gramr2.files import InputError, Parser, exit_status, said_plainly, write_json
+from gramr2.files import InputError, Parser, disk_errors_as_input_errors, exit_status, write_json
+from gramr2.settings import SelfTrainSettings, Sources, TrainSettings, add_flags, given, read_recipe, resolve
 
 HERE = Path(__file__).resolve().parent
 
@@ -46,8 +46,8 @@ class World:
 
 def self_train(run, world: World, table: Table) -> None:
     """Figure 2, from top to bottom."""
-    config = run.settings
-    human = [world.human] if config.mix_human else []
+    settings = run.settings
+    human = [world.human] if settings.mix_human else []
     table.judge("backbone", world.backbone)
 
     # 1. A preference-proving model learns to justify a given label (equation 4).
@@ -64,7 +64,7 @@ def self_train(run, world: World, table: Table) -> None:
 
     for number, batch in enumerate(world.unlabelled, 1):
         # 4. The reward model labels unlabelled pairs by votes; labels it is not sure of are filtered out.
-        judged = run.judge(f"round-{number}-predict", judge, batch, config.votes)
+        judged = run.judge(f"round-{number}-predict", judge, batch, settings.votes)
         labelled = run.filter_labels(f"round-{number}-labels", judged, number)
         # 5. The prover writes the rationales, and unreliable ones are filtered out.
         proofs = run.prove(f"round-{number}-prove", prover, labelled)
@@ -76,7 +76,7 @@ def self_train(run, world: World, table: Table) -> None:
     # 7. Last comes a fine-tuning on the human rationales.
     final = run.train("fine-tune", "finetune", [world.human], judge)
     table.judge("fine-tuned", final)
-    table.judge(f"voting@{config.test_votes}", final, config.test_votes)
+    table.judge(f"voting@{settings.test_votes}", final, settings.test_votes)
 
 
 def baselines(run, world: World, table: Table) -> None:
@@ -111,7 +111,7 @@ class Table:
 
         step = "test-" + name.replace(" ", "-").replace(",", "")
         judged = self.run.judge(step, model, self.world.test, votes, self.run.settings.test_limit)
-        row = self.run.here.on_first(lambda: accuracy_row(name, read_rows(judged)))
+        row = self.run.ranks.on_rank_0(lambda: accuracy_row(name, read_rows(judged)))
         self.rows.append(row)
         self.model = self.model if baseline else model
 
@@ -189,10 +189,10 @@ DATA = ("human", "labelled", "unlabelled", "test")
 HELD_OUT = 64  # labelled pairs on which wrong-label coherence is measured
 
 
-def named_sources(arguments: argparse.Namespace) -> settings.Sources | None:
+def named_sources(arguments: argparse.Namespace) -> Sources | None:
     """The files and models that the command line and the recipe name; None: the recipe's own toy world."""
     given = {name: getattr(arguments, name) for name in DATA if getattr(arguments, name)}
-    is_toy = "world" in settings.read_recipe(arguments.recipe)
+    is_toy = "world" in read_recipe(arguments.recipe)
     if is_toy and not given:
         return None
     tables = [] if is_toy else ["models", "data"]
@@ -200,26 +200,26 @@ def named_sources(arguments: argparse.Namespace) -> settings.Sources | None:
         from gramr2.extras.toyworld import SHIPPED
 
         given["backbone"] = str(SHIPPED)
-    sources = settings.resolve(settings.Sources, arguments.recipe, tables, given)
+    sources = resolve(Sources, arguments.recipe, tables, given)
     missing = ", ".join(f"--{name}" for name in DATA if not getattr(sources, name))
     if missing or not sources.backbone:
         raise InputError(f"{arguments.recipe}: give {missing or 'a [models] backbone in the recipe'} as well")
     return sources
 
 
-def toy_world(books, recipe: dict, config: settings.SelfTrainConfig, trains: dict) -> World:
+def toy_world(books, recipe: dict, settings: SelfTrainSettings, trains: dict) -> World:
     """Makes the toy world, and pre-trains its backbone where none is shipped for its shape."""
     from gramr2 import fit
     from gramr2.extras import toyworld
 
     sizes = {name: value for name, value in recipe["world"].items() if name != "directory"}
-    sizes["seed"] = config.seed
+    sizes["seed"] = settings.seed
 
     def make(place: Path) -> dict[str, Any]:
         toyworld.make_world(place, **sizes)
         return sizes
 
-    books.step("world", lambda place: books.here.on_first(lambda: make(place)))
+    books.step("world", lambda place: books.ranks.on_rank_0(lambda: make(place)))
     world = books.place("world")
     backbone = world / "backbone" / "model"
     if not (backbone / "config.json").is_file():
@@ -227,10 +227,10 @@ def toy_world(books, recipe: dict, config: settings.SelfTrainConfig, trains: dic
         books.step("backbone", lambda place: fit.train("pretrain", trains["pretrain"], text, start, place))
         backbone = books.place("backbone") / "model"
     files = {name: (str(world / f"{name}.jsonl"),) for name in DATA}
-    return dealt(books, config, settings.Sources(str(backbone), **files))
+    return dealt(books, settings, Sources(str(backbone), **files))
 
 
-def dealt(books, config, sources: settings.Sources) -> World:
+def dealt(books, settings, sources: Sources) -> World:
     """One file of each kind, and the unlabelled pairs dealt into a batch for each round, none of them twice.
 
     A pair of the test is taken out wherever else it stands. Unlabelled pairs that stand among the human or
@@ -244,15 +244,15 @@ def dealt(books, config, sources: settings.Sources) -> World:
         verdict_ids(tokenizer.encode)
     except InputError as error:
         raise InputError(f"{sources.backbone}: has {error}; take another backbone") from None
-    books.step("data", lambda place: books.here.on_first(lambda: deal(place, config, sources, tokenizer)))
+    books.step("data", lambda place: books.ranks.on_rank_0(lambda: deal(place, settings, sources, tokenizer)))
     place = books.place("data")
-    batches = [place / f"unlabelled-{number + 1}.jsonl" for number in range(config.iters)]
+    batches = [place / f"unlabelled-{number + 1}.jsonl" for number in range(settings.iters)]
     files = {name: place / f"{name}.jsonl" for name in ("human", "labelled", "test", "held_out")}
     prover = Path(sources.prover or sources.backbone)
     return World(**files, unlabelled=batches, backbone=Path(sources.backbone), prover_base=prover)
 
 
-def deal(place: Path, config, sources: settings.Sources, tokenizer) -> dict[str, int]:
+def deal(place: Path, settings, sources: Sources, tokenizer) -> dict[str, int]:
     """Writes the files of `dealt`, row by row; only ids are held. A pair is known by what it says."""
     from gramr2.data import Store, order
     from gramr2.files import write_rows
@@ -264,7 +264,7 @@ def deal(place: Path, config, sources: settings.Sources, tokenizer) -> dict[str,
 
     def fresh(name: str):
         above = met if name == "unlabelled" else ["test"]
-        for pair in (pair for file in getattr(sources, name) for pair in spelled(file, tokenizer)):
+        for pair in (pair for file in getattr(sources, name) for pair in checked_pairs(file, tokenizer)):
             content = pair.content_id
             if owners.setdefault(pair.id, content) != content:
                 pair = replace(pair, id=content)
@@ -285,20 +285,20 @@ def deal(place: Path, config, sources: settings.Sources, tokenizer) -> dict[str,
     unproved = (pair.to_json() for pair in labelled if pair.content_id not in met["human"])
     write_rows(place / "held_out.jsonl", islice(unproved, HELD_OUT))
     pool = Store(place / "unlabelled.jsonl")
-    share = config.pool or len(pool) // config.iters
-    if share < 1 or share * config.iters > len(pool):
+    share = settings.pool or len(pool) // settings.iters
+    if share < 1 or share * settings.iters > len(pool):
         raise InputError(
-            f"unlabelled: {len(pool)} pairs are too few for {config.iters} rounds of {max(1, share)}; "
+            f"unlabelled: {len(pool)} pairs are too few for {settings.iters} rounds of {max(1, share)}; "
             "give more, or fewer rounds (--iters), or smaller ones (--pool)"
         )
-    chosen = order(len(pool), config.seed, 0)
-    for number in range(config.iters):
+    chosen = order(len(pool), settings.seed, 0)
+    for number in range(settings.iters):
         batch = chosen[number * share : (number + 1) * share]
         write_rows(place / f"unlabelled-{number + 1}.jsonl", (pool[i] for i in batch))
     return dict(counts)
 
 
-def spelled(file: str, tokenizer):
+def checked_pairs(file: str, tokenizer):
     """A file's pairs. Where a tokenizer has but certain words, a pair with another one is refused."""
     from gramr2 import records
     from gramr2.data import Store
@@ -332,22 +332,22 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--from", dest="start", metavar="STEP", help="do this step, and all after it, again")
     parser.add_argument("--until", metavar="STEP", help="stop once this step is done")
     parser.add_argument("--dry-run", action="store_true", help="print the settings, and do nothing")
-    settings.add_flags(parser, settings.SelfTrainConfig)
+    add_flags(parser, SelfTrainSettings)
     return parser.parse_args(argv)
 
 
-def resolved(recipe: Path, given: dict[str, Any]) -> tuple[settings.SelfTrainConfig, dict]:
+def resolved(recipe: Path, given: dict[str, Any]) -> tuple[SelfTrainSettings, dict]:
     """The settings of the loop, and those of each kind of training, which share its seed."""
-    config = settings.resolve(settings.SelfTrainConfig, recipe, ["selftrain"], given)
-    kind, seed = settings.TrainConfig, {"seed": config.seed}
-    return config, {k: settings.resolve(kind, recipe, ["train", *over], seed) for k, over in STAGES.items()}
+    settings = resolve(SelfTrainSettings, recipe, ["selftrain"], given)
+    kind, seed = TrainSettings, {"seed": settings.seed}
+    return settings, {k: resolve(kind, recipe, ["train", *over], seed) for k, over in STAGES.items()}
 
 
 def main(argv: Sequence[str]) -> int:
     arguments = parse(argv)
-    config, trains = resolved(arguments.recipe, settings.given(settings.SelfTrainConfig, arguments))
-    sources, recipe = named_sources(arguments), settings.read_recipe(arguments.recipe)
-    plan = {"recipe": arguments.recipe.stem, **asdict(config)}
+    settings, trains = resolved(arguments.recipe, given(SelfTrainSettings, arguments))
+    sources, recipe = named_sources(arguments), read_recipe(arguments.recipe)
+    plan = {"recipe": arguments.recipe.stem, **asdict(settings)}
     plan |= {"from": asdict(sources)} if sources else {"world": recipe["world"]}
     plan["coherence"] = "the shop's" if "world" in recipe else "of plain text"
     plan |= {f"train {stage}": asdict(each) for stage, each in trains.items()}
@@ -361,18 +361,18 @@ def main(argv: Sequence[str]) -> int:
             raise InputError(f"{file}: no such file")
 
     from gramr2 import parallel  # torch takes its seconds only for a run
-    from gramr2.extras.toyworld import own_rules
-    from gramr2.steps import Books, Reached, Run
+    from gramr2.extras.toyworld import world_rules
+    from gramr2.steps import Books, Run, StoppedAsAsked
 
-    with parallel.world(trains["reward"]) as here:
-        books = Books(root, plan, files, here, arguments.until)
+    with parallel.join_ranks(trains["reward"]) as ranks:
+        books = Books(root, plan, files, ranks, arguments.until)
         if arguments.start:
-            here.on_first(lambda: books.forget(arguments.start))
-        run = Run(books, config, trains, own_rules(plan))
+            ranks.on_rank_0(lambda: books.forget(arguments.start))
+        run = Run(books, settings, trains, world_rules(plan))
         try:
-            world = dealt(books, config, sources) if sources else toy_world(books, recipe, config, trains)
+            world = dealt(books, settings, sources) if sources else toy_world(books, recipe, settings, trains)
             go(run, world)
-        except Reached as reached:
+        except StoppedAsAsked as reached:
             books.say(f"stopped after {reached}, as asked")
         else:
             if arguments.until:
@@ -384,16 +384,16 @@ def main(argv: Sequence[str]) -> int:
 
 def go(run, world: World) -> None:
     """The loop and its baselines. Where the loop cannot go on, what it reached is written down and shown."""
-    from gramr2.steps import Exhausted
+    from gramr2.steps import NothingKept
 
     table, stopped = Table(run, world), None
     try:
         self_train(run, world, table)
         if run.settings.baselines:
             baselines(run, world, table)
-    except Exhausted as reason:
+    except NothingKept as reason:
         stopped = reason
-    run.here.on_first(lambda: finish(run.books.root, table.results(str(stopped or "")), world))
+    run.ranks.on_rank_0(lambda: finish(run.books.root, table.results(str(stopped or "")), world))
     if stopped:
         raise stopped
 
@@ -402,7 +402,7 @@ def finish(root: Path, results: dict[str, Any], world: World) -> None:
     from gramr2.extras.report import write_report
     from gramr2.steps import read_rows
 
-    with said_plainly(root):
+    with disk_errors_as_input_errors(root):
         write_json(root / "pair.json", next(read_rows(world.test)))
         write_json(root / "results.json", results)
         write_report(root)

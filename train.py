@@ -28,18 +28,27 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gramr2 import config as settings
 from gramr2.files import InputError, Parser, exit_status
+from gramr2.settings import (
+    STAGES,
+    PolicySettings,
+    Sources,
+    TrainSettings,
+    add_flags,
+    given,
+    read_recipe,
+    resolve,
+)
 
 HERE = Path(__file__).resolve().parent
-# What a stage trains on where the command line does not say: a field of config.Sources.
+# What a stage trains on where the command line does not say: a field of Sources.
 DATA = {"prover": "human", "reward": "human", "generative": "labelled", "discriminative": "labelled"}
 DATA["pretrain"] = "pretrain"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("train.py", description=__doc__)
-    parser.add_argument("--stage", required=True, choices=(*settings.STAGES, "policy"), help="what to train")
+    parser.add_argument("--stage", required=True, choices=(*STAGES, "policy"), help="what to train")
     parser.add_argument("--recipe", type=Path, default=HERE / "recipes/toy.toml", help="settings [toy]")
     parser.add_argument(
         "--data", type=Path, nargs="+", action="extend", metavar="FILE", help="JSONL [the recipe's]"
@@ -48,55 +57,55 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="DIR", help="where it goes [runs/train-STAGE]")
     parser.add_argument("--judge", type=Path, metavar="DIR", help="policy: a reward model [the newest run's]")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, and train nothing")
-    settings.add_flags(parser, settings.PolicyConfig)
+    add_flags(parser, PolicySettings)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str]) -> int:
     arguments = parse(argv)
     stage, recipe = arguments.stage, arguments.recipe
-    overrides = settings.given(settings.PolicyConfig, arguments)
-    kind = settings.PolicyConfig if stage == "policy" else settings.TrainConfig
-    config = settings.resolve(kind, recipe, ["train", f"train.{stage}"], overrides)
+    overrides = given(PolicySettings, arguments)
+    kind = PolicySettings if stage == "policy" else TrainSettings
+    settings = resolve(kind, recipe, ["train", f"train.{stage}"], overrides)
     if arguments.judge and stage != "policy":
         raise InputError(f"--judge goes with the stage policy, not with {stage}")
-    sources = settings.resolve(settings.Sources, recipe, ["models", "data"], {})
+    sources = resolve(Sources, recipe, ["models", "data"], {})
 
     from gramr2 import fit, parallel  # torch takes its seconds only once the arguments are known to be good
 
-    with parallel.world(config) as here:
-        world = settings.read_recipe(recipe).get("world")
+    with parallel.join_ranks(settings) as ranks:
+        world = read_recipe(recipe).get("world")
         if stage == "policy":
             from gramr2.extras import policy_start
 
-            make = functools.partial(make_toy, world, sources, arguments, here)
-            out = policy_start.command(arguments, config, sources, make, here)
-            if here.first and not arguments.dry_run:
+            make = functools.partial(make_toy, world, sources, arguments, ranks)
+            out = policy_start.command(arguments, settings, sources, make, ranks)
+            if ranks.is_first and not arguments.dry_run:
                 print(f"model: {out / 'model'}")
             return 0
         if world and not (arguments.data and arguments.model):
-            make_toy(world, sources, arguments, here)
+            make_toy(world, sources, arguments, ranks)
         model = arguments.model or named(sources, "prover" if stage == "prover" else "backbone", "--model")
         data = arguments.data or [Path(path) for path in named(sources, DATA[stage], "--data")]
         if arguments.dry_run:
-            if here.first:
-                print(*fit.dry_run(stage, config, data, Path(model), here), sep="\n")
+            if ranks.is_first:
+                print(*fit.dry_run(stage, settings, data, Path(model), ranks), sep="\n")
             return 0
         out = arguments.out or Path("runs") / f"train-{stage}"
-        fit.train(stage, config, data, Path(model), out)
-        if here.first:
+        fit.train(stage, settings, data, Path(model), out)
+        if ranks.is_first:
             print(f"model: {out / 'model'}")
     return 0
 
 
-def named(sources: settings.Sources, field: str, flag: str):
+def named(sources: Sources, field: str, flag: str):
     value = getattr(sources, field) or (sources.backbone if field == "prover" else None)
     if not value:
         raise InputError(f"the recipe names no {field}; give {flag}")
     return value
 
 
-def make_toy(world: dict, sources: settings.Sources, arguments: argparse.Namespace, here) -> None:
+def make_toy(world: dict, sources: Sources, arguments: argparse.Namespace, ranks) -> None:
     """The toy's world and its backbone, where they are not there yet.
 
     `--model` is filled in for pretrain, and for a dry run that would make the backbone.
@@ -108,11 +117,11 @@ def make_toy(world: dict, sources: settings.Sources, arguments: argparse.Namespa
     if "directory" not in sizes:
         raise InputError("the recipe's [world] names no directory, where the toy's files are to lie")
     directory = Path(sizes.pop("directory"))
-    if here.first:
+    if ranks.is_first:
         toyworld.make_world(directory, **sizes)
         if arguments.stage == "pretrain" and not (directory / "backbone_init" / "config.json").exists():
             toyworld.write_untrained(directory, **sizes)  # the shipped backbone is made from this
-    here.gather(None)  # the others wait for the files
+    ranks.all_gather(None)  # the others wait for the files
     untrained = directory / "backbone_init"
     if arguments.stage == "pretrain":
         arguments.model = arguments.model or untrained
@@ -120,10 +129,10 @@ def make_toy(world: dict, sources: settings.Sources, arguments: argparse.Namespa
         if arguments.dry_run:
             arguments.model = untrained  # of the same shape, which is all that a plan asks
             return
-        kind, tables = settings.TrainConfig, ["train", "train.pretrain"]
-        config = settings.resolve(kind, arguments.recipe, tables, {"threads": 1})
+        kind, tables = TrainSettings, ["train", "train.pretrain"]
+        settings = resolve(kind, arguments.recipe, tables, {"threads": 1})
         data = [Path(path) for path in sources.pretrain]
-        fit.train("pretrain", config, data, untrained, Path(sources.backbone).parent)
+        fit.train("pretrain", settings, data, untrained, Path(sources.backbone).parent)
 
 
 if __name__ == "__main__":

@@ -33,9 +33,9 @@ from pathlib import Path
 import common
 import torch
 
-from gramr2 import config as settings
 from gramr2.extras import toyworld
 from gramr2.files import read_json, write_json
+from gramr2.settings import read_recipe
 
 BENCHMARKS, TESTS = common.ROOT / "benchmarks", common.ROOT / "tests"
 MICRO = common.ROOT / "recipes/micro.toml"
@@ -83,7 +83,7 @@ def whole_round(device: str, quick: bool, place: Path) -> list:
 
 
 def micro_world() -> dict:
-    return {key: value for key, value in settings.read_recipe(MICRO)["world"].items() if key != "directory"}
+    return {key: value for key, value in read_recipe(MICRO)["world"].items() if key != "directory"}
 
 
 PARTS = [

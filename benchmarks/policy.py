@@ -28,14 +28,13 @@ from statistics import fmean
 
 import common
 
-from gramr2 import config as settings
 from gramr2 import parallel
-from gramr2.config import PolicyConfig
 from gramr2.extras import policy, policy_start
 from gramr2.extras.evaluate import average
 from gramr2.files import InputError, digest, exit_status, read_json, write_json
 from gramr2.judge import RewardModel, preference
 from gramr2.sampler import generate
+from gramr2.settings import PolicySettings, resolve
 from gramr2.weights import load
 
 RECIPE = common.ROOT / "recipes/toy.toml"
@@ -106,9 +105,9 @@ def optimised(shop: Shop, start: Path, name: str, out: Path) -> dict[str, list[f
     kind, step, sizes = REWARDS[name]
     judge = shop.place(step) / "model"
     given = {"reward": kind, "seed": shop.seed, "device": "cpu", **sizes}
-    config = settings.resolve(PolicyConfig, RECIPE, ["train", "train.policy"], given)
-    reward = policy.Judged(RewardModel.load(judge), config)
-    policy.train(config, [shop.world / "unlabelled.jsonl"], start, out, reward, judge)
+    settings = resolve(PolicySettings, RECIPE, ["train", "train.policy"], given)
+    reward = policy.Judged(RewardModel.load(judge), settings)
+    policy.train(settings, [shop.world / "unlabelled.jsonl"], start, out, reward, judge)
     return success(shop, out / "model")
 
 
@@ -174,9 +173,9 @@ def measure(run: Path) -> dict:
     about = {str(path): digest(path) for path in judges}
     if part(place / "judges.json", lambda: about) != about:
         raise InputError(f"{place}: holds results of other judges than those of {run}; remove it")
-    config = settings.resolve(PolicyConfig, RECIPE, ["train", "train.policy"], {"seed": shop.seed})
-    with parallel.world(config) as here:
-        start = policy_start.imitate(shop.world, shop.backbone, place / "start", here, config)
+    settings = resolve(PolicySettings, RECIPE, ["train", "train.policy"], {"seed": shop.seed})
+    with parallel.join_ranks(settings) as ranks:
+        start = policy_start.imitate(shop.world, shop.backbone, place / "start", ranks, settings)
         found = {"before": part(place / "before.json", lambda: success(shop, start))}
         for name in REWARDS:
             out = place / name.replace(", ", "-").replace(" ", "-")

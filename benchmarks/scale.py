@@ -23,10 +23,10 @@ import common
 import tables
 
 from gramr2 import fit, sampler
-from gramr2.config import SelfTrainConfig, TrainConfig, resolve
-from gramr2.loss import Row
+from gramr2.loss import Example
 from gramr2.model import ModelConfig
-from gramr2.records import Example
+from gramr2.records import Tokens
+from gramr2.settings import SelfTrainSettings, TrainSettings, resolve
 
 PAGE = common.ROOT / "docs/scale.md"
 RECIPES = common.ROOT / "recipes"
@@ -36,7 +36,7 @@ JUDGES = {
     "LLaMA-3.2-3B": ModelConfig(128256, 3072, 8192, 28, 24, 8, 128, 131072, tie_embeddings=True),
 }
 GPUS = 8  # of one node
-LOOP = resolve(SelfTrainConfig, RECIPES / "llama3.1-8b.toml", ["selftrain"], {})
+LOOP = resolve(SelfTrainSettings, RECIPES / "llama3.1-8b.toml", ["selftrain"], {})
 
 # ---------------------------------------------------------------------------------- what is assumed
 
@@ -152,7 +152,7 @@ def decode_floor(model: ModelConfig, groups: int, samples: int, shared: float, o
 
 def sampling(model: ModelConfig, prompts: float, samples: int, run: Run, rate: Speed) -> float:
     """Seconds of one GPU that reads `prompts` and writes `samples` rationales for each."""
-    forward = fit.step_flops(model, [Row((Example((0,) * run.prompt, run.prompt),))]) / 3
+    forward = fit.step_flops(model, [Example((Tokens((0,) * run.prompt, run.prompt),))]) / 3
     share = (run.prompt + samples * run.rationale) * per_token(
         model
     )  # of the cache, for one prompt's samples
@@ -169,7 +169,7 @@ def sampling(model: ModelConfig, prompts: float, samples: int, run: Run, rate: S
 def prove(name: str, pairs: float, run: Run, rate: Speed) -> Step:
     """k proofs of each pair, and one pass for equation 5's denominator."""
     scored = pairs * run.k * run.rationale
-    forward = fit.step_flops(PROVER, [Row((Example((0,) * run.rationale, 0),))]) / 3
+    forward = fit.step_flops(PROVER, [Example((Tokens((0,) * run.rationale, 0),))]) / 3
     seconds = sampling(PROVER, pairs, run.k, run, rate) + pairs * run.k * forward / rate.dense
     return Step(name, "prover", pairs, pairs * run.prompt + scored, pairs * run.k * run.rationale, seconds)
 
@@ -183,7 +183,7 @@ def judge(name: str, model: ModelConfig, pairs: float, votes: int, run: Run, rat
 
 def train(name: str, who: str, model: ModelConfig, examples: float, run: Run, rate: Speed) -> Step:
     length = run.prompt + run.rationale
-    flops = fit.step_flops(model, [Row((Example((0,) * length, run.prompt),))])
+    flops = fit.step_flops(model, [Example((Tokens((0,) * length, run.prompt),))])
     return Step(name, who, examples, examples * length, 0, examples * flops / rate.train)
 
 
@@ -191,7 +191,7 @@ def steps(model: ModelConfig, recipe: str, run: Run, rate: Speed) -> list[Step]:
     """The steps of selftrain.py, in its order."""
 
     def epochs(*stages: str) -> float:
-        return resolve(TrainConfig, RECIPES / f"{recipe}.toml", ["train", *stages], {}).epochs
+        return resolve(TrainSettings, RECIPES / f"{recipe}.toml", ["train", *stages], {}).epochs
 
     once, data = epochs("train.reward"), run.labelled * run.proved
     rows = [
@@ -321,13 +321,13 @@ def sensitivity(run: Run, rate: Speed) -> str:
 
 def nodes(rows: list[Step], model: ModelConfig, recipe: str, rate: Speed) -> str:
     """Hours on more nodes, and what a pack sends between them while it is computed."""
-    config = resolve(TrainConfig, RECIPES / f"{recipe}.toml", ["train", "train.reward"], {})
+    settings = resolve(TrainSettings, RECIPES / f"{recipe}.toml", ["train", "train.reward"], {})
     weights, by_kind = parameters(model), kinds(rows)
     written = by_kind["the prover writes"] + by_kind["the judge votes"]
     trained = sum(by_kind.values()) - written
     length = Run().prompt + Run().rationale
-    example = fit.step_flops(model, [Row((Example((0,) * length, Run().prompt),))])
-    pack = config.token_budget / length * example / rate.train
+    example = fit.step_flops(model, [Example((Tokens((0,) * length, Run().prompt),))])
+    pack = settings.token_budget / length * example / rate.train
     whole = 2 * 2 * weights + 4 * weights  # bf16 weights in both passes, fp32 gradients
     halves = 2 * 4 * weights / GPUS  # an all-reduce of each GPU's share of the gradients
     lines = []
@@ -359,7 +359,7 @@ def page(read) -> str:
     found = "no speed was measured on a GPU, all are stated"
     if measured:
         found = f"measured were: {', '.join(ABOUT[name][0] for name in sorted(measured))}"
-    batch = resolve(TrainConfig, RECIPES / "llama3.1-8b.toml", ["train"], {}).batch_size
+    batch = resolve(TrainSettings, RECIPES / "llama3.1-8b.toml", ["train"], {}).batch_size
     baselines = 4 * next(row.seconds for row in big if row.name == "initial") / 3600
     return f"""# What the paper's run costs
 

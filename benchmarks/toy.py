@@ -31,14 +31,14 @@ import numpy as np
 import torch
 
 import selftrain
-from gramr2 import config as settings
 from gramr2 import parallel
 from gramr2.data import Store
 from gramr2.extras.evaluate import is_right
 from gramr2.extras.toyworld import coherent
 from gramr2.files import read_json, steps_of, write_json, write_rows
 from gramr2.records import Pair
-from gramr2.steps import Books, Exhausted, Reached, Run, read_rows
+from gramr2.settings import FILTERS, SelfTrainSettings, TrainSettings, read_recipe
+from gramr2.steps import Books, NothingKept, Run, StoppedAsAsked, read_rows
 
 RUNS = Path("runs/toy-seeds")
 RESAMPLES = 2000
@@ -117,9 +117,9 @@ class Loop:
     until: str = "test-round-3"
 
 
-LABELS, RULES = settings.FILTERS[:3], settings.FILTERS[3:]
+LABELS, RULES = FILTERS[:3], FILTERS[3:]
 LOOPS = {
-    "no denoising": Loop("round-1-predict", changes={"without": settings.FILTERS}),
+    "no denoising": Loop("round-1-predict", changes={"without": FILTERS}),
     "no coherence rule": Loop("round-1-predict", changes={"without": ("coherence", "quotes")}),
     "no label filters": Loop("round-1-predict", changes={"without": LABELS}),
     "no rationale filters": Loop("round-1-predict", changes={"without": tuple(RULES)}),
@@ -155,18 +155,18 @@ class Seed:
         if selftrain.main(words):
             raise SystemExit(f"seed {self.number}: the default command failed")
 
-    def settings(self) -> tuple[settings.SelfTrainConfig, dict[str, settings.TrainConfig]]:
+    def settings(self) -> tuple[SelfTrainSettings, dict[str, TrainSettings]]:
         return selftrain.resolved(self.recipe, {"seed": self.number})
 
     def open(self, arm: str, kind: type[Run], changes: dict[str, Any], until: str | None = None) -> Run:
-        config, trains = self.settings()
-        config = replace(config, **changes)
-        plan = {"arm": arm, **asdict(config)} | {name: asdict(each) for name, each in trains.items()}
+        settings, trains = self.settings()
+        settings = replace(settings, **changes)
+        plan = {"arm": arm, **asdict(settings)} | {name: asdict(each) for name, each in trains.items()}
         torch.set_num_threads(trains["reward"].threads)
-        here = parallel.World(0, 1, torch.device("cpu"))
-        books = Books(self.place / _slug(arm), plan, [], here, until)
+        ranks = parallel.Ranks(0, 1, torch.device("cpu"))
+        books = Books(self.place / _slug(arm), plan, [], ranks, until)
         print(f"seed {self.number}, {arm}", file=sys.stderr)
-        return kind(books, config, trains, {"coherence": coherent})
+        return kind(books, settings, trains, {"coherence": coherent})
 
     def loop(self, arm: str, loop: Loop) -> None:
         """The loop of selftrain.py under other settings, with the steps that it shares linked in."""
@@ -178,13 +178,11 @@ class Seed:
             if name == loop.shares:
                 break
         try:
-            world = selftrain.toy_world(
-                run.books, settings.read_recipe(self.recipe), run.settings, run.trains
-            )
+            world = selftrain.toy_world(run.books, read_recipe(self.recipe), run.settings, run.trains)
             selftrain.self_train(run, world, selftrain.Table(run, world))
-        except Reached:
+        except StoppedAsAsked:
             pass
-        except Exhausted as reason:
+        except NothingKept as reason:
             print(f"seed {self.number}, {arm}: {reason}", file=sys.stderr)
 
     def singles(self) -> None:
@@ -354,11 +352,11 @@ def differences(
 def collect(seeds: Sequence[Seed]) -> dict[str, Any]:
     rows = (*MAIN, *LENGTHS, *LOOPS, *SINGLES)
     found = {row: hits_by_seed(seeds, row) for row in rows}
-    config, trains = seeds[0].settings()
+    settings, trains = seeds[0].settings()
     torch.set_num_threads(trains["reward"].threads)  # which the result's environment names
     results = [read_json(path) for s in seeds if (path := s.place / "main/results.json").is_file()]
     return {
-        "settings": {"self-training": asdict(config), "judge": asdict(trains["reward"])},
+        "settings": {"self-training": asdict(settings), "judge": asdict(trains["reward"])},
         "seeds": sorted({seed for values in found.values() for seed in values}),
         "accuracy": {
             row: mean_with_interval(list(values.values()))

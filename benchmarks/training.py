@@ -32,10 +32,10 @@ import torch
 from torch import nn
 
 from gramr2 import fit, loss, parallel, weights
-from gramr2.config import TrainConfig
-from gramr2.loss import Row, Trainee
+from gramr2.loss import Example, Trainee
 from gramr2.model import Decoder, ModelConfig
-from gramr2.records import Example
+from gramr2.records import Tokens
+from gramr2.settings import TrainSettings
 
 SMALL = ModelConfig(
     vocab_size=32000,
@@ -53,7 +53,7 @@ LARGE = {
     "LLaMA-3.1-8B": ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, 131072, 1e-5, 5e5),
 }
 MICRO = {"micro": ModelConfig(256, 32, 64, 1, 2, 2, 16, 512)}
-CONFIG = TrainConfig(max_length=512, token_budget=4096, lr=1e-5, warmup=0.0)
+CONFIG = TrainSettings(max_length=512, token_budget=4096, lr=1e-5, warmup=0.0)
 REPEATS = 5
 
 
@@ -65,10 +65,10 @@ def sequences(case: str) -> list[list[int]]:
 
 
 def ours(case: str, model_dir: Path):
-    rows = [Row((Example(tuple(ids), 1),)) for ids in sequences(case)]
-    here = parallel.World(0, 1, torch.device("cpu"))
-    trainee = fit.make_trainee(loss.likelihood, CONFIG, SMALL, model_dir, here)
-    loop = fit.Loop(trainee, CONFIG, here, model_dir, 10**6)
+    rows = [Example((Tokens(tuple(ids), 1),)) for ids in sequences(case)]
+    ranks = parallel.Ranks(0, 1, torch.device("cpu"))
+    trainee = fit.make_trainee(loss.likelihood, CONFIG, SMALL, model_dir, ranks)
+    loop = fit.Loop(trainee, CONFIG, ranks, model_dir, 10**6)
     return lambda: loop.step(rows)
 
 
@@ -139,15 +139,15 @@ def fresh_process():
 def at_published_shapes(device: str, shapes: dict, tokens: int, compile_blocks: bool) -> None:
     """A row for each shape and length, written as it comes; `tokens` of a step, in two packs."""
     name = "training_cuda" if shapes is not MICRO else "training_quick"
-    with parallel.world(TrainConfig(device=device)) as here:
-        rate = fit.matmul_rate(here.device) if device == "cuda" else 1e12
+    with parallel.join_ranks(TrainSettings(device=device)) as ranks:
+        rate = fit.matmul_rate(ranks.device) if device == "cuda" else 1e12
         result = {"rows": [], "matmul_tflops": rate / 1e12, "compiled": compile_blocks, "tokens": tokens}
-        result["dtype"] = str(parallel.compute_dtype(CONFIG, here.device)).removeprefix("torch.")
+        result["dtype"] = str(parallel.compute_dtype(CONFIG, ranks.device)).removeprefix("torch.")
         for shape in shapes:
             for length in (tokens // 16, tokens // 4):
                 row = {"shape": shape, "length": length}
                 try:
-                    row |= measure(shapes[shape], length, tokens, here, rate, compile_blocks)
+                    row |= measure(shapes[shape], length, tokens, ranks, rate, compile_blocks)
                 except torch.cuda.OutOfMemoryError:
                     row["not_run"] = "does not fit in memory"
                 result["rows"].append(row)
@@ -156,21 +156,23 @@ def at_published_shapes(device: str, shapes: dict, tokens: int, compile_blocks: 
                 torch.cuda.empty_cache()
 
 
-def measure(model: ModelConfig, length: int, tokens: int, here: parallel.World, rate, compiled: bool) -> dict:
+def measure(
+    model: ModelConfig, length: int, tokens: int, ranks: parallel.Ranks, rate, compiled: bool
+) -> dict:
     """The median of three steps, after two."""
-    config = dataclasses.replace(
+    settings = dataclasses.replace(
         CONFIG, max_length=length, token_budget=tokens // 2, checkpointing=True, compile=compiled
     )
     with torch.device("meta"):
         trainee = Trainee(Decoder(model), loss.likelihood)
-    parallel.shard(trainee, config, here)
+    parallel.wrap(trainee, settings, ranks)
     with torch.no_grad():
         for parameter in trainee.parameters():
             parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
     draw = lambda: tuple(torch.randint(0, model.vocab_size, (length,)).tolist())  # noqa: E731
-    rows = [Row((Example(draw(), 1),)) for _ in range(tokens // length)]
-    loop = fit.Loop(trainee, config, here, Path(tempfile.gettempdir()), 10**6)
-    cuda = here.device.type == "cuda"
+    rows = [Example((Tokens(draw(), 1),)) for _ in range(tokens // length)]
+    loop = fit.Loop(trainee, settings, ranks, Path(tempfile.gettempdir()), 10**6)
+    cuda = ranks.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     seconds = []

@@ -24,12 +24,12 @@ import common
 
 import selftrain
 from gramr2 import denoise, fit, parallel, prompts, prover, sampler, steps
-from gramr2.config import SelfTrainConfig, TrainConfig
 from gramr2.extras import toyworld
 from gramr2.extras.report import Judged, Run, as_filtered, read_round
 from gramr2.files import InputError, exit_status, publish_file
 from gramr2.judge import RewardModel
 from gramr2.records import Judgment, Pair, Proof, Vote
+from gramr2.settings import SelfTrainSettings, TrainSettings
 from gramr2.tokenizer import Tokenizer
 
 PAGE = common.ROOT / "docs/walkthrough.md"
@@ -85,17 +85,17 @@ class Walk:
 
     def __init__(self, run: Run, found: Judged):
         self.run, self.found, self.name = run, found, f"round-{found.round}-"
-        known = {field.name for field in dataclasses.fields(SelfTrainConfig)}
+        known = {field.name for field in dataclasses.fields(SelfTrainSettings)}
         given = {key: value for key, value in run.settings.items() if key in known}
         for key in ("confidence", "without"):
             given[key] = tuple(given[key]) if isinstance(given[key], list) else (given[key],)
-        self.settings = SelfTrainConfig(**given).for_round(found.round)
+        self.settings = SelfTrainSettings(**given).for_round(found.round)
         trains, known = (
             run.settings["train reward"],
-            {field.name for field in dataclasses.fields(TrainConfig)},
+            {field.name for field in dataclasses.fields(TrainSettings)},
         )
-        self.training = TrainConfig(**{key: value for key, value in trains.items() if key in known})
-        self.own_rules = toyworld.own_rules(run.settings)
+        self.training = TrainSettings(**{key: value for key, value in trains.items() if key in known})
+        self.world_rules = toyworld.world_rules(run.settings)
 
     def path(self, step: str, name: str) -> Path:
         return self.run.steps[step] / name
@@ -287,7 +287,7 @@ class Walk:
         functions = steps.Run.filter_rationales, denoise.apply
         yield self.section("6. Rules on the rationale", self.name + "rationales", "kept.jsonl", *functions)
         yield "Each rule reads the pair and the rationale, and may object:"
-        rules = denoise.RATIONALE_FILTERS | self.own_rules
+        rules = denoise.RATIONALE_FILTERS | self.world_rules
         used = {name: rule for name, rule in rules.items() if name not in self.settings.without}
         pair = Pair.from_json(row["pair"])
         yield table(
@@ -307,11 +307,11 @@ class Walk:
         data = [*human, self.path("filter-labelled", "kept.jsonl"), *kept]
         step = self.name + "train"
         model = self.path(step, "model")
-        curriculum = fit.Curriculum("reward", self.training, data, model)
-        plan = fit.make_plan(curriculum, self.training, parallel.World(0, 1, "cpu"))
+        curriculum = fit.ExampleBuilder("reward", self.training, data, model)
+        plan = fit.make_plan(curriculum, self.training, parallel.Ranks(0, 1, "cpu"))
         number = next(i for i in range(curriculum.size) if curriculum.record(i).id == self.found.id)
         met = [(n, *each[1:]) for n in range(plan.steps) for each in plan.step(n) if each[0] == number]
-        functions = fit.train, fit.make_plan, fit.Curriculum.__call__, Tokenizer.example
+        functions = fit.train, fit.make_plan, fit.ExampleBuilder.__call__, Tokenizer.example
         yield self.section("7. A training example", step, "metrics.jsonl", *functions)
         names = ", ".join(f"`{path.relative_to(self.run.root).as_posix()}`" for path in data)
         yield (

@@ -1,6 +1,6 @@
 """Blocks of the key/value cache: who holds which, what is shared, what may be written. No torch.
 
-The cache is a pool of equal blocks of a few tokens each. A sequence holds a `Table`: its blocks in order
+The cache is a pool of equal blocks of a few tokens each. A sequence holds a `BlockTable`: its blocks in order
 and how many tokens of them are filled. Blocks are counted, not owned: the samples of one prompt begin as
 forks of the prompt's table, which copies nothing. A table that grows into a block that somebody else holds
 too takes a fresh one first and asks for the content to be copied (copy on write), so a shared block is never
@@ -26,7 +26,7 @@ class OutOfBlocks(Exception):
 
 
 @dataclass
-class Table:
+class BlockTable:
     """The blocks of one sequence, and the number of tokens that stand in them."""
 
     blocks: list[int] = field(default_factory=list)
@@ -48,7 +48,7 @@ class BlockPool:
             raise ValueError(f"a pool needs at least 2 blocks of 1 token, not {num_blocks} of {block_size}")
         self.block_size = block_size
         self.num_blocks = num_blocks - 1  # usable ones
-        self.holders = [0] * num_blocks
+        self.ref_counts = [0] * num_blocks
         self._empty = list(range(num_blocks - 1, NULL, -1))  # taken from the end: low blocks stay warm
         self._idle: OrderedDict[int, None] = OrderedDict()  # named, held by nobody, longest unused first
         self._known: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}  # content -> (block, name)
@@ -63,13 +63,13 @@ class BlockPool:
     def used(self) -> int:
         return self.num_blocks - self.free
 
-    def needs(self, table: Table, count: int) -> int:
+    def needs(self, table: BlockTable, count: int) -> int:
         """How many blocks `extend` would take for `count` more tokens."""
         return (
             -(-(table.length + count) // self.block_size) - len(table.blocks) + self._must_copy(table, count)
         )
 
-    def extend(self, table: Table, count: int) -> Growth:
+    def extend(self, table: BlockTable, count: int) -> Growth:
         """Makes room for `count` more tokens at the table's end, in blocks that nobody else holds."""
         needed = self.needs(table, count)
         if needed > self.free:
@@ -85,21 +85,21 @@ class BlockPool:
         table.length += count
         return growth
 
-    def fork(self, table: Table) -> Table:
+    def fork(self, table: BlockTable) -> BlockTable:
         """A second holder of the same content, free of charge."""
         for block in table.blocks:
             self._hold(block)
-        return Table(list(table.blocks), table.length, list(table.names))
+        return BlockTable(list(table.blocks), table.length, list(table.names))
 
-    def release(self, table: Table) -> None:
+    def release(self, table: BlockTable) -> None:
         """Gives a table's blocks back; it is empty afterwards."""
         for block in reversed(table.blocks):  # so that the end of a prefix is forgotten before its start
             self._drop(block)
         table.blocks, table.length, table.names = [], 0, []
 
-    def match(self, ids: Sequence[int]) -> Table:
+    def match(self, ids: Sequence[int]) -> BlockTable:
         """A table of the longest named run of full blocks that `ids` begins with."""
-        table, name = Table(), 0
+        table, name = BlockTable(), 0
         for start in range(0, len(ids) - self.block_size + 1, self.block_size):
             found = self._known.get((name, tuple(ids[start : start + self.block_size])))
             if found is None:
@@ -111,7 +111,7 @@ class BlockPool:
         table.length = len(table.blocks) * self.block_size
         return table
 
-    def name(self, table: Table, ids: Sequence[int]) -> None:
+    def name(self, table: BlockTable, ids: Sequence[int]) -> None:
         """Makes the table's full blocks, which hold the first of `ids`, findable by `match`."""
         for index in range(len(table.names), min(table.length, len(ids)) // self.block_size):
             before = table.names[-1] if table.names else 0
@@ -123,9 +123,9 @@ class BlockPool:
                 self._content[table.blocks[index]] = content
             table.names.append(self._known[content][1])
 
-    def _must_copy(self, table: Table, count: int) -> int:
+    def _must_copy(self, table: BlockTable, count: int) -> int:
         partial = table.length % self.block_size != 0
-        return int(count > 0 and partial and self.holders[table.blocks[-1]] > 1)
+        return int(count > 0 and partial and self.ref_counts[table.blocks[-1]] > 1)
 
     def _take(self) -> int:
         if self._empty:
@@ -133,17 +133,17 @@ class BlockPool:
         else:
             block, _ = self._idle.popitem(last=False)
             del self._known[self._content.pop(block)]
-        self.holders[block] = 1
+        self.ref_counts[block] = 1
         return block
 
     def _hold(self, block: int) -> None:
-        if self.holders[block] == 0:
+        if self.ref_counts[block] == 0:
             del self._idle[block]
-        self.holders[block] += 1
+        self.ref_counts[block] += 1
 
     def _drop(self, block: int) -> None:
-        self.holders[block] -= 1
-        if self.holders[block] == 0:
+        self.ref_counts[block] -= 1
+        if self.ref_counts[block] == 0:
             if block in self._content:
                 self._idle[block] = None
             else:

@@ -1,7 +1,7 @@
 """Records on disk, and the order in which training meets them.
 
 `Store` reads a JSONL file at random through an index of 8-byte offsets, so that a file of any size costs no
-memory; `Shard` appends rows so that a kill loses at most the row it cut; `pack` and `order` turn example
+memory; `RowLog` appends rows so that a kill loses at most the row it cut; `pack` and `order` turn example
 lengths into the packed batches of an epoch. Examples are never cut: the label is their tail.
 
 What it leaves out: what a row means (records.py), and which examples are dropped as too long (fit.py).
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from gramr2.files import InputError, publish_file, said_plainly
+from gramr2.files import InputError, disk_errors_as_input_errors, publish_file
 
 _HEADER = 4  # words before the offsets: a mark, the data file's size, its time of change, bytes of whole rows
 _MARK = int.from_bytes(b"gramidx1", "little")
@@ -114,12 +114,12 @@ class Store:
         return (self[i] for i in range(len(self)))
 
 
-class Shard:
+class RowLog:
     """Appends rows to a JSONL file. A row that a kill cut is dropped, with a warning, on the next opening."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        with said_plainly(self.path):
+        with disk_errors_as_input_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a+b")
         self._mend()
@@ -151,7 +151,7 @@ class Shard:
         self.sync()
         self._file.close()
 
-    def __enter__(self) -> Shard:
+    def __enter__(self) -> RowLog:
         return self
 
     def __exit__(self, *_) -> None:

@@ -27,16 +27,18 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from gramr2 import prompts
-from gramr2.config import SelfTrainConfig
 from gramr2.records import OTHER, Judgment, Pair, mark, show
+from gramr2.settings import SelfTrainSettings
 
-LabelFilter = Callable[[Judgment, SelfTrainConfig], str | None]
-RationaleFilter = Callable[[Pair, str, SelfTrainConfig], str | None]  # (pair, rationale as stored, settings)
+LabelFilter = Callable[[Judgment, SelfTrainSettings], str | None]
+RationaleFilter = Callable[
+    [Pair, str, SelfTrainSettings], str | None
+]  # (pair, rationale as stored, settings)
 
 # ---------------------------------------------------------------------------------- labels
 
 
-def agreement(judgment: Judgment, settings: SelfTrainConfig) -> str | None:
+def agreement(judgment: Judgment, settings: SelfTrainSettings) -> str | None:
     """Both orders have a majority, and the same one."""
     if not judgment.votes["A"] + judgment.votes["B"]:
         return "no readable vote"
@@ -45,7 +47,7 @@ def agreement(judgment: Judgment, settings: SelfTrainConfig) -> str | None:
     return None if judgment.label else "undecided"
 
 
-def confidence(judgment: Judgment, settings: SelfTrainConfig) -> str | None:
+def confidence(judgment: Judgment, settings: SelfTrainSettings) -> str | None:
     """Enough of all votes, abstentions included, are for the label. The settings are one round's."""
     (needed,) = settings.confidence
     cast = sum(judgment.votes.values())
@@ -53,7 +55,7 @@ def confidence(judgment: Judgment, settings: SelfTrainConfig) -> str | None:
     return None if share >= needed else f"votes below {needed:g}"
 
 
-def softmax(judgment: Judgment, settings: SelfTrainConfig) -> str | None:
+def softmax(judgment: Judgment, settings: SelfTrainSettings) -> str | None:
     """The paper's threshold: the mean softmax of the votes for the label."""
     sure = [vote.p_a for vote in judgment.details if vote.label == judgment.label and vote.p_a is not None]
     mean = sum(p if judgment.label == "A" else 1 - p for p in sure) / len(sure) if sure else 0.0
@@ -64,7 +66,7 @@ LABEL_FILTERS: dict[str, LabelFilter] = {rule.__name__: rule for rule in (agreem
 
 
 def only_coherent(
-    pair: Pair, judgment: Judgment, rules: dict[str, RationaleFilter], settings: SelfTrainConfig
+    pair: Pair, judgment: Judgment, rules: dict[str, RationaleFilter], settings: SelfTrainSettings
 ) -> Judgment:
     """The judgment with those votes turned into abstentions whose own rationale breaks a rule of coherence.
 
@@ -82,12 +84,12 @@ def only_coherent(
 # ---------------------------------------------------------------------------------- rationales
 
 
-def length(pair: Pair, rationale: str, settings: SelfTrainConfig) -> str | None:
+def length(pair: Pair, rationale: str, settings: SelfTrainSettings) -> str | None:
     words = len(rationale.split())
     return None if words <= settings.max_words else f"more than {settings.max_words} words"
 
 
-def structure(pair: Pair, rationale: str, settings: SelfTrainConfig) -> str | None:
+def structure(pair: Pair, rationale: str, settings: SelfTrainSettings) -> str | None:
     """Feedback, Comparison, Conclusion, each once and in order."""
     return prompts.parse_rationale(rationale).reason or None
 
@@ -103,31 +105,31 @@ def _named(text: str) -> set[str]:
     return set(re.findall(r"\bResponse ([AB])\b", text))
 
 
-def states_label(pair: Pair, rationale: str, settings: SelfTrainConfig) -> str | None:
+def states_label(pair: Pair, rationale: str, settings: SelfTrainSettings) -> str | None:
     _, conclusion = _argument_and_conclusion(rationale)
     return None if pair.label in _named(conclusion) else "does not state the label"
 
 
-def states_other(pair: Pair, rationale: str, settings: SelfTrainConfig) -> str | None:
+def states_other(pair: Pair, rationale: str, settings: SelfTrainSettings) -> str | None:
     """The conclusion prefers the other response: it names it, and not the label's."""
     _, conclusion = _argument_and_conclusion(rationale)
     return "states the other label" if _named(conclusion) == {OTHER[pair.label]} else None
 
 
-def mentions(pair: Pair, rationale: str, settings: SelfTrainConfig) -> str | None:
+def mentions(pair: Pair, rationale: str, settings: SelfTrainSettings) -> str | None:
     """What stands before the conclusion names a response: general remarks and a letter are no argument."""
     argument, _ = _argument_and_conclusion(rationale)
     return None if _named(argument) else "talks of neither response"
 
 
-def repetition(pair: Pair, rationale: str, settings: SelfTrainConfig) -> str | None:
+def repetition(pair: Pair, rationale: str, settings: SelfTrainSettings) -> str | None:
     """A run of eight words that stands three times or more: a loop, not an argument."""
     words = rationale.split()
     runs = Counter(tuple(words[i : i + 8]) for i in range(len(words) - 7))
     return "repeats itself" if runs and max(runs.values()) >= 3 else None
 
 
-def quotes(pair: Pair, rationale: str, settings: SelfTrainConfig) -> str | None:
+def quotes(pair: Pair, rationale: str, settings: SelfTrainSettings) -> str | None:
     """What stands in quotation marks, three words or more, must stand in the question or a response.
 
     Each side of an ellipsis counts by itself. A line in which a quotation mark has no other is passed over.
@@ -160,7 +162,7 @@ _DOUBT = re.compile(
 )
 
 
-def coherence(pair: Pair, rationale: str, settings: SelfTrainConfig) -> str | None:
+def coherence(pair: Pair, rationale: str, settings: SelfTrainSettings) -> str | None:
     """No sentence says plainly that the other response is better. What is hedged is passed over."""
     for sentence in re.split(r"(?<=[.!?;\n])", show(rationale)):
         found = None if _DOUBT.search(sentence) else _VERDICT.match(sentence.lstrip(" -*#>"))
@@ -185,14 +187,14 @@ class Sieve:
 
 
 def objection(
-    pair: Pair, rationale: str, rules: dict[str, RationaleFilter], settings: SelfTrainConfig
+    pair: Pair, rationale: str, rules: dict[str, RationaleFilter], settings: SelfTrainSettings
 ) -> str | None:
     """The first reason against a rationale, of the rules that are not switched off."""
     used = (rule for name, rule in rules.items() if name not in settings.without)
     return next((reason for rule in used if (reason := rule(pair, rationale, settings))), None)
 
 
-def apply(filters: dict[str, Callable], items: Iterable[tuple], settings: SelfTrainConfig) -> Sieve:
+def apply(filters: dict[str, Callable], items: Iterable[tuple], settings: SelfTrainSettings) -> Sieve:
     """Runs every filter on every item; `settings.without` names the ones that are switched off."""
     used = {name: rule for name, rule in filters.items() if name not in settings.without}
     reasons, alone = [], Counter(dict.fromkeys(used, 0))

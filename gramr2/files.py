@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+JsonRow = dict[str, Any]  # one line of a JSONL file
 # A full disk or quota, a limit on a file's size, no leave to write; a file for a directory, or the reverse.
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 UNWRITABLE |= {errno.EISDIR, errno.ENOTDIR, errno.EEXIST}
@@ -172,7 +173,7 @@ def steps_of(run: Path) -> dict[str, Path]:
 
 
 @contextlib.contextmanager
-def said_plainly(place: str | Path) -> Iterator[None]:
+def disk_errors_as_input_errors(place: str | Path) -> Iterator[None]:
     """A disk that is full, or closed to writing, is the user's to mend; `place` is what was written."""
     try:
         yield

@@ -1,6 +1,6 @@
-"""The one training loop. Every stage of the paper is this file with another target (config.STAGES).
+"""The one training loop. Every stage of the paper is this file with another target (settings.STAGES).
 
-`train` reads pairs, turns each into token ids (`Curriculum`), fixes every step's global set of examples
+`train` reads pairs, turns each into token ids (`ExampleBuilder`), fixes every step's global set of examples
 before it is split, deals it into packs over the ranks, and leaves a Hugging Face directory. What the stages
 share is everything but the target, so that comparing two trained models compares their objectives.
 
@@ -47,12 +47,12 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from gramr2 import loss, parallel, prompts
-from gramr2.config import TrainConfig
 from gramr2.data import Store, order, pack
 from gramr2.files import InputError, digest, publish_file, read_json, write_json, write_rows
-from gramr2.loss import Row, Trainee, collate
+from gramr2.loss import Example, Trainee, collate
 from gramr2.model import Decoder, ModelConfig
-from gramr2.records import Example, Pair, as_messages
+from gramr2.records import Pair, Tokens, as_messages
+from gramr2.settings import TrainSettings
 from gramr2.tokenizer import Tokenizer
 from gramr2.weights import read_config, save_tensors
 
@@ -67,7 +67,7 @@ EQUATION = {
 # Settings that a run may be continued under with other values: they change how, not what, it computes.
 FREE = {"device", "dtype", "threads", "shard", "checkpointing", "compile", "token_budget"}
 FREE |= {"save_steps", "save_minutes"}
-Flops = Callable[[list[Row]], float] | None  # of a batch, as a share of what the device does in a second
+Flops = Callable[[list[Example]], float] | None  # of a batch, as a share of what the device does in a second
 
 
 class Stopped(KeyboardInterrupt):
@@ -81,20 +81,20 @@ class Unusable(Exception):
     """A row that this stage cannot train on; the reason is counted."""
 
 
-class Curriculum:
+class ExampleBuilder:
     """A stage's data as examples: row `i`, in epoch `e`, at a letter, is always the same ids.
 
     A pair whose rationale cannot be swapped keeps its own order, whatever letter is asked for.
     """
 
-    def __init__(self, stage: str, config: TrainConfig, data: Sequence[Path], model_dir: Path):
-        self.stage, self.config = stage, config
+    def __init__(self, stage: str, settings: TrainSettings, data: Sequence[Path], model_dir: Path):
+        self.stage, self.settings = stage, settings
         self.stores = [Store(path, None if stage == "pretrain" else Pair.from_json) for path in data]
         self.starts = np.cumsum([0, *map(len, self.stores)])
-        self.size = min(int(self.starts[-1]), config.limit or int(self.starts[-1]))
+        self.size = min(int(self.starts[-1]), settings.limit or int(self.starts[-1]))
         if not self.size:
             raise InputError(f"{', '.join(map(str, data))}: no rows to train on")
-        self.tokenizer = Tokenizer.load(model_dir, date=config.date)
+        self.tokenizer = Tokenizer.load(model_dir, date=settings.date)
         self.template, self.notes, self.template_kind = "", [], "prover" if stage == "prover" else "judge"
         if stage in ("prover", "reward", "generative"):
             self.template, note = prompts.template_for(model_dir, kind=self.template_kind)
@@ -103,37 +103,37 @@ class Curriculum:
             self.template = prompts.LABEL_PROMPT  # our own prompt without the rationale
 
     @cached_property
-    def opened(self) -> bool:
-        return self.tokenizer.opened_thinking([{"role": "user", "content": ""}])
+    def thinking_open(self) -> bool:
+        return self.tokenizer.opens_thinking([{"role": "user", "content": ""}])
 
     def record(self, i: int) -> Any:
         file = int(np.searchsorted(self.starts, i, side="right")) - 1
         return self.stores[file][i - int(self.starts[file])]
 
-    def plain(self, i: int) -> Row:
-        """Row i in its own order, with nothing hidden: what decides whether it is used at all."""
+    def plain(self, i: int) -> Example:
+        """Example i in its own order, with nothing hidden: what decides whether it is used at all."""
         record = self.record(i)
         try:
             row = self._build(record)
         except InputError as error:  # of its text
             raise Unusable(str(error)) from None
-        if row.length > self.config.max_length:
+        if row.length > self.settings.max_length:
             raise Unusable("longer than max_length")
         return row
 
-    def __call__(self, i: int, epoch: int, letter: str) -> Row:
+    def __call__(self, i: int, epoch: int, letter: str) -> Example:
         if self.stage in ("pretrain", "discriminative"):
             return self._build(self.record(i))
         pair = self.record(i)
         turned = pair.swapped() if pair.label != letter and pair.swappable else pair
-        row = self._build(turned, np.random.default_rng([self.config.seed, epoch, i]).random(2))
+        row = self._build(turned, np.random.default_rng([self.settings.seed, epoch, i]).random(2))
         # The other order may be a token longer. Nothing is cut: the row stands as it was measured.
-        return row if row.length <= self.config.max_length else self._build(pair)
+        return row if row.length <= self.settings.max_length else self._build(pair)
 
-    def _build(self, record: Any, draws: Sequence[float] = (1.0, 1.0)) -> Row:
+    def _build(self, record: Any, draws: Sequence[float] = (1.0, 1.0)) -> Example:
         """One record's example; the draws decide what the prover is not shown."""
         if self.stage == "pretrain":
-            return Row((self._text(record),))
+            return Example((self._text(record),))
         if record.label is None:
             raise Unusable('no "label"')
         if self.stage == "discriminative":
@@ -148,50 +148,50 @@ class Curriculum:
         if self.stage == "reward":
             shown = prompts.show(str(reading.rationale))
             asked = prompts.judge_prompt(record, self.template)
-            return Row((self._answer(asked, prompts.judge_target(shown, record.label)),))
+            return Example((self._answer(asked, prompts.judge_target(shown, record.label)),))
         proof = prompts.show(prompts.proof_from_rationale(reading.rationale, record.label))
-        hidden = draws[1] < self.config.hide_label
+        hidden = draws[1] < self.settings.hide_label
         asked = prompts.prover_prompt(record, self.template, hidden)
-        return Row((self._answer("" if draws[0] < self.config.drop_condition else asked, proof),))
+        return Example((self._answer("" if draws[0] < self.settings.drop_condition else asked, proof),))
 
-    def _answer(self, asked: str, target: str) -> Example:
+    def _answer(self, asked: str, target: str) -> Tokens:
         """Where the chat template has opened <think>, the target goes on from there, or closes it first."""
-        if self.opened:
+        if self.thinking_open:
             begun = target.startswith("<think>\n")
             target = target.removeprefix("<think>\n") if begun else f"\n</think>\n\n{target}"
         ids, start = self.tokenizer.answered([("user", asked)], target)
-        return Example(tuple(ids), start)
+        return Tokens(tuple(ids), start)
 
-    def _label(self, pair: Pair) -> Row:
+    def _label(self, pair: Pair) -> Example:
         answer = self._answer(prompts.judge_prompt(pair, self.template), prompts.label_target(pair.label))
-        if not self.config.label_smoothing:
-            return Row((answer,))
+        if not self.settings.label_smoothing:
+            return Example((answer,))
         of_a, of_b, before = prompts.verdict_ids(self.tokenizer.encode)
         after = len(self.tokenizer.encode(prompts.label_target("A"))) - len(before)
         place = len(answer.ids) - 1 - after  # counted from the end, where the stop token stands
-        return Row((answer,), rival=(place, of_b if pair.label == "A" else of_a))
+        return Example((answer,), rival=(place, of_b if pair.label == "A" else of_a))
 
-    def _scored(self, pair: Pair) -> Row:
+    def _scored(self, pair: Pair) -> Example:
         better, worse = pair.response_a, pair.response_b
         if pair.label == "B":
             better, worse = worse, better
-        margin = (pair.margin or 0.0) if self.config.use_margin else 0.0
+        margin = (pair.margin or 0.0) if self.settings.use_margin else 0.0
         both = (self.tokenizer.answered(pair.messages, text)[0] for text in (better, worse))
-        return Row(tuple(Example(tuple(ids), len(ids)) for ids in both), margin=abs(margin))
+        return Example(tuple(Tokens(tuple(ids), len(ids)) for ids in both), margin=abs(margin))
 
-    def _text(self, row: dict[str, Any]) -> Example:
+    def _text(self, row: dict[str, Any]) -> Tokens:
         """{"text"}: every token but the first is a target. A response given a prompt: the response's are."""
         if not isinstance(row, dict):
             raise Unusable("not an object with named fields")
         if isinstance(row.get("text"), str):
             ids = [*self.tokenizer.encode_document(row["text"]), *self.tokenizer.stop_ids[:1]]
-            return Example(tuple(ids), 1)
+            return Tokens(tuple(ids), 1)
         asked = row.get("messages") or row.get("prompt", row.get("question"))
         turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
         if not isinstance(turns, list) or not isinstance(row.get("response"), str):
             raise Unusable('neither "text" nor "prompt" and "response"')
         ids, start = self.tokenizer.answered(as_messages(turns), row["response"])
-        return Example(tuple(ids), start)
+        return Tokens(tuple(ids), start)
 
 
 # ---------------------------------------------------------------------------------- what a run will do
@@ -226,34 +226,34 @@ class Plan:
         return [(int(self.kept[k]), epoch, "AB"[(int(turns[k]) + epoch) % 2]) for k, epoch in chosen]
 
 
-def make_plan(curriculum: Curriculum, config: TrainConfig, here: parallel.World) -> Plan:
+def make_plan(builder: ExampleBuilder, settings: TrainSettings, ranks: parallel.Ranks) -> Plan:
     """Tokenizes every row once, each rank its share: too long, or without what the stage needs, is out."""
-    mine = range(here.rank, curriculum.size, here.size)
+    mine = range(ranks.rank, builder.size, ranks.size)
 
     def measure() -> tuple[list[tuple[int, int, int]], Counter[str]]:
         found, dropped = [], Counter()
-        for i in tqdm(mine, "reading", disable=not here.first or curriculum.size < 10000, leave=False):
+        for i in tqdm(mine, "reading", disable=not ranks.is_first or builder.size < 10000, leave=False):
             try:
-                row = curriculum.plain(i)
+                row = builder.plain(i)
                 found.append((i, row.length, row.units))
             except Unusable as reason:
                 dropped[str(reason)] += 1
         return found, dropped
 
-    parts = here.together(measure)
+    parts = ranks.on_all_ranks(measure)
     dropped = sum((part[1] for part in parts), Counter())
     rows = np.array(sorted(row for part in parts for row in part[0]), dtype=np.int64).reshape(-1, 3)
     if not len(rows):
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-        names = ", ".join(str(store.path) for store in curriculum.stores)
+        names = ", ".join(str(store.path) for store in builder.stores)
         raise InputError(
-            f"{names}: none of {curriculum.size} rows can train the stage {curriculum.stage} ({reasons})"
+            f"{names}: none of {builder.size} rows can train the stage {builder.stage} ({reasons})"
         )
-    examples = config.steps * config.batch_size or max(1, round(config.epochs * len(rows)))
-    return Plan(*rows.T, dict(dropped), config.batch_size, examples, config.seed)
+    examples = settings.steps * settings.batch_size or max(1, round(settings.epochs * len(rows)))
+    return Plan(*rows.T, dict(dropped), settings.batch_size, examples, settings.seed)
 
 
-def deal(rows: Sequence[Row], ranks: int, budget: int) -> list[list[list[Row]]]:
+def deal(rows: Sequence[Example], ranks: int, budget: int) -> list[list[list[Example]]]:
     """Packs for each rank, as many for one as for another, and as even in tokens as they come.
 
     There are as few as best-fit packing needs. Rows go, longest first, to the pack with the fewest tokens;
@@ -272,11 +272,11 @@ def deal(rows: Sequence[Row], ranks: int, budget: int) -> list[list[list[Row]]]:
     return [[[rows[i] for i in members] for members in packs[rank::ranks]] for rank in range(ranks)]
 
 
-def stream(plan: Plan, curriculum: Curriculum, first: int) -> Iterator[list[Row]]:
+def stream(plan: Plan, builder: ExampleBuilder, first: int) -> Iterator[list[Example]]:
     """The global set of examples of each step; the next one is built while this one is computed."""
 
-    def build(step: int) -> list[Row]:
-        return [curriculum(*chosen) for chosen in plan.step(step)]
+    def build(step: int) -> list[Example]:
+        return [builder(*chosen) for chosen in plan.step(step)]
 
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(build, first)
@@ -307,8 +307,8 @@ class Loop:
     """Optimizer steps over a stream of global batches, which is the same on every rank."""
 
     trainee: Trainee
-    config: TrainConfig
-    here: parallel.World
+    settings: TrainSettings
+    ranks: parallel.Ranks
     out: Path
     steps: int
     decode: Callable[[Sequence[int]], str] = str
@@ -316,9 +316,9 @@ class Loop:
     more: Callable[[], dict[str, Any]] = dict  # what else goes into a step's row of metrics.jsonl
 
     def __post_init__(self):
-        self.optimizer = make_optimizer(self.trainee, self.config)
+        self.optimizer = make_optimizer(self.trainee, self.settings)
         self.state = parallel.training_state(self.trainee, self.optimizer)
-        self.resume = parallel.ResumePoints(self.out / "resume", self.here)
+        self.resume = parallel.ResumePoints(self.out / "resume", self.ranks)
 
     def restore(self) -> None:
         """Continues from the newest resume point, if there is one."""
@@ -327,13 +327,13 @@ class Loop:
             self.at = Progress(**cursor)
             for state in self.optimizer.state.values():
                 state["step"].fill_(self.at.updates)
-        self.here.on_first(lambda: keep_metrics(self.out / "metrics.jsonl", self.at.step))
+        self.ranks.on_rank_0(lambda: keep_metrics(self.out / "metrics.jsonl", self.at.step))
 
     def run(
-        self, batches: Iterator[list[Row]], bar: tqdm, stop: threading.Event, flops: Flops = None
+        self, batches: Iterator[list[Example]], bar: tqdm, stop: threading.Event, flops: Flops = None
     ) -> None:
         """Steps until all are done; saves on the way, and saves and raises Stopped where `stop` is set."""
-        config, first = self.config, self.here.first
+        settings, first = self.settings, self.ranks.is_first
         saved = clock = time.monotonic()
         with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
             for rows in batches:
@@ -349,9 +349,9 @@ class Loop:
                 bar.set_postfix_str(f"loss {value:.4f}, {rate}{share}", refresh=False)
                 bar.update()
                 # One clock decides for all ranks, and a signal that reached one of them stops them all.
-                due = first and 0 < config.save_minutes <= (clock - saved) / 60
-                stops, due = self.here.total(stop.is_set(), due)
-                due = due or (config.save_steps and self.at.step % config.save_steps == 0)
+                due = first and 0 < settings.save_minutes <= (clock - saved) / 60
+                stops, due = self.ranks.all_reduce_sum(stop.is_set(), due)
+                due = due or (settings.save_steps and self.at.step % settings.save_steps == 0)
                 if self.at.step < self.steps and (stops or due):
                     saved = clock
                     self.resume.save(self.at.step, self.state, dataclasses.asdict(self.at))
@@ -361,23 +361,23 @@ class Loop:
                 self.resume.publish_when_written()
         self.resume.finish()
 
-    def step(self, rows: list[Row]) -> dict[str, Any]:
+    def step(self, rows: list[Example]) -> dict[str, Any]:
         """One optimizer step on one global set of examples. A step that is not finite changes nothing.
 
         FSDP takes the mean of the ranks' gradients; times their number, it is the sum.
         """
         units = sum(row.units for row in rows)
-        learning_rate = scheduled(self.at.step, self.steps, self.config)
+        learning_rate = scheduled(self.at.step, self.steps, self.settings)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        total = torch.zeros((), device=self.here.device)
-        for members in deal(rows, self.here.size, self.config.token_budget)[self.here.rank]:
-            value = self.trainee(collate(members, self.here.size / units, self.here.device))
+        total = torch.zeros((), device=self.ranks.device)
+        for members in deal(rows, self.ranks.size, self.settings.token_budget)[self.ranks.rank]:
+            value = self.trainee(collate(members, self.ranks.size / units, self.ranks.device))
             value.backward()
             total += value.detach()
-        norm = nn.utils.clip_grad_norm_(self.trainee.parameters(), self.config.clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(self.trainee.parameters(), self.settings.clip or math.inf)
         norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        value = self.here.total(float(total) / self.here.size)[0]
+        value = self.ranks.all_reduce_sum(float(total) / self.ranks.size)[0]
         finite = math.isfinite(value) and math.isfinite(norm)
         if finite:
             self.optimizer.step()
@@ -393,9 +393,9 @@ class Loop:
         size = {"examples": len(rows), "tokens": tokens, "targets": units}
         return figures | {"lr": learning_rate} | size | self.more()
 
-    def give_up(self, rows: list[Row]) -> None:
+    def give_up(self, rows: list[Example]) -> None:
         place = self.out / "bad-batch.jsonl"
-        if self.here.first:
+        if self.ranks.is_first:
             sequences = (sequence for row in rows for sequence in row.sequences)
             write_rows(place, ({**each.to_json(), "text": self.decode(each.ids)} for each in sequences))
         raise InputError(
@@ -404,27 +404,27 @@ class Loop:
         )
 
 
-def make_optimizer(trainee: Trainee, config: TrainConfig) -> torch.optim.AdamW:
+def make_optimizer(trainee: Trainee, settings: TrainSettings) -> torch.optim.AdamW:
     """Fused AdamW; matrices decay and vectors (norms, biases) do not. Its state exists from the start."""
     parameters = list(trainee.parameters())
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True)
     for parameter in parameters:
         moments = {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
     return optimizer
 
 
-def scheduled(step: int, steps: int, config: TrainConfig) -> float:
+def scheduled(step: int, steps: int, settings: TrainSettings) -> float:
     """Linear warm-up, then a cosine down to its final share."""
-    rising = math.ceil(config.warmup * steps)
+    rising = math.ceil(settings.warmup * steps)
     if step < rising:
-        return config.lr * (step + 1) / rising
+        return settings.lr * (step + 1) / rising
     way = (step - rising) / max(1, steps - rising)
-    return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * way)))
+    return settings.lr * (settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * way)))
 
 
 def keep_metrics(path: Path, steps: int) -> None:
@@ -440,7 +440,7 @@ def keep_metrics(path: Path, steps: int) -> None:
 # ---------------------------------------------------------------------------------- what a person sees
 
 
-def step_flops(config: ModelConfig, rows: Sequence[Row]) -> float:
+def step_flops(config: ModelConfig, rows: Sequence[Example]) -> float:
     """Multiply-adds x 2 of forward and backward: matrices, attention, and the projection of targets."""
     heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_size
     block = config.hidden_size * (heads + 3 * config.intermediate_size)
@@ -471,56 +471,56 @@ def count_parameters(config: ModelConfig) -> int:
         return sum(parameter.numel() for parameter in Decoder(config).parameters())
 
 
-def memory_per_rank(config: TrainConfig, model: ModelConfig, ranks: int, half: bool) -> dict[str, float]:
+def memory_per_rank(settings: TrainSettings, config: ModelConfig, ranks: int, half: bool) -> dict[str, float]:
     """GB on each rank, estimated: a token leaves about 34 D + 8 F bytes in one block in bf16."""
-    parameters, width = count_parameters(model), 2 if half else 4
-    head = model.vocab_size * model.hidden_size
-    block = (parameters - head * (2 - model.tie_embeddings)) / model.num_layers
-    token = width / 2 * (34 * model.hidden_size + 8 * model.intermediate_size)
-    stored = width * model.hidden_size * model.num_layers + token
-    stored = stored if config.checkpointing else token * model.num_layers
+    parameters, width = count_parameters(config), 2 if half else 4
+    head = config.vocab_size * config.hidden_size
+    block = (parameters - head * (2 - config.tie_embeddings)) / config.num_layers
+    token = width / 2 * (34 * config.hidden_size + 8 * config.intermediate_size)
+    stored = width * config.hidden_size * config.num_layers + token
+    stored = stored if settings.checkpointing else token * config.num_layers
     sizes = {
-        "weights, gradients and AdamW": 16 * parameters / (config.shard or ranks),
-        "gathered weights": width * (head * (2 - model.tie_embeddings) + 2 * block)
+        "weights, gradients and AdamW": 16 * parameters / (settings.shard or ranks),
+        "gathered weights": width * (head * (2 - config.tie_embeddings) + 2 * block)
         if ranks > 1 or half
         else 0,
-        "activations": config.token_budget * stored,
+        "activations": settings.token_budget * stored,
         "the head's gradient": 4 * head,
     }
     return {name: size / 1e9 for name, size in sizes.items()}
 
 
 def describe(
-    stage: str, plan: Plan, curriculum: Curriculum, model_dir: Path, model: ModelConfig
+    stage: str, plan: Plan, builder: ExampleBuilder, model_dir: Path, config: ModelConfig
 ) -> list[str]:
     """The first lines of a run: what it trains, on what, with how many tokens and parameters."""
     epochs = plan.examples / len(plan.kept)
-    names = ", ".join(str(store.path) for store in curriculum.stores)
+    names = ", ".join(str(store.path) for store in builder.stores)
     per_step = plan.lengths.mean() * min(plan.batch_size, plan.examples)
     lines = [
         f"{stage} ({EQUATION[stage]})",
-        f"model    {model_dir}: {count_parameters(model):,} parameters",
+        f"model    {model_dir}: {count_parameters(config):,} parameters",
         f"data     {names}: {len(plan.kept):,} examples, {plan.lengths.sum():,} tokens, "
         f"{plan.units.sum():,} {'pairs' if stage == 'discriminative' else 'target tokens'}",
         f"steps    {plan.steps:,} of {plan.batch_size} examples, about {per_step:,.0f} tokens each "
         f"({epochs:.4g} epochs)",
     ]
     lines += [f"dropped  {count:,}: {reason}" for reason, count in sorted(plan.dropped.items())]
-    return lines + curriculum.notes
+    return lines + builder.notes
 
 
 def dry_run(
-    stage: str, config: TrainConfig, data: Sequence[Path], model_dir: Path, here: parallel.World
+    stage: str, settings: TrainSettings, data: Sequence[Path], model_dir: Path, ranks: parallel.Ranks
 ) -> list[str]:
     """What `train` would do with these, in lines: reads the data, and no weight."""
-    curriculum = Curriculum(stage, config, data, model_dir)
-    model = read_model_config(stage, config, model_dir, curriculum.tokenizer)
-    plan = make_plan(curriculum, config, parallel.World(0, 1, here.device))
-    half = parallel.compute_dtype(config, here.device) == torch.bfloat16
-    parts = memory_per_rank(config, model, here.size, half)
-    memory = f"memory   about {sum(parts.values()):.3g} GB on each of {here.size} ranks, in GB: "
+    builder = ExampleBuilder(stage, settings, data, model_dir)
+    config = read_model_config(stage, settings, model_dir, builder.tokenizer)
+    plan = make_plan(builder, settings, parallel.Ranks(0, 1, ranks.device))
+    half = parallel.compute_dtype(settings, ranks.device) == torch.bfloat16
+    parts = memory_per_rank(settings, config, ranks.size, half)
+    memory = f"memory   about {sum(parts.values()):.3g} GB on each of {ranks.size} ranks, in GB: "
     memory += ", ".join(f"{name} {value:.3g}" for name, value in parts.items())
-    return [*describe(stage, plan, curriculum, model_dir, model), memory]
+    return [*describe(stage, plan, builder, model_dir, config), memory]
 
 
 def say(lines: Sequence[str]) -> None:
@@ -530,9 +530,11 @@ def say(lines: Sequence[str]) -> None:
 # ---------------------------------------------------------------------------------- a run and its directory
 
 
-def identity(stage: str, config: TrainConfig, data: Sequence[Path], model_dir: Path) -> dict[str, str]:
+def identity(stage: str, settings: TrainSettings, data: Sequence[Path], model_dir: Path) -> dict[str, str]:
     """What a run computes, field by field; a run is continued only where all of it is the same."""
-    fields = {"stage": stage} | {name: str(value) for name, value in vars(config).items() if name not in FREE}
+    fields = {"stage": stage} | {
+        name: str(value) for name, value in vars(settings).items() if name not in FREE
+    }
     fields |= {f"data file {n + 1}": f"{path.name} {digest(path)}" for n, path in enumerate(data)}
     files = sorted(path for path in model_dir.iterdir() if path.is_file() and path.name != "training.json")
     return fields | {f"model's {path.name}": digest(path) for path in files}
@@ -565,45 +567,53 @@ def stop_on_signals() -> Iterator[threading.Event]:
             signal.signal(kind, handler)
 
 
-def read_model_config(stage: str, config: TrainConfig, model_dir: Path, tokenizer: Tokenizer) -> ModelConfig:
-    model, _ = read_config(model_dir)
+def read_model_config(
+    stage: str, settings: TrainSettings, model_dir: Path, tokenizer: Tokenizer
+) -> ModelConfig:
+    config, _ = read_config(model_dir)
     if stage == "discriminative":
-        model = dataclasses.replace(model, num_labels=model.num_labels or 1)
-    elif model.num_labels:
+        config = dataclasses.replace(config, num_labels=config.num_labels or 1)
+    elif config.num_labels:
         raise InputError(f"{model_dir}: has a scalar head; the stage {stage} needs a language model")
-    if model.num_labels > 1:
-        raise InputError(f"{model_dir}: has {model.num_labels} scores; a reward model has one")
-    if config.max_length > model.max_positions:
+    if config.num_labels > 1:
+        raise InputError(f"{model_dir}: has {config.num_labels} scores; a reward model has one")
+    if settings.max_length > config.max_positions:
         raise InputError(
-            f"max_length: {config.max_length} is beyond the model's {model.max_positions} positions"
+            f"max_length: {settings.max_length} is beyond the model's {config.max_positions} positions"
         )
-    if model.vocab_size < tokenizer.size:
-        raise InputError(f"{model_dir}: the tokenizer has more ids than the model, {model.vocab_size}")
-    return model
+    if config.vocab_size < tokenizer.size:
+        raise InputError(f"{model_dir}: the tokenizer has more ids than the model, {config.vocab_size}")
+    return config
 
 
-def objective_of(stage: str, config: TrainConfig) -> loss.Objective:
+def objective_of(stage: str, settings: TrainSettings) -> loss.Objective:
     if stage == "discriminative":
         return loss.preference
-    if stage == "generative" and config.label_smoothing:
-        return loss.smoothed_label(config.label_smoothing)
+    if stage == "generative" and settings.label_smoothing:
+        return loss.smoothed_label(settings.label_smoothing)
     return loss.likelihood
 
 
 def make_trainee(
-    objective: loss.Objective, config: TrainConfig, model: ModelConfig, model_dir: Path, here: parallel.World
+    objective: loss.Objective,
+    settings: TrainSettings,
+    config: ModelConfig,
+    model_dir: Path,
+    ranks: parallel.Ranks,
 ) -> Trainee:
     """The decoder with its objective, on its ranks, filled from the checkpoint."""
     with torch.device("meta"):
-        trainee = Trainee(Decoder(model), objective)
-    parallel.shard(trainee, config, here)
-    parallel.fill(trainee, model_dir, fresh_score=model.num_labels > read_config(model_dir)[0].num_labels)
+        trainee = Trainee(Decoder(config), objective)
+    parallel.wrap(trainee, settings, ranks)
+    parallel.load_weights(
+        trainee, model_dir, fresh_score=config.num_labels > read_config(model_dir)[0].num_labels
+    )
     return trainee.train()
 
 
 def train(
     stage: str,
-    config: TrainConfig,
+    settings: TrainSettings,
     data: Sequence[Path],
     model_dir: Path,
     out: Path,
@@ -614,23 +624,23 @@ def train(
     Joins a process group that exists. Raises Stopped once it has saved because a signal asked it to.
     """
     data, model_dir, out = [Path(path) for path in data], Path(model_dir), Path(out)
-    with parallel.world(config) as here, stop_on_signals() as stop:
-        curriculum = Curriculum(stage, config, data, model_dir)
-        model = read_model_config(stage, config, model_dir, curriculum.tokenizer)
-        now = here.on_first(lambda: identity(stage, config, data, model_dir))
+    with parallel.join_ranks(settings) as ranks, stop_on_signals() as stop:
+        builder = ExampleBuilder(stage, settings, data, model_dir)
+        config = read_model_config(stage, settings, model_dir, builder.tokenizer)
+        now = ranks.on_rank_0(lambda: identity(stage, settings, data, model_dir))
         if (figures := finished(out, now)) is not None:
             return figures
-        plan = make_plan(curriculum, config, here)
-        open_run(out, now, here)
-        if here.first and progress:
-            say(describe(stage, plan, curriculum, model_dir, model))
-        trainee = make_trainee(objective_of(stage, config), config, model, model_dir, here)
-        loop = Loop(trainee, config, here, out, plan.steps, curriculum.tokenizer.decode)
+        plan = make_plan(builder, settings, ranks)
+        open_run(out, now, ranks)
+        if ranks.is_first and progress:
+            say(describe(stage, plan, builder, model_dir, config))
+        trainee = make_trainee(objective_of(stage, settings), settings, config, model_dir, ranks)
+        loop = Loop(trainee, settings, ranks, out, plan.steps, builder.tokenizer.decode)
         loop.restore()
-        run_loop(loop, stream(plan, curriculum, loop.at.step), stage, model, progress, stop)
+        run_loop(loop, stream(plan, builder, loop.at.step), stage, config, progress, stop)
         figures = dataclasses.asdict(loop.at) | {"dropped": plan.dropped, "examples": plan.examples}
-        own = {f"{curriculum.template_kind}_prompt.txt": curriculum.template} if curriculum.template else {}
-        publish_model(loop, curriculum.tokenizer, model, model_dir, {"run": now, "figures": figures}, own)
+        own = {f"{builder.template_kind}_prompt.txt": builder.template} if builder.template else {}
+        publish_model(loop, builder.tokenizer, config, model_dir, {"run": now, "figures": figures}, own)
         return figures
 
 
@@ -643,45 +653,45 @@ def finished(out: Path, now: dict[str, str]) -> dict[str, Any] | None:
     return record["figures"]
 
 
-def open_run(out: Path, now: dict[str, str], here: parallel.World) -> None:
+def open_run(out: Path, now: dict[str, str], ranks: parallel.Ranks) -> None:
     """Writes down what the run is, or checks that it is what stands there. Without a state it begins anew."""
     record = out / "resume" / "run.json"
     begun = any(record.parent.glob("step-*")) and record.exists()
-    here.on_first(lambda: check_identity(read_json(record), now, out) if begun else write_json(record, now))
+    ranks.on_rank_0(lambda: check_identity(read_json(record), now, out) if begun else write_json(record, now))
 
 
-def run_loop(loop: Loop, batches, stage: str, model: ModelConfig, progress: bool, stop: threading.Event):
+def run_loop(loop: Loop, batches, stage: str, config: ModelConfig, progress: bool, stop: threading.Event):
     """The loop with its progress bar; a log gets a line now and then."""
     flops = None
-    if loop.here.device.type == "cuda":
-        rate = matmul_rate(loop.here.device) * loop.here.size
-        flops = lambda rows: step_flops(model, rows) / rate  # noqa: E731
-    shown = {"desc": stage, "unit": "step", "disable": not (progress and loop.here.first)}
+    if loop.ranks.device.type == "cuda":
+        rate = matmul_rate(loop.ranks.device) * loop.ranks.size
+        flops = lambda rows: step_flops(config, rows) / rate  # noqa: E731
+    shown = {"desc": stage, "unit": "step", "disable": not (progress and loop.ranks.is_first)}
     shown["mininterval"] = 0.2 if sys.stderr.isatty() else 10
     with tqdm(total=loop.steps, initial=loop.at.step, **shown) as bar:
         try:
             loop.run(batches, bar, stop, flops)
         except Stopped:
-            if loop.here.first:
+            if loop.ranks.is_first:
                 say([f"\nstopped after step {loop.at.step} of {loop.steps}; the same command continues"])
             raise
 
 
 def publish_model(
-    loop: Loop, tokenizer: Tokenizer, model: ModelConfig, model_dir: Path, record: dict, own: dict[str, str]
+    loop: Loop, tokenizer: Tokenizer, config: ModelConfig, model_dir: Path, record: dict, own: dict[str, str]
 ) -> None:
     """Leaves model/ with the prompts that it was trained on and the run's figures; then drops the states."""
     raw = read_config(model_dir)[1]
     named = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    wanted = named if loop.config.save_dtype == "auto" else loop.config.save_dtype
+    wanted = named if loop.settings.save_dtype == "auto" else loop.settings.save_dtype
     extra = {path.name: path.read_text(encoding="utf-8") for path in sorted(model_dir.glob("*_prompt.txt"))}
     extra |= own | {"training.json": json.dumps(record, indent=2)}
     tensors, place = parallel.whole_tensors(loop.trainee, getattr(torch, wanted)), loop.out / "model"
 
     def save() -> None:
         try:
-            if loop.here.first:
-                save_tensors(tensors, model, raw, tokenizer, place, extra)
+            if loop.ranks.is_first:
+                save_tensors(tensors, config, raw, tokenizer, place, extra)
         except (OSError, SafetensorError) as error:
             mend = "free some space, and run it again"
             raise InputError(f"{place}: could not be written ({error}); {mend}") from None
@@ -689,7 +699,7 @@ def publish_model(
             for _ in tensors:  # the other ranks take part in every tensor that the first one writes
                 pass
 
-    loop.here.together(save)
-    if loop.here.first:
+    loop.ranks.on_all_ranks(save)
+    if loop.ranks.is_first:
         for state in (path for path in loop.resume.directory.iterdir() if path.is_dir()):
             shutil.rmtree(state)

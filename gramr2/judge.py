@@ -42,7 +42,7 @@ from gramr2.scoring import logprobs
 from gramr2.tokenizer import Tokenizer
 from gramr2.weights import load
 
-SHARD = 64  # pairs of one generate call: enough to fill a batch, little to do again after a kill
+PAIRS_PER_CALL = 64  # pairs of one generate call: enough to fill a batch, little to do again after a kill
 MAX_NEW_TOKENS = 4096
 CALIBRATION = "calibration.json"  # in the model directory
 
@@ -97,7 +97,7 @@ class RewardModel:
             differ = next(i for i, (one, two) in enumerate(zip(a, b, strict=False)) if one != two)
             # The ids that tell the two verdicts apart, and the text that stands before them.
             self.letters, self.head = (a[differ], b[differ]), tokenizer.decode(a[:differ])
-            self.opened = tokenizer.opened_thinking([{"role": "user", "content": ""}])
+            self.thinking_open = tokenizer.opens_thinking([{"role": "user", "content": ""}])
 
     @classmethod
     def load(
@@ -133,7 +133,7 @@ class RewardModel:
     def judge(self, question: str, a: str, b: str, votes: int = 16, seed: int = 0) -> Judgment:
         """One pair. An answer that could not be had is an InputError."""
         pair = Pair((("user", question),), a, b)
-        return _had(next(self.judge_many([pair], votes, seed, progress=False))[1])
+        return raise_if_error(next(self.judge_many([pair], votes, seed, progress=False))[1])
 
     def judge_many(
         self,
@@ -144,12 +144,12 @@ class RewardModel:
         temperature: float | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         progress: bool = True,
-        shard: int | None = SHARD,
+        per_call: int | None = PAIRS_PER_CALL,
     ) -> Iterator[tuple[Pair, Judgment | InputError]]:
         """(pair, judgment) in the pairs' order; a pair that cannot be judged comes with the reason.
 
         One vote is greedy and in the given order; more are sampled at temperature 1, half in each order.
-        `shard`: pairs of one generate call; None takes all of them at once.
+        `per_call`: pairs of one generate call; None takes all of them at once.
         """
         if votes < 1 or (votes > 1 and votes % 2):
             raise InputError(f"votes: {votes}; expected 1, or an even number (half in each order)")
@@ -159,7 +159,7 @@ class RewardModel:
             votes, temperature, max_new_tokens = 2, 0.0, 1
         calibrated = self.calibrates(votes, temperature)
         pairs = iter(pairs)
-        while together := list(islice(pairs, shard)):
+        while together := list(islice(pairs, per_call)):
             if self.endings:
                 judgments = self._vote(together, votes, seed, temperature, max_new_tokens, progress)
             else:
@@ -219,7 +219,7 @@ class RewardModel:
             p_a = _sigmoid(sample.watched[0][0] - sample.watched[0][1])
             label, reason = "A" if p_a > UNDECIDED else "B", ""
         elif sample.finish == "stop":
-            label, reason = prompts.VERDICTS[self.format](text, self.opened)
+            label, reason = prompts.VERDICTS[self.format](text, self.thinking_open)
         else:
             label, reason = None, {"length": "cut at the length limit"}.get(sample.finish, "no finite logits")
         if label is not None and p_a is None:
@@ -291,11 +291,11 @@ class RewardModel:
 
     def best_of(self, question: str, responses: Sequence[str], method: str = "linear", **options) -> Ranking:
         """The best of n in n - 1 comparisons: one after the other, or in rounds that are a batch each."""
-        return _had(self.contests([(question, responses)], method, full=False, **options)[0])
+        return raise_if_error(self.contests([(question, responses)], method, full=False, **options)[0])
 
     def rank(self, question: str, responses: Sequence[str], method: str = "merge", **options) -> Ranking:
         """All n in order. "linear" and "knockout" find the best first, and merge the others."""
-        return _had(self.contests([(question, responses)], method, **options)[0])
+        return raise_if_error(self.contests([(question, responses)], method, **options)[0])
 
     def contests(self, lists, method, full=True, votes=4, seed=0, **options) -> list[Ranking | InputError]:
         """A ranking of each (question, or its turns; responses).
@@ -314,7 +314,7 @@ class RewardModel:
                     results[k] = stop.value
                     del waiting[k]
             pairs = [_duel(*lists[k], *duel) for k, duel in wanted]
-            judged = self.judge_many(pairs, votes, seed, shard=None, **options)
+            judged = self.judge_many(pairs, votes, seed, per_call=None, **options)
             for (k, duel), (_, judgment) in zip(wanted, judged, strict=True):
                 if isinstance(judgment, InputError):
                     results[k] = judgment
@@ -349,7 +349,7 @@ class RewardModel:
             duels = [(i, j) for i, j in combinations(range(len(prompts)), 2) if prompts[i] == prompts[j]]
             pairs = [Pair(asked[i], completions[i], completions[j]) for i, j in duels]
         shares: list[list[float]] = [[] for _ in prompts]
-        judged = self.judge_many(pairs, votes, seed, shard=None, **options)
+        judged = self.judge_many(pairs, votes, seed, per_call=None, **options)
         for (i, j), each in zip(duels, judged, strict=True):
             p = preference(each[1])
             if j is not None:
@@ -498,7 +498,7 @@ def preference(judgment: Judgment | InputError) -> float:
     return fmean(means) if means else judgment.p_a
 
 
-def _had(result: Any) -> Any:
+def raise_if_error(result: Any) -> Any:
     if isinstance(result, InputError):
         raise result
     return result

@@ -24,16 +24,16 @@ from torch import Tensor, nn
 
 import kernels
 from gramr2.model import Decoder, packed_causal, packed_positions
-from gramr2.records import Example
+from gramr2.records import Tokens
 
 NO_RIVAL = -1
 
 
 @dataclass(frozen=True)
-class Row:
+class Example:
     """One training example: the sequences that share its loss, and what else the loss needs to know."""
 
-    sequences: tuple[Example, ...]  # one; or the better and the worse response's, for Bradley-Terry
+    sequences: tuple[Tokens, ...]  # one; or the better and the worse response's, for Bradley-Terry
     coefficients: tuple[float, ...] = ()  # of the target tokens; empty: 1 for each
     old: tuple[float, ...] = ()  # a rollout's log-probs under the policy that drew it
     rival: tuple[int, int] | None = None  # (place of the label's letter in ids, the other letter's id)
@@ -66,7 +66,7 @@ class Batch:
     scale: float
 
 
-def collate(rows: Sequence[Row], scale: float, device: torch.device | str) -> Batch:
+def collate(rows: Sequence[Example], scale: float, device: torch.device | str) -> Batch:
     """Lays rows one behind the other. No rows make an empty pack: one token, and nothing to predict."""
     sequences = [sequence for row in rows for sequence in row.sequences]
     lengths = [len(sequence.ids) for sequence in sequences] or [1]

@@ -1,10 +1,10 @@
 """One model over many processes: the process group, FSDP2, and resume points.
 
-`world` makes, or joins, the process group and says where this rank stands. `shard` puts a meta-device model
-on its ranks: each block is a group of parameters, the root is another; weights are fp32, computing is bf16
-or fp32, gradients are reduced in fp32. `fill` reads a checkpoint tensor by tensor, and each rank keeps its
-own part. `ResumePoints` writes and reads the state of a run with torch.distributed.checkpoint, so that it
-may be resumed on another number of ranks.
+`join_ranks` makes, or joins, the process group and says where this rank stands. `wrap` puts a meta-device
+model on its ranks: each block is a group of parameters, the root is another; weights are fp32, computing is
+bf16 or fp32, gradients are reduced in fp32. `load_weights` reads a checkpoint tensor by tensor, and each rank
+keeps its own part. `ResumePoints` writes and reads the state of a run with torch.distributed.checkpoint, so
+that it may be resumed on another number of ranks.
 
 One CPU process is the same code without the wrapping: there is nothing to shard and nothing to cast.
 
@@ -35,9 +35,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from gramr2.config import TrainConfig
 from gramr2.files import InputError, read_json, write_json
 from gramr2.loss import Trainee
+from gramr2.settings import TrainSettings
 from gramr2.weights import checkpoint_tensors
 
 KEPT = 2  # resume points: the newest, and the one before in case a disk lied
@@ -47,63 +47,65 @@ LONG_PATIENCE = datetime.timedelta(days=2)
 
 
 @dataclass(frozen=True)
-class World:
+class Ranks:
     """Where this process stands among its ranks."""
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh | None = None  # None: one CPU process
-    talk: dist.ProcessGroup | None = None  # for numbers and objects, on the host
-    files: dist.ProcessGroup | None = None  # for the thread that saves: two threads must not share a group
+    object_group: dist.ProcessGroup | None = None  # for numbers and objects, on the host
+    checkpoint_group: dist.ProcessGroup | None = (
+        None  # for the thread that saves: two threads must not share a group
+    )
 
     @property
-    def first(self) -> bool:
+    def is_first(self) -> bool:
         return self.rank == 0
 
-    def total(self, *numbers: float) -> list[float]:
+    def all_reduce_sum(self, *numbers: float) -> list[float]:
         """Sums over ranks, in float64."""
         sums = torch.tensor(numbers, dtype=torch.float64)
         if self.size > 1:
-            dist.all_reduce(sums, group=self.talk)
+            dist.all_reduce(sums, group=self.object_group)
         return sums.tolist()
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Every rank's value, by rank."""
         values = [value]
         if self.size > 1:
             values = [None] * self.size
-            dist.all_gather_object(values, value, group=self.talk)
+            dist.all_gather_object(values, value, group=self.object_group)
         return values
 
-    def together(self, work: Callable[[], Any]) -> list[Any]:
+    def on_all_ranks(self, work: Callable[[], Any]) -> list[Any]:
         """What `work` returns on each rank; where it fails on one of them, it fails on all of them alike."""
         try:
             outcome = work(), None
         except (InputError, OSError) as error:
             outcome = None, error
-        outcomes = self.gather(outcome)
+        outcomes = self.all_gather(outcome)
         for _, error in outcomes:
             if error is not None:
                 raise error
         return [result for result, _ in outcomes]
 
-    def on_first(self, work: Callable[[], Any]) -> Any:
+    def on_rank_0(self, work: Callable[[], Any]) -> Any:
         """What `work` returns on the first rank, which alone does it; the others wait, and are told."""
-        return self.together(lambda: work() if self.first else None)[0]
+        return self.on_all_ranks(lambda: work() if self.is_first else None)[0]
 
 
 @contextlib.contextmanager
-def world(config: TrainConfig) -> Iterator[World]:
+def join_ranks(settings: TrainSettings) -> Iterator[Ranks]:
     """Joins the process group there is, or the one that torchrun describes, or stands alone."""
-    cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    cuda = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
     if cuda and not torch.cuda.is_available():
         raise InputError("device: no CUDA device is visible here; set it to cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     threads = torch.get_num_threads()
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(settings.threads)
     owned = not dist.is_initialized() and ("WORLD_SIZE" in os.environ or cuda)
     if owned:
         launched = "WORLD_SIZE" in os.environ
@@ -113,9 +115,9 @@ def world(config: TrainConfig) -> Iterator[World]:
     try:
         if dist.is_initialized():
             groups = [dist.new_group(backend="gloo", timeout=LONG_PATIENCE) for _ in range(2)]
-            yield World(dist.get_rank(), dist.get_world_size(), device, _mesh(config, device), *groups)
+            yield Ranks(dist.get_rank(), dist.get_world_size(), device, _mesh(settings, device), *groups)
         else:
-            yield World(0, 1, device)
+            yield Ranks(0, 1, device)
     finally:
         torch.set_num_threads(threads)
         if owned:
@@ -125,10 +127,10 @@ def world(config: TrainConfig) -> Iterator[World]:
                 dist.destroy_process_group(group)
 
 
-def _mesh(config: TrainConfig, device: torch.device) -> DeviceMesh:
+def _mesh(settings: TrainSettings, device: torch.device) -> DeviceMesh:
     """All ranks share one copy, or (hybrid sharding) each `shard` neighbours share a copy of their own."""
     size = dist.get_world_size()
-    shards = config.shard or size
+    shards = settings.shard or size
     if size % shards:
         raise InputError(f"shard: {shards} does not divide the {size} ranks")
     if shards == size:
@@ -139,34 +141,34 @@ def _mesh(config: TrainConfig, device: torch.device) -> DeviceMesh:
 # ---------------------------------------------------------------------------------- the model
 
 
-def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    if config.dtype == "auto":
+def compute_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype:
+    if settings.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, config.dtype)
+    return getattr(torch, settings.dtype)
 
 
-def shard(trainee: Trainee, config: TrainConfig, here: World) -> None:
+def wrap(trainee: Trainee, settings: TrainSettings, ranks: Ranks) -> None:
     """Wraps a trainee that is on the meta device, and gives it memory: this rank's part, uninitialised."""
     for block in trainee.decoder.blocks:
-        _wrap_forward(block, config)
-    dtype = compute_dtype(config, here.device)
-    if here.mesh is not None:
+        _wrap_forward(block, settings)
+    dtype = compute_dtype(settings, ranks.device)
+    if ranks.mesh is not None:
         # Inputs stay as they are: a batch's coefficients and margins are fp32 whatever the weights are.
         policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for module in (*trainee.decoder.blocks, trainee):
-            fully_shard(module, mesh=here.mesh, mp_policy=policy)
+            fully_shard(module, mesh=ranks.mesh, mp_policy=policy)
     elif dtype != torch.float32:
         raise InputError("dtype: one CPU process computes in float32; set it to float32")
     gc.collect()  # FSDP holds its modules in circles: one trained before may still be there
-    trainee.to_empty(device=here.device)
+    trainee.to_empty(device=ranks.device)
 
 
-def _wrap_forward(block: nn.Module, config: TrainConfig) -> None:
+def _wrap_forward(block: nn.Module, settings: TrainSettings) -> None:
     """Compiling goes inside recomputing, and both inside FSDP's hooks, which sit on the module's call."""
     forward = block.forward
-    if config.compile:
+    if settings.compile:
         forward = torch.compile(forward, dynamic=True)
-    if config.checkpointing:
+    if settings.checkpointing:
         compiled = forward
 
         def forward(*arguments):
@@ -175,7 +177,7 @@ def _wrap_forward(block: nn.Module, config: TrainConfig) -> None:
     block.forward = forward
 
 
-def fill(trainee: Trainee, directory: Path, fresh_score: bool) -> None:
+def load_weights(trainee: Trainee, directory: Path, fresh_score: bool) -> None:
     """Reads the weights as float32. Each rank maps the files and copies what is its own."""
     parameters = dict(trainee.decoder.named_parameters())
     with torch.no_grad():
@@ -224,9 +226,11 @@ class ResumePoints:
     nodes the directory has to be one that all of them see.
     """
 
-    def __init__(self, directory: Path, here: World):
-        self.directory, self.here = directory, here
-        self.options = {"no_dist": True} if here.files is None else {"process_group": here.files}
+    def __init__(self, directory: Path, ranks: Ranks):
+        self.directory, self.ranks = directory, ranks
+        self.options = (
+            {"no_dist": True} if ranks.checkpoint_group is None else {"process_group": ranks.checkpoint_group}
+        )
         # One process without a process group is meant. The thread that writes may warn of it at any time.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         self.pending: tuple[Future, Path, Path] | None = None
@@ -236,7 +240,7 @@ class ResumePoints:
 
     def load(self, state: dict[str, Tensor]) -> dict[str, Any] | None:
         """Fills `state` in place from the newest point and returns its cursor; None where there is none."""
-        newest = self.here.gather([str(path) for path in self.points()])[0][-1:]
+        newest = self.ranks.all_gather([str(path) for path in self.points()])[0][-1:]
         if not newest:
             return None
         dcp.load(state, checkpoint_id=newest[0], **self.options)
@@ -246,7 +250,7 @@ class ResumePoints:
         self.finish()
         final = self.directory / f"step-{step:08}"
         temporary = self.directory / f".{final.name}.tmp-0"
-        if self.here.first:
+        if self.ranks.is_first:
             for stale in self.directory.glob(".step-*.tmp-*"):
                 shutil.rmtree(stale, ignore_errors=True)
             with self._reporting(temporary):
@@ -268,7 +272,7 @@ class ResumePoints:
         (future, temporary, final), self.pending = self.pending, None
         with self._reporting(temporary):
             future.result()
-            if self.here.first and (temporary / "cursor.json").exists():
+            if self.ranks.is_first and (temporary / "cursor.json").exists():
                 os.replace(temporary, final)
                 for old in self.points()[:-KEPT]:
                     shutil.rmtree(old, ignore_errors=True)
@@ -282,6 +286,6 @@ class ResumePoints:
             shutil.rmtree(temporary, ignore_errors=True)
             kept = self.points()[-1:]
             stands = f"{kept[0]} stands" if kept else "there is no earlier one"
-            if self.here.first:
+            if self.ranks.is_first:
                 reason = " ".join(str(error).split())[-200:]
                 print(f"warning: a resume point was not saved ({reason}); {stands}", file=sys.stderr)

@@ -238,21 +238,21 @@ def _letter(answer: str, note: str = "") -> Verdict:
     return Verdict(None, "answer names both" if both else "answer is neither A nor B")
 
 
-def _after_thinking(text: str, opened: bool) -> str | None:
-    """What follows the last "</think>"; None where the thinking was opened and has not closed.
+def _after_thinking(text: str, thinking_open: bool) -> str | None:
+    """What follows the last "</think>"; None where the thinking was open and has not closed.
 
     The last, because the thinking may quote a "</think>"; one that is quoted after the answer then costs an
     abstention, and never a wrong label.
     """
     _, closed, after = text.rpartition("</think>")
     thinking, answer = text.find("<think>"), text.find("<answer>")
-    cut = not closed and (opened or (thinking >= 0 and (answer < 0 or thinking < answer)))
+    cut = not closed and (thinking_open or (thinking >= 0 and (answer < 0 or thinking < answer)))
     return None if cut else after
 
 
-def _read_answer(text: str, opened: bool, pattern: str) -> Verdict:
+def _read_answer(text: str, thinking_open: bool, pattern: str) -> Verdict:
     """Reads `pattern`'s group in the last closed answer after the thinking."""
-    after = _after_thinking(text, opened)
+    after = _after_thinking(text, thinking_open)
     if after is None:
         return Verdict(None, "unfinished thinking")
     start = after.rfind("<answer>", 0, max(after.rfind("</answer>"), 0))
@@ -260,7 +260,7 @@ def _read_answer(text: str, opened: bool, pattern: str) -> Verdict:
         return Verdict(None, "unclosed answer" if "<answer>" in after else "no answer")
     answer, _, rest = after[start + len("<answer>") :].partition("</answer>")
     # Thinking that quotes "<think>…</think><answer>B</answer>" and is then cut looks finished, but for this.
-    if rest.strip() and text.count("<think>") + opened > text.count("</think>") > 0:
+    if rest.strip() and text.count("<think>") + thinking_open > text.count("</think>") > 0:
         return Verdict(None, "unfinished thinking")
     found = re.fullmatch(pattern, answer.strip(), re.DOTALL)
     return _letter(found[1] if found else "no match", "text after the answer" if rest.strip() else "")
@@ -275,9 +275,9 @@ def parse_verdict(text: str, opened: bool = False) -> Verdict:
     return _read_answer(text, opened, "(.*)")
 
 
-def _read_last(text: str, opened: bool, pattern: str) -> Verdict:
+def _read_last(text: str, thinking_open: bool, pattern: str) -> Verdict:
     """Reads the last match of `pattern`'s group after any thinking; 1 and 2 are A and B."""
-    after = _after_thinking(text, opened)
+    after = _after_thinking(text, thinking_open)
     if after is None:
         return Verdict(None, "unfinished thinking")
     found = re.findall(pattern, after, re.DOTALL)
@@ -285,7 +285,7 @@ def _read_last(text: str, opened: bool, pattern: str) -> Verdict:
 
 
 def _format(read: Callable[[str, bool, str], Verdict], pattern: str) -> Callable[..., Verdict]:
-    return lambda text, opened=False: read(text, opened, pattern)
+    return lambda text, thinking_open=False: read(text, thinking_open, pattern)
 
 
 # How published judges write their verdicts. All may think first.
@@ -388,10 +388,10 @@ def _read(rationale: Rationale, label: str | None = None) -> Reading:
     return Reading(None if reason else rationale, reason, label)
 
 
-def parse_rationale(text: str, opened: bool = False) -> Reading:
+def parse_rationale(text: str, thinking_open: bool = False) -> Reading:
     """Reads z from a judge's answer (the thinking, up to the last "</think>"), or from z itself."""
     z = text.strip()
-    if opened or z.startswith("<think>"):
+    if thinking_open or z.startswith("<think>"):
         z, closed, _ = z.removeprefix("<think>").rpartition("</think>")
         if not closed:
             return Reading(None, "unfinished thinking")
@@ -417,12 +417,12 @@ def proof_from_rationale(rationale: Rationale | str, label: str) -> str:
     return f"{opening}\n\n{feedback}\n\nComparing the two: {z.comparison}\n\nTherefore: {z.conclusion}"
 
 
-def rationale_from_proof(text: str, opened: bool = False) -> Reading:
+def rationale_from_proof(text: str, thinking_open: bool = False) -> Reading:
     """ẑ → z, whatever a prover wrote: the rationale and the label it justifies, or what is missing.
 
     Thinking before the proof is passed over.
     """
-    proof = _after_thinking(text, opened)
+    proof = _after_thinking(text, thinking_open)
     if proof is None:
         return Reading(None, "unfinished thinking")
     whole = _WHOLE.search(proof) is not None

@@ -44,7 +44,7 @@ from gramr2.scoring import logprobs
 from gramr2.tokenizer import Tokenizer
 from gramr2.weights import load
 
-SHARD = 64  # pairs of one generate call
+PAIRS_PER_CALL = 64  # pairs of one generate call
 MAX_NEW_TOKENS = 2048
 
 
@@ -55,7 +55,7 @@ class Prover:
         self.model, self.tokenizer, self.template = model, tokenizer, template
         # The denominator's frame: a user turn with nothing in it.
         self.blank = tokenizer.chat([{"role": "user", "content": ""}])
-        self.opened = tokenizer.opened_thinking([{"role": "user", "content": ""}])
+        self.thinking_open = tokenizer.opens_thinking([{"role": "user", "content": ""}])
 
     @classmethod
     def load(cls, directory: str | Path, device="cpu", dtype="float32", date: str | None = None) -> Prover:
@@ -83,7 +83,7 @@ class Prover:
         if select_by not in SCORES:
             raise InputError(f"select_by: {select_by!r} must be one of {', '.join(SCORES)}")
         pairs = iter(pairs)
-        while shard := list(islice(pairs, SHARD)):
+        while shard := list(islice(pairs, PAIRS_PER_CALL)):
             frames = [self._frame(pair) for pair in shard]
             limit = self.model.config.max_positions
             fits = [i for i, ids in enumerate(frames) if len(ids) < limit]
@@ -111,7 +111,7 @@ class Prover:
     def _read(self, pair: Pair, sample: Sample) -> Proof:
         """One sampled proof with the numerator: the sum of the log-probs that came with its tokens."""
         text = self.tokenizer.decode(sample.ids)
-        reading = prompts.rationale_from_proof(text, self.opened)
+        reading = prompts.rationale_from_proof(text, self.thinking_open)
         reason = None
         if sample.finish != "stop":
             reason = "unfinished" if sample.finish == "length" else "logits were not finite"
@@ -160,9 +160,9 @@ def select(proofs: Sequence[Proof]) -> Proof | None:
     return max(eligible, key=lambda proof: proof.score, default=None)
 
 
-def rationale_of(proof: Proof, opened: bool = False) -> str:
+def rationale_of(proof: Proof, thinking_open: bool = False) -> str:
     """A chosen proof turned back into the rationale z, in the stored form."""
-    return mark(str(prompts.rationale_from_proof(proof.text, opened).rationale))
+    return mark(str(prompts.rationale_from_proof(proof.text, thinking_open).rationale))
 
 
 def label_coherence(
@@ -182,7 +182,7 @@ def label_coherence(
         reasons: list[str | None] = []
         for pair, proofs in prover.prove_many(asked, 1, **sampling):
             failed = proofs[0].ineligible if proofs else "too long to prove"
-            reasons.append(failed or objection(pair, rationale_of(proofs[0], prover.opened)))
+            reasons.append(failed or objection(pair, rationale_of(proofs[0], prover.thinking_open)))
         dropped = dict(Counter(filter(None, reasons)))
         counts[name] = {"asked": len(reasons), "passed": reasons.count(None), "dropped": dropped}
     return counts

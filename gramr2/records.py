@@ -349,12 +349,12 @@ class Proof(_Record):
 
 
 @dataclass(frozen=True)
-class Example(_Record):
+class Tokens(_Record):
     """Token ids of prompt and target in one row, and the index at which the target begins."""
 
     ids: tuple[int, ...]
     start: int
 
     @classmethod
-    def from_json(cls, row: dict[str, Any]) -> Example:
+    def from_json(cls, row: dict[str, Any]) -> Tokens:
         return cls(tuple(row["ids"]), row["start"])

@@ -44,7 +44,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kernels
-from gramr2.cache import NULL, BlockPool, Growth, Table
+from gramr2.cache import NULL, BlockPool, BlockTable, Growth
 from gramr2.files import InputError
 from kernels.choice import Options, choose, uniforms
 
@@ -115,7 +115,7 @@ class _Sequence:
 
     prompt: _Prompt
     number: int
-    table: Table = field(default_factory=Table)
+    table: BlockTable = field(default_factory=BlockTable)
     done: int = 0  # tokens whose keys and values are computed, or planned
     outputs: np.ndarray | None = None  # rows of `choose` so far, while it is not running
     slot: int = -1
@@ -237,8 +237,8 @@ class Scheduler:
             while sequence.slot >= 0 and not self.pool.free:
                 self.settle()
                 if not self.pool.free and sequence.slot >= 0:
-                    holders = *self.running.values(), *self.filling, *self.sources
-                    self._preempt(max(holders, key=lambda s: s.rank))
+                    ref_counts = *self.running.values(), *self.filling, *self.sources
+                    self._preempt(max(ref_counts, key=lambda s: s.rank))
             if sequence.slot >= 0:
                 step.add(self.pool.extend(sequence.table, self.pool.block_size))
                 self.capacity[sequence.slot] += self.pool.block_size

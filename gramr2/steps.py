@@ -36,14 +36,22 @@ from typing import Any
 from tqdm import tqdm
 
 from gramr2 import denoise, files, fit, parallel
-from gramr2.config import SelfTrainConfig, TrainConfig
 from gramr2.data import Store
-from gramr2.files import InputError, digest, publish_file, read_json, said_plainly, write_json, write_rows
-from gramr2.judge import SHARD, RewardModel
+from gramr2.files import (
+    InputError,
+    JsonRow,
+    digest,
+    disk_errors_as_input_errors,
+    publish_file,
+    read_json,
+    write_json,
+    write_rows,
+)
+from gramr2.judge import PAIRS_PER_CALL, RewardModel
 from gramr2.prover import Prover, label_coherence, rationale_of, select
 from gramr2.records import Judgment, Pair
+from gramr2.settings import SelfTrainSettings, TrainSettings
 
-Row = dict[str, Any]
 # Proofs of wrong labels that pass every rule, as a share of those of right ones: above it, a warning.
 DECEPTIVE = 0.5
 SHOWN = 4  # pairs of each shard whose k proofs are all written down, for the report to show their ranking
@@ -56,11 +64,11 @@ def code_version() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
-class Reached(Exception):
+class StoppedAsAsked(Exception):
     """The step after which a run was asked to stop is done."""
 
 
-class Exhausted(InputError):
+class NothingKept(InputError):
     """The loop cannot go on: nothing is left to train on. What was reached stands."""
 
 
@@ -72,17 +80,17 @@ class Books:
         root: Path,
         settings: dict[str, Any],
         inputs: Iterable[Path],
-        here: parallel.World,
+        ranks: parallel.Ranks,
         until: str | None = None,
     ):
-        self.root, self.here, self.until = Path(root), here, until
+        self.root, self.ranks, self.until = Path(root), ranks, until
         self.seconds: dict[str, float] = {}
-        self.counts: dict[str, Row] = {}
+        self.counts: dict[str, JsonRow] = {}
         self._numbers: dict[str, int] = {}
-        here.on_first(lambda: self._open(settings, inputs))
+        ranks.on_rank_0(lambda: self._open(settings, inputs))
 
     def say(self, text: str) -> None:
-        if self.here.first:
+        if self.ranks.is_first:
             print(text, file=sys.stderr, flush=True)
 
     def _open(self, settings: dict[str, Any], inputs: Iterable[Path]) -> None:
@@ -93,7 +101,7 @@ class Books:
         now = json.loads(json.dumps({"settings": settings, "inputs": hashes, "code": code_version()}))
         written = self.root / "plan.json"
         if not any(self.root.glob("steps/*/done.json")):  # what has done nothing yet is bound to nothing
-            with said_plainly(self.root):
+            with disk_errors_as_input_errors(self.root):
                 write_json(written, now)
         before = read_json(written)
         identities = (held(plan["settings"] | plan["inputs"]) for plan in (before, now))
@@ -105,22 +113,22 @@ class Books:
         """steps/NN-name, numbered in the order in which steps are first asked for."""
         return self.root / "steps" / f"{self._numbers.setdefault(name, len(self._numbers) + 1):02}-{name}"
 
-    def step(self, name: str, work: Callable[[Path], Row]) -> Row:
+    def step(self, name: str, work: Callable[[Path], JsonRow]) -> JsonRow:
         """Does a step unless it is done; → its counts. Every rank calls `work` with the step's directory."""
         place = self.place(name)
         done = place / "done.json"
-        record = self.here.on_first(lambda: read_json(done) if done.is_file() else None)
+        record = self.ranks.on_rank_0(lambda: read_json(done) if done.is_file() else None)
         if record is None:
             self.say(f"{place.name} …")
             started = time.perf_counter()
-            with said_plainly(place):
-                self.here.on_first(lambda: place.mkdir(parents=True, exist_ok=True))
+            with disk_errors_as_input_errors(place):
+                self.ranks.on_rank_0(lambda: place.mkdir(parents=True, exist_ok=True))
                 counts = work(place)
                 seconds = time.perf_counter() - started
-                record = self.here.on_first(lambda: close(place, counts, seconds))
+                record = self.ranks.on_rank_0(lambda: close(place, counts, seconds))
         self.seconds[name], self.counts[name] = round(record["seconds"], 3), record["counts"]
         if name == self.until:
-            raise Reached(place)
+            raise StoppedAsAsked(place)
         return record["counts"]
 
     def forget(self, name: str) -> None:
@@ -137,7 +145,7 @@ class Books:
                 break
 
 
-def held(plan: Row) -> Row:
+def held(plan: JsonRow) -> JsonRow:
     """What may not change between starts, by name: not a training's memory and device."""
     parts = {name: value if isinstance(value, dict) else {"": value} for name, value in plan.items()}
     names = ((name, field) for name, part in parts.items() for field in part if field not in fit.FREE)
@@ -150,7 +158,7 @@ def clear(root: Path) -> None:
         shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
-def close(place: Path, counts: Row, seconds: float) -> Row:
+def close(place: Path, counts: JsonRow, seconds: float) -> JsonRow:
     files = {path.name: digest(path) for path in sorted(place.glob("*.jsonl"))}
     shutil.rmtree(place / "shards", ignore_errors=True)
     write_json(place / "done.json", {"counts": counts, "seconds": seconds, "files": files})
@@ -174,7 +182,7 @@ def join(shards: Sequence[Path], whole: Path) -> Path:
     return whole
 
 
-def read_rows(path: Path) -> Iterator[Row]:
+def read_rows(path: Path) -> Iterator[JsonRow]:
     with path.open(encoding="utf-8") as file:
         yield from map(json.loads, file)
 
@@ -182,45 +190,47 @@ def read_rows(path: Path) -> Iterator[Row]:
 class Run:
     """The steps of the loop, over files. Paths go in, the path of what was written comes out."""
 
-    def __init__(self, books: Books, settings: SelfTrainConfig, trains: dict[str, TrainConfig], rules: dict):
+    def __init__(
+        self, books: Books, settings: SelfTrainSettings, trains: dict[str, TrainSettings], rules: dict
+    ):
         """`trains`: the settings of each kind of training. `rules`: a world's rationale filters, by name."""
-        self.books, self.here, self.settings, self.trains = books, books.here, settings, trains
+        self.books, self.ranks, self.settings, self.trains = books, books.ranks, settings, trains
         self.coherence_rules = denoise.COHERENCE | rules
         self.rationale_rules = denoise.RATIONALE_FILTERS | rules
 
     def load(self, kind: type, directory: Path) -> Any:
         """A model to sample from, whole on this rank's device."""
-        config, device = self.trains["reward"], self.here.device
+        settings, device = self.trains["reward"], self.ranks.device
         gc.collect()  # FSDP holds its modules in circles: one trained before may still be there
-        with contextlib.redirect_stderr(sys.stderr if self.here.first else io.StringIO()):
-            return kind.load(directory, device, parallel.compute_dtype(config, device), date=config.date)
+        with contextlib.redirect_stderr(sys.stderr if self.ranks.is_first else io.StringIO()):
+            return kind.load(directory, device, parallel.compute_dtype(settings, device), date=settings.date)
 
-    def in_shards(self, place: Path, items: Sequence[Any], work: Callable[[list[Any]], Iterable[Row]]):
+    def in_shards(self, place: Path, items: Sequence[Any], work: Callable[[list[Any]], Iterable[JsonRow]]):
         """Maps `work` over shards of `items`, each published whole by whoever took it; → their paths."""
-        starts = range(0, len(items), SHARD)
+        starts = range(0, len(items), PAIRS_PER_CALL)
         paths = [place / "shards" / f"{start:09}.jsonl" for start in starts]
 
         def take() -> None:
-            shown = {"desc": place.name, "unit": "pair", "disable": not self.here.first, "leave": False}
+            shown = {"desc": place.name, "unit": "pair", "disable": not self.ranks.is_first, "leave": False}
             with tqdm(total=len(items), mininterval=0.2 if sys.stderr.isatty() else 10, **shown) as bar:
                 for start, path in zip(starts, paths, strict=True):
-                    end = min(start + SHARD, len(items))
+                    end = min(start + PAIRS_PER_CALL, len(items))
                     # The claim comes first: a name that was never looked up is not remembered as absent.
                     if claim(path) and not path.is_file():
                         write_rows(path, work([items[i] for i in range(start, end)]))
                     bar.update(end - start)
 
-        self.here.together(take)
+        self.ranks.on_all_ranks(take)
         return paths
 
-    def each(self, name: str, source: Path, work: Callable, end: Callable, limit: int = 0) -> Row:
+    def each(self, name: str, source: Path, work: Callable, end: Callable, limit: int = 0) -> JsonRow:
         """A step that maps `work` over shards of a file; `end` makes files of what they left, and counts."""
 
-        def whole(place: Path) -> Row:
+        def whole(place: Path) -> JsonRow:
             store = Store(source)
             rows = store if not limit else [store[i] for i in range(min(limit, len(store)))]
             shards = self.in_shards(place, rows, work)
-            return self.here.on_first(lambda: end(shards, place))
+            return self.ranks.on_rank_0(lambda: end(shards, place))
 
         return self.books.step(name, whole)
 
@@ -247,13 +257,13 @@ class Run:
         """
         loaded = cache(lambda: self.load(Prover, prover))
 
-        def prove(rows: list[Row]) -> Iterator[Row]:
+        def prove(rows: list[JsonRow]) -> Iterator[JsonRow]:
             known = [Pair.from_json(row) for row in rows]
             proved = loaded().prove_many(known, self.settings.k, **self.proving)
             for number, (pair, proofs) in enumerate(proved):
                 chosen = select(proofs)
                 row = {"pair": pair.to_json(), "chosen": chosen and chosen.to_json()}
-                row["rationale"] = chosen and rationale_of(chosen, loaded().opened)
+                row["rationale"] = chosen and rationale_of(chosen, loaded().thinking_open)
                 failed = (proof.ineligible for proof in proofs if proof.ineligible)
                 row["ineligible"] = Counter(failed if proofs else ["too long to prove"])
                 if self.settings.keep_candidates or number < SHOWN:
@@ -263,14 +273,14 @@ class Run:
         self.each(name, pairs, prove, self._count_proofs)
         return self.books.place(name) / "proofs.jsonl"
 
-    def _count_proofs(self, shards: Sequence[Path], place: Path) -> Row:
+    def _count_proofs(self, shards: Sequence[Path], place: Path) -> JsonRow:
         counts, ineligible = Counter(pairs=0, proved=0), Counter()
         for row in read_rows(join(shards, place / "proofs.jsonl")):
             counts.update(pairs=1, proved=bool(row["chosen"]))
             ineligible.update(row["ineligible"])
         if not counts["proved"]:
             reasons = ", ".join(f"{count} {reason}" for reason, count in ineligible.most_common())
-            raise Exhausted(
+            raise NothingKept(
                 f"{place.name}: no eligible proof of {counts['pairs']} pairs ({reasons}); train it "
                 "longer ([train.prover] in the recipe), or give it room (--proof-tokens), in a new run"
             )
@@ -285,11 +295,11 @@ class Run:
 
         objection = partial(denoise.objection, rules=self.rationale_rules, settings=self.settings)
 
-        def work(place: Path) -> Row:
+        def work(place: Path) -> JsonRow:
             held_out = Store(pairs, Pair.from_json)
             return label_coherence(self.load(Prover, prover), held_out, objection, **self.proving)
 
-        counts = self.books.step(name, lambda place: self.here.on_first(lambda: work(place)))
+        counts = self.books.step(name, lambda place: self.ranks.on_rank_0(lambda: work(place)))
         right, wrong = (counts[key]["passed"] / max(1, counts[key]["asked"]) for key in ("right", "wrong"))
         self.books.say(
             f"proofs that pass every rule: {right:.0%} for the right label, {wrong:.0%} for the wrong one"
@@ -306,7 +316,7 @@ class Run:
         loaded = cache(lambda: self.load(RewardModel, model))
         sampling = {"max_new_tokens": self.settings.judge_tokens, "progress": False}
 
-        def judge(rows: list[Row]) -> Iterator[Row]:
+        def judge(rows: list[JsonRow]) -> Iterator[JsonRow]:
             known = [Pair.from_json(row) for row in rows]
             bare = [dataclasses.replace(pair, label=None, rationale=None) for pair in known]
             judged = loaded().judge_many(bare, votes, self.settings.seed, **sampling)
@@ -315,7 +325,7 @@ class Run:
                 row = {"error": str(judgment)} if failed else judgment.to_json()
                 yield {"id": pair.id, **row, "pair": pair.to_json()}
 
-        def count(shards: Sequence[Path], place: Path) -> Row:
+        def count(shards: Sequence[Path], place: Path) -> JsonRow:
             rows = read_rows(join(shards, place / "judged.jsonl"))
             labels = Counter(str(row.get("label", "failed")) for row in rows)
             return {"judged": sum(labels.values()), "labels": dict(labels)}
@@ -327,7 +337,7 @@ class Run:
         """Pairs whose votes can be trusted, with the label that these give; every drop with its reason."""
         settings = self.settings.for_round(number)
 
-        def sift(rows: list[Row]) -> Iterator[Row]:
+        def sift(rows: list[JsonRow]) -> Iterator[JsonRow]:
             for row in rows:
                 pair = Pair.from_json(row["pair"])
                 if "error" in row:
@@ -345,7 +355,7 @@ class Run:
     def filter_rationales(self, name: str, proofs: Path) -> Path:
         """Pairs whose chosen rationale passes every rule, ready to train on."""
 
-        def sift(rows: list[Row]) -> Iterator[Row]:
+        def sift(rows: list[JsonRow]) -> Iterator[JsonRow]:
             for row in rows:
                 pair = Pair.from_json(row["pair"])
                 if not row["rationale"]:
@@ -362,7 +372,7 @@ class Run:
     def _sieve(self, name: str, source: Path, sift: Callable) -> Path:
         """Sifts a file's rows in shards, and parts them: the kept are balanced, drops are written down."""
 
-        def part(shards: Sequence[Path], place: Path) -> Row:
+        def part(shards: Sequence[Path], place: Path) -> JsonRow:
             counts, dropped, alone = Counter({"in": 0, "kept": 0}), Counter(), Counter()
 
             def kept() -> Iterator[Pair]:
@@ -372,7 +382,7 @@ class Run:
                     if row["reason"] is None:
                         yield Pair.from_json(row["pair"])
 
-            def lost() -> Iterator[Row]:
+            def lost() -> Iterator[JsonRow]:
                 for row in (row for path in shards for row in read_rows(path) if row["reason"]):
                     dropped[row["reason"].partition(":")[0]] += 1
                     label = row["pair"].get("label")
@@ -385,13 +395,13 @@ class Run:
         counts = self.each(name, source, sift, part)
         if not counts["kept"]:
             most = max(counts["dropped"].items(), key=lambda item: item[1], default=("nothing came in", 0))
-            raise Exhausted(
+            raise NothingKept(
                 f"{name}: none of {counts['in']} pairs was kept; most were dropped by {most[0]} ({most[1]}); "
                 "the model before is the last. Loosen that filter, or switch it off (--without), in a new run"
             )
         return self.books.place(name) / "kept.jsonl"
 
 
-def sifted(pair: Pair, reason: str | None, alone: dict[str, int], figures: Row) -> Row:
+def sifted(pair: Pair, reason: str | None, alone: dict[str, int], figures: JsonRow) -> JsonRow:
     """A pair that went through the filters: the reason that dropped it (None: kept), and who objected."""
     return {"pair": pair.to_json(), "reason": reason, "alone": alone, "figures": figures}

@@ -236,7 +236,7 @@ class Tokenizer:
         finally:
             self._fast.encode_special_tokens = False
 
-    def opened_thinking(self, messages: Sequence[Message], **variables) -> bool:
+    def opens_thinking(self, messages: Sequence[Message], **variables) -> bool:
         """Whether the frame has already opened <think>, so that the answer will not."""
         return self.render(messages, True, **variables).rstrip().endswith("<think>")
 

@@ -27,7 +27,7 @@ import torch
 import torch._dynamo  # a step imports it, in every fork anew if it is not here
 
 from gramr2 import fit, parallel
-from gramr2.config import TrainConfig
+from gramr2.settings import TrainSettings
 
 
 def count_publications(kill, written: Path) -> None:
@@ -81,7 +81,7 @@ def child(job: dict, rank: int) -> int:
         parallel.training_state = lambda trainee, optimizer: {}
     try:
         figures = fit.train(
-            job["stage"], TrainConfig(**job["config"]), job["data"], job["model"], Path(job["out"]), False
+            job["stage"], TrainSettings(**job["config"]), job["data"], job["model"], Path(job["out"]), False
         )
         if rank == 0:
             Path(job["out"] + ".figures").write_text(json.dumps(figures))

@@ -150,7 +150,7 @@ def child(job: dict, rank: int) -> int:
     os.chdir(job["cwd"])
     for descriptor in (1, 2):
         os.dup2(os.open(f"log.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), descriptor)
-    steps.SHARD = job.get("shard", steps.SHARD)
+    steps.PAIRS_PER_CALL = job.get("shard", steps.PAIRS_PER_CALL)
     if rank == 0:
         watch_publications(job)
     if job.get("die", [None])[0] == rank:

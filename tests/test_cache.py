@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gramr2.cache import BlockPool, OutOfBlocks, Table
+from gramr2.cache import BlockPool, BlockTable, OutOfBlocks
 
 SIZE = 4
 operations = st.lists(
@@ -21,9 +21,9 @@ class Model:
     def __init__(self, blocks: int):
         self.pool = BlockPool(blocks, SIZE)
         self.content: dict[int, list[int]] = {}
-        self.tables: list[tuple[Table, list[int]]] = []
+        self.tables: list[tuple[BlockTable, list[int]]] = []
 
-    def grow(self, table: Table, ids: list[int], more: list[int]) -> None:
+    def grow(self, table: BlockTable, ids: list[int], more: list[int]) -> None:
         start = table.length
         try:
             growth = self.pool.extend(table, len(more))
@@ -36,7 +36,7 @@ class Model:
             self.content[copy] = list(self.content[origin])
         for offset, token in enumerate(more):
             block = table.blocks[(start + offset) // SIZE]
-            assert self.pool.holders[block] == 1, "written while shared"
+            assert self.pool.ref_counts[block] == 1, "written while shared"
             assert len(self.content[block]) == (start + offset) % SIZE
             self.content[block].append(token)
         ids += more
@@ -44,7 +44,7 @@ class Model:
 
     def check(self) -> None:
         held = [b for table, _ in self.tables for b in table.blocks]
-        assert all(self.pool.holders[b] == held.count(b) for b in range(1, len(self.pool.holders)))
+        assert all(self.pool.ref_counts[b] == held.count(b) for b in range(1, len(self.pool.ref_counts)))
         assert self.pool.used == len(set(held)), "a block leaked, or was given to two"
         assert 0 not in held
         for table, ids in self.tables:
@@ -80,7 +80,7 @@ def test_random_schedules_keep_content_and_count(steps, blocks):
 
 def test_a_fork_costs_nothing_until_it_writes_into_a_half_full_block():
     pool = BlockPool(10, SIZE)
-    table = Table()
+    table = BlockTable()
     pool.extend(table, 6)
     forks = [pool.fork(table) for _ in range(3)]
     assert pool.used == 2
@@ -104,7 +104,7 @@ def test_a_prefix_is_found_while_it_is_held_and_after_until_its_place_is_needed(
     pool.release(table)
     pool.release(pool.match(ids))
     assert pool.free == 2, "what was matched above is held"
-    other = Table()
+    other = BlockTable()
     with pytest.raises(OutOfBlocks):
         pool.extend(other, 3 * SIZE)
     assert other.blocks == []
@@ -114,11 +114,11 @@ def test_a_prefix_is_found_while_it_is_held_and_after_until_its_place_is_needed(
 def test_the_end_of_a_forgotten_prefix_goes_before_its_start():
     pool = BlockPool(5, SIZE)
     ids = list(range(16))
-    table = Table()
+    table = BlockTable()
     pool.extend(table, 16)
     pool.name(table, ids)
     blocks = list(table.blocks)
     pool.release(table)
-    other = Table()
+    other = BlockTable()
     pool.extend(other, 2 * SIZE)
     assert pool.match(ids).blocks == blocks[:2]

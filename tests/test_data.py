@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gramr2.data import Shard, Store, order, pack
+from gramr2.data import RowLog, Store, order, pack
 from gramr2.files import InputError
 from gramr2.records import Pair
 
@@ -69,7 +69,7 @@ def test_a_torn_last_line_is_dropped_and_said(tmp_path, capsys):
     store = Store(path)
     assert list(store) == ROWS[:3] and store.torn == 12
     assert "torn last line of 12 bytes" in capsys.readouterr().err
-    with Shard(path) as shard:
+    with RowLog(path) as shard:
         shard.write(ROWS[3])
     assert "torn last line of 12 bytes" in capsys.readouterr().err
     assert list(Store(path)) == ROWS[:4] and not capsys.readouterr().err
@@ -80,18 +80,18 @@ def test_a_shard_cut_anywhere_keeps_every_whole_row(tmp_path, cut):
     """A kill leaves a prefix of the file, which may end in the middle of a character or of a long row."""
     path = tmp_path / "rows.jsonl"
     rows = [*ROWS[:5], {"long": "é" * 100000}]
-    with Shard(path) as shard:
+    with RowLog(path) as shard:
         for row in rows:
             shard.write(row)
     os.truncate(path, path.stat().st_size - cut)
-    with Shard(path) as shard:
+    with RowLog(path) as shard:
         shard.write({"after": 1})
     assert list(Store(path)) == (rows if cut == 1 else rows[:5]) + [{"after": 1}]
 
 
 def test_what_was_written_survives_a_kill(tmp_path):
     """Rows that a process has written are in the file though it never closed it."""
-    code = "import os, sys, gramr2.data as d; s = d.Shard(sys.argv[1]); s.write({'i': 1}); os._exit(9)"
+    code = "import os, sys, gramr2.data as d; s = d.RowLog(sys.argv[1]); s.write({'i': 1}); os._exit(9)"
     path, root = tmp_path / "rows.jsonl", Path(__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code, path], cwd=root, check=False).returncode == 9
     assert list(Store(path)) == [{"i": 1}]

@@ -8,14 +8,15 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from gramr2 import config, denoise
-from gramr2.config import SelfTrainConfig
+from gramr2 import denoise
 from gramr2.denoise import COHERENCE, LABEL_FILTERS, RATIONALE_FILTERS, apply, balance, only_coherent
 from gramr2.files import InputError
 from gramr2.prompts import Rationale, judge_target
 from gramr2.records import OTHER, Judgment, Pair, Vote, mark, show, swap
+from gramr2.settings import FILTERS, SelfTrainSettings
+from gramr2.settings import resolve as resolve_settings
 
-SETTINGS = SelfTrainConfig()
+SETTINGS = SelfTrainSettings()
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 PAIR = Pair(
     (("user", "Which vitamins are soluble in water?"),),
@@ -71,7 +72,7 @@ def test_a_label_filter_drops_what_it_should_and_nothing_else(name, judgment, ex
 
 def test_confidence_may_change_by_round():
     """Rounds after the last number would fall back to the first, or be refused."""
-    settings = SelfTrainConfig(confidence=(0.5, 0.9))
+    settings = SelfTrainSettings(confidence=(0.5, 0.9))
     judgment = votes("AB:A", "AB:A", "BA:A", "BA:B")
     found = [denoise.confidence(judgment, settings.for_round(number)) for number in (1, 2, 3)]
     assert found == [None, "votes below 0.9", "votes below 0.9"]
@@ -83,7 +84,7 @@ def test_a_threshold_and_a_name_that_mean_nothing_are_refused(tmp_path):
     """A misspelt filter would stay on, and the run would be reported as one without it."""
     recipe = tmp_path / "r.toml"
     recipe.write_text("[selftrain]\nconfidence = 1\n")
-    resolve = lambda values: config.resolve(SelfTrainConfig, recipe, ["selftrain"], values)  # noqa: E731
+    resolve = lambda values: resolve_settings(SelfTrainSettings, recipe, ["selftrain"], values)  # noqa: E731
     assert resolve({}).confidence == (1.0,)
     assert resolve({"confidence": [0.75, 0.8]}).for_round(2).confidence == (0.8,)
     for values, message in [
@@ -100,13 +101,13 @@ def test_a_threshold_and_a_name_that_mean_nothing_are_refused(tmp_path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_has_settings_of_the_loop_that_hold(path):
     """A renamed filter in a recipe would be found on a node, days later."""
-    settings = config.resolve(SelfTrainConfig, path, ["selftrain"], {})
+    settings = resolve_settings(SelfTrainSettings, path, ["selftrain"], {})
     assert all(len(settings.for_round(number).confidence) == 1 for number in (1, 2, 9))
 
 
 def test_the_names_that_settings_know_are_the_filters_there_are():
     """A filter that settings do not know could not be switched off."""
-    assert set(config.FILTERS) == {*LABEL_FILTERS, *RATIONALE_FILTERS}
+    assert set(FILTERS) == {*LABEL_FILTERS, *RATIONALE_FILTERS}
 
 
 # ---------------------------------------------------------------------------------- rationales
@@ -254,7 +255,7 @@ def test_each_filter_is_switched_off_alone_and_each_is_counted_alone():
         without = apply(RATIONALE_FILTERS, items, dataclasses.replace(SETTINGS, without=(name,)))
         assert name not in without.alone and all(name not in (why or "") for why in without.reasons)
         assert without.alone == {other: n for other, n in sieve.alone.items() if other != name}
-    none = apply(RATIONALE_FILTERS, items, dataclasses.replace(SETTINGS, without=config.FILTERS))
+    none = apply(RATIONALE_FILTERS, items, dataclasses.replace(SETTINGS, without=FILTERS))
     assert none.reasons == [None] * 3 and none.alone == {}
 
 

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from trainings import CONFIG, curve, drive, job, make, same_bits, sums, write_rows
 
 from gramr2 import fit, parallel, prompts
-from gramr2.config import TrainConfig
 from gramr2.files import InputError
-from gramr2.loss import Row
-from gramr2.records import Example, Pair
+from gramr2.loss import Example
+from gramr2.records import Pair, Tokens
+from gramr2.settings import TrainSettings
 
-ALONE = parallel.World(0, 1, torch.device("cpu"))
+ALONE = parallel.Ranks(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -26,20 +26,20 @@ def world(tmp_path_factory):
     return make(tmp_path_factory.mktemp("world"))
 
 
-def curriculum(stage: str, world, **config) -> fit.Curriculum:
+def curriculum(stage: str, world, **config) -> fit.ExampleBuilder:
     model, data = world
-    return fit.Curriculum(stage, TrainConfig(**CONFIG | config), [data], model)
+    return fit.ExampleBuilder(stage, TrainSettings(**CONFIG | config), [data], model)
 
 
 def train(out: Path, world, stage: str = "reward", data=None, **config) -> dict:
-    settings = TrainConfig(**CONFIG | config)
+    settings = TrainSettings(**CONFIG | config)
     return fit.train(stage, settings, [data or world[1]], world[0], out, progress=False)
 
 
 # ---------------------------------------------------------------------------------- what is trained on
 
 
-def texts(rows: fit.Curriculum, row: Row) -> list[tuple[str, str]]:
+def texts(rows: fit.ExampleBuilder, row: Example) -> list[tuple[str, str]]:
     decode = rows.tokenizer.decode
     return [(decode(s.ids[: s.start], False), decode(s.ids[s.start :], False)) for s in row.sequences]
 
@@ -115,7 +115,7 @@ def test_either_letter_is_right_in_half_of_an_epoch_and_turns_in_the_next(n, bat
 @settings(max_examples=80, deadline=None)
 def test_dealing_keeps_every_row_within_the_budget_and_gives_ranks_as_many_packs(lengths, ranks, budget):
     """A lost row changes the loss, an overfull pack the memory; unequal counts would hang the ranks."""
-    rows = [Row((Example(tuple(range(n)), 0),), margin=float(i)) for i, n in enumerate(lengths)]
+    rows = [Example((Tokens(tuple(range(n)), 0),), margin=float(i)) for i, n in enumerate(lengths)]
     dealt = fit.deal(rows, ranks, budget)
     assert len({len(packs) for packs in dealt}) == 1
     assert all(sum(row.length for row in members) <= budget for packs in dealt for members in packs)
@@ -134,7 +134,7 @@ def test_twenty_adamw_steps_give_the_loss_curve_of_transformers(world, tmp_path)
     settings = {"steps": 20, "warmup": 0.0, "final_lr": 1.0, "weight_decay": 0.0, "clip": 0.0}
     train(tmp_path / "out", world, **settings)
     rows = curriculum("reward", world, **settings)
-    plan = fit.make_plan(rows, rows.config, ALONE)
+    plan = fit.make_plan(rows, rows.settings, ALONE)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(world[0], attn_implementation="eager").train()
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=CONFIG["lr"], betas=(0.9, 0.95), weight_decay=0.0)
     losses = []
@@ -148,7 +148,7 @@ def test_twenty_adamw_steps_give_the_loss_curve_of_transformers(world, tmp_path)
     assert losses[-1] < losses[0] - 0.5
 
 
-def padded_loss(model, examples: list[Example]) -> torch.Tensor:
+def padded_loss(model, examples: list[Tokens]) -> torch.Tensor:
     longest = max(len(example.ids) for example in examples)
     ids, mask, labels = (torch.full((len(examples), longest), fill) for fill in (0, 0, -100))
     for n, example in enumerate(examples):
@@ -326,6 +326,6 @@ def test_dry_run_says_the_plan_and_reads_no_weights(world, tmp_path):
     """A plan must be possible for a model that this machine could never hold."""
     data = world[1]
     model = shutil.copytree(world[0], tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
-    lines = "\n".join(fit.dry_run("reward", TrainConfig(**CONFIG), [data], model, ALONE))
+    lines = "\n".join(fit.dry_run("reward", TrainSettings(**CONFIG), [data], model, ALONE))
     for word in ("52,464 parameters", "48 examples", "6 of 8 examples", "GB on each of 1 ranks"):
         assert word in lines

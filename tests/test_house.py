@@ -17,7 +17,7 @@ import kernels
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    ["kernels", "gramr2.files", "gramr2.records", "gramr2.config"],
+    ["kernels", "gramr2.files", "gramr2.records", "gramr2.settings"],
     ["gramr2.prompts", "gramr2.tokenizer", "gramr2.cache", "gramr2.model"],
     ["gramr2.weights", "gramr2.data", "gramr2.loss", "gramr2.scoring", "gramr2.sampler"],
     ["gramr2.judge", "gramr2.prover", "gramr2.denoise", "gramr2.parallel"],
@@ -26,11 +26,11 @@ LAYERS = [
     ["train", "selftrain", "infer"],
 ]
 # Records and settings raise the InputError of files.
-SIBLINGS = {("gramr2.records", "gramr2.files"), ("gramr2.config", "gramr2.files")}
+SIBLINGS = {("gramr2.records", "gramr2.files"), ("gramr2.settings", "gramr2.files")}
 # The design asks for a core of 2,500 lines. What the capabilities need is more, and this is where it stands:
 # the figure may fall, and a change that raises it has to say why. The last one to raise it, by 55 and 20, was
 # the answer to a hostile user: half characters, deep JSON, ids that two files share, flags given twice.
-BUDGET = {"core": 4715, "kernels": 600, "extras": 1620}
+BUDGET = {"core": 4725, "kernels": 600, "extras": 1620}
 
 
 def module_name(path: Path) -> str:

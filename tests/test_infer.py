@@ -218,7 +218,7 @@ import os, sys, torch, torch._dynamo  # the last is imported late, in every fork
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import infer, gramr2.judge
 from gramr2.files import exit_status
-gramr2.judge.SHARD = 4
+gramr2.judge.PAIRS_PER_CALL = 4
 for line in sys.stdin:
     pid = os.fork()
     if not pid:

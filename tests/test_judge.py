@@ -128,7 +128,7 @@ def test_a_pair_and_its_exchange_in_one_shard_keep_their_own_order(monkeypatch):
 def test_the_comparisons_of_a_policy_step_are_one_batch_for_the_sampler(monkeypatch):
     """Cut into shards, a step would wait for each shard's longest answer; a file of pairs is cut."""
     judge = planted(monkeypatch, lambda question, a, b, draw: 0.9 if a == "good" else 0.1)
-    count = gramr2.judge.SHARD + 6
+    count = gramr2.judge.PAIRS_PER_CALL + 6
     assert len(judge.reward(["q"] * count, ["good"] * count, ["bad"] * count)) == count
     assert len(judge.calls) == 1 and judge.calls[0] >= count
     judge.calls.clear()

@@ -9,18 +9,18 @@ import torch
 from checkpoints import random_model
 
 from gramr2 import loss
-from gramr2.loss import Row, Trainee, collate
+from gramr2.loss import Example, Trainee, collate
 from gramr2.model import packed_causal
-from gramr2.records import Example
+from gramr2.records import Tokens
 
 
-def examples(seed: int = 0, sizes=((9, 4), (23, 2), (5, 5), (23, 20))) -> list[Example]:
+def examples(seed: int = 0, sizes=((9, 4), (23, 2), (5, 5), (23, 20))) -> list[Tokens]:
     generator = torch.Generator().manual_seed(seed)
     draw = lambda n: tuple(torch.randint(0, 300, (n,), generator=generator).tolist())  # noqa: E731
-    return [Example(draw(prompt + target), prompt) for prompt, target in sizes]
+    return [Tokens(draw(prompt + target), prompt) for prompt, target in sizes]
 
 
-def states_alone(model, example: Example) -> torch.Tensor:
+def states_alone(model, example: Tokens) -> torch.Tensor:
     """The hidden states of one sequence by itself, with plain attention."""
 
     def attend(layer, q_THK, k_TGK, v_TGK):
@@ -33,7 +33,7 @@ def states_alone(model, example: Example) -> torch.Tensor:
     return model(torch.tensor(example.ids), torch.arange(len(example.ids)), attend)
 
 
-def log_p(model, example: Example) -> list[torch.Tensor]:
+def log_p(model, example: Tokens) -> list[torch.Tensor]:
     """log p of each target token, one after the other."""
     states = states_alone(model, example)
     values = []
@@ -65,7 +65,7 @@ def compare(model, rows, objective, oracle, scale: float) -> None:
 @pytest.mark.parametrize("family", ["llama3", "qwen3"])  # tied, and a head of its own
 def test_likelihood_of_a_pack_is_the_sum_over_its_sequences_alone(family):
     """Equations 1, 2 and 4: prompt tokens do not count, sequences do not see each other."""
-    rows = [Row((example,)) for example in examples()]
+    rows = [Example((example,)) for example in examples()]
     units = sum(row.units for row in rows)
 
     def oracle(model):
@@ -79,7 +79,7 @@ def test_per_token_coefficients_weigh_the_tokens_they_stand_for():
     rows = []
     for n, example in enumerate(examples()):
         count = len(example.ids) - example.start
-        rows.append(Row((example,), coefficients=tuple((k - 1.5) * (n + 1) for k in range(count))))
+        rows.append(Example((example,), coefficients=tuple((k - 1.5) * (n + 1) for k in range(count))))
 
     def oracle(model):
         pairs = [zip(row.coefficients, log_p(model, row.sequences[0]), strict=True) for row in rows]
@@ -91,7 +91,7 @@ def test_per_token_coefficients_weigh_the_tokens_they_stand_for():
 @pytest.mark.parametrize("smoothing", [0.1, 0.3])
 def test_smoothed_label_gives_the_other_letter_its_share(smoothing):
     """GRAM: the wrong letter gets `smoothing` itself, not half of it; the frame's tokens stay as they are."""
-    rows = [Row((e,), rival=(e.start + 1, (e.ids[e.start + 1] + 7) % 300)) for e in examples()]
+    rows = [Example((e,), rival=(e.start + 1, (e.ids[e.start + 1] + 7) % 300)) for e in examples()]
 
     def oracle(model):
         total = 0
@@ -108,8 +108,8 @@ def test_smoothed_label_gives_the_other_letter_its_share(smoothing):
 
 def test_preference_is_bradley_terry_on_the_last_tokens_with_its_margin():
     """A sign or an order exchanged trains the opposite; a score read elsewhere trains noise."""
-    sequences = [Example(e.ids, len(e.ids)) for e in examples()]
-    rows = [Row(tuple(sequences[:2]), margin=0.0), Row(tuple(sequences[2:]), margin=1.5)]
+    sequences = [Tokens(e.ids, len(e.ids)) for e in examples()]
+    rows = [Example(tuple(sequences[:2]), margin=0.0), Example(tuple(sequences[2:]), margin=1.5)]
 
     def oracle(model):
         r = [(model.score.weight @ states_alone(model, s)[-1]).squeeze() for s in sequences]
@@ -132,7 +132,7 @@ def test_an_empty_pack_adds_nothing_and_has_a_gradient(objective):
 def test_a_trained_model_goes_with_its_training():
     """In a circle it would stay, with all its weights, beside the model that samples next."""
     trainee = Trainee(random_model("llama3"), loss.likelihood)
-    trainee(collate([Row((each,)) for each in examples()], 1.0, "cpu")).backward()
+    trainee(collate([Example((each,)) for each in examples()], 1.0, "cpu")).backward()
     decoder = weakref.ref(trainee.decoder)
     gc.disable()
     try:

@@ -19,12 +19,12 @@ from test_loss import compare, examples, log_p
 from trainings import same_bits, weights_of, write_rows
 
 from gramr2 import fit, loss, parallel
-from gramr2.config import PolicyConfig, TrainConfig
 from gramr2.extras import policy, policy_start
 from gramr2.files import InputError, write_json
 from gramr2.judge import RewardModel
-from gramr2.loss import PolicyGradient, Row, Trainee, collate
+from gramr2.loss import Example, PolicyGradient, Trainee, collate
 from gramr2.records import Judgment, Vote
+from gramr2.settings import PolicySettings, TrainSettings
 from gramr2.weights import load
 
 ROOT = Path(__file__).parents[1]
@@ -41,13 +41,13 @@ def world(tmp_path_factory):
                             {"role": "user", "content": "Again."}]}]  # fmt: skip
     said = [{"question": f"What is {n} + {n}?", "response": "it is " * k} for n in range(8) for k in range(4)]
     random = make_checkpoint(place / "random", max_positions=1024)
-    config = TrainConfig(batch_size=16, steps=60, lr=1e-2, device="cpu")
+    config = TrainSettings(batch_size=16, steps=60, lr=1e-2, device="cpu")
     fit.train("pretrain", config, [write_rows(place / "said.jsonl", said)], random, place / "start", False)
     return place / "start/model", write_rows(place / "prompts.jsonl", asked)
 
 
 def run(world, out: Path, function, **config):
-    settings = PolicyConfig(**CONFIG | config)
+    settings = PolicySettings(**CONFIG | config)
     return policy.train(settings, [world[1]], world[0], out, function, progress=False)
 
 
@@ -76,7 +76,7 @@ def test_the_objective_is_its_naive_form_by_value_and_gradient(family):
         for sign, example in zip((1.5, -0.7, 0.9, -1.1), examples(), strict=True):
             logp = torch.stack(log_p(model, example))
             old = logp + 0.5 * torch.randn(len(logp), generator=generator)
-            rows.append(Row((example,), (sign,) * len(logp), tuple(old.tolist())))
+            rows.append(Example((example,), (sign,) * len(logp), tuple(old.tolist())))
 
     clipped = []
 
@@ -166,7 +166,7 @@ def test_targets_are_the_rollout_and_its_stop_token_and_nothing_else(world, tmp_
     """A prompt that is a target trains the asking; what stands behind the stop was never drawn."""
     run(world, tmp_path / "out", short, steps=1, inner=1, max_new_tokens=6)
     tokenizer = load(world[0])[1]
-    prompts, _ = policy.read_prompts([world[1]], tokenizer, PolicyConfig(**CONFIG))
+    prompts, _ = policy.read_prompts([world[1]], tokenizer, PolicySettings(**CONFIG))
     assert prompts[5].question == "User: Say it.\n\nAssistant: It.\n\nUser: Again."
     rows = rows_of(tmp_path / "out/rollouts.jsonl")
     stopped = 0
@@ -255,7 +255,7 @@ ASKED = (["q", "q", "q", "r"], ["aa", "b", "aa", "ccc"])
 def test_pairwise_is_the_probability_of_beating_the_reference():
     """Equal rollouts are judged once, and one that equals the reference counts one half."""
     judge = Verdicts()
-    reward = policy.Judged(judge, PolicyConfig(**CONFIG))
+    reward = policy.Judged(judge, PolicySettings(**CONFIG))
     assert reward(*ASKED, ["b", "b", "b", "dddd"]) == [0.9, 0.5, 0.9, 0.2]
     assert judge.asked == [("q", "aa", "b"), ("q", "b", "b"), ("r", "ccc", "dddd")]
 
@@ -263,7 +263,7 @@ def test_pairwise_is_the_probability_of_beating_the_reference():
 def test_tournament_is_the_share_won_among_the_rollouts_of_a_prompt():
     """Equal rollouts are one contestant; a lone one has won one half."""
     judge = Verdicts()
-    reward = policy.Judged(judge, PolicyConfig(**CONFIG | {"reward": "tournament"}))
+    reward = policy.Judged(judge, PolicySettings(**CONFIG | {"reward": "tournament"}))
     assert reward(*ASKED) == [1.0, 0.0, 1.0, 0.5]
     assert judge.asked == [("q", "aa", "b")]
 
@@ -271,12 +271,12 @@ def test_tournament_is_the_share_won_among_the_rollouts_of_a_prompt():
 def test_a_source_that_does_not_suit_its_judge_is_refused():
     for kind, endings in (("scalar", ("A", "B")), ("tournament", None), ("pairwise", None)):
         with pytest.raises(InputError, match=f"reward: {kind} cannot come from"):
-            policy.Judged(SimpleNamespace(endings=endings), PolicyConfig(**CONFIG | {"reward": kind}))
+            policy.Judged(SimpleNamespace(endings=endings), PolicySettings(**CONFIG | {"reward": kind}))
 
 
 def stream(tmp_path, reward, **config) -> policy.Rollouts:
-    loop = SimpleNamespace(out=tmp_path, here=parallel.World(0, 1, torch.device("cpu")))
-    return policy.Rollouts(PolicyConfig(**CONFIG | config), [], None, loop, None, reward)
+    loop = SimpleNamespace(out=tmp_path, ranks=parallel.Ranks(0, 1, torch.device("cpu")))
+    return policy.Rollouts(PolicySettings(**CONFIG | config), [], None, loop, None, reward)
 
 
 def rollout(response: str, finish: str = "stop", question: str = "q") -> policy.Rollout:
@@ -287,7 +287,7 @@ def test_an_empty_rollout_is_judged_and_a_cut_one_takes_its_groups_lowest(tmp_pa
     """Cut answers are no matter for the judge; a group of nothing else has no preference."""
     groups = [[rollout("abc"), rollout(""), rollout("a" * 50, "length")], [rollout("x", "length", "r")] * 2]
     judge = Verdicts()
-    made = stream(tmp_path, policy.Judged(judge, PolicyConfig(**CONFIG)))
+    made = stream(tmp_path, policy.Judged(judge, PolicySettings(**CONFIG)))
     made.assign(groups)
     assert judge.asked == [("q", "abc", "greedy"), ("q", "", "greedy")]
     assert [each.reward for each in groups[0]] == [0.2, 0.2, 0.2]
@@ -302,7 +302,7 @@ def test_an_empty_rollout_is_judged_and_a_cut_one_takes_its_groups_lowest(tmp_pa
 
 def test_a_judge_that_says_nothing_counts_one_half_and_stops_the_run(world, tmp_path):
     """Past the share the run ends in one line, with what was written on disk; allowed, it moves nothing."""
-    silent = policy.Judged(Verdicts(silent=True), PolicyConfig(**CONFIG))
+    silent = policy.Judged(Verdicts(silent=True), PolicySettings(**CONFIG))
     with pytest.raises(InputError, match=r"step 1: \d+ of \d+ comparisons have no verdict, more than max_ab"):
         run(world, tmp_path / "out", silent, max_abstained=0.2)
     rows = rows_of(tmp_path / "out/rollouts.jsonl")
@@ -331,7 +331,7 @@ def test_equals_are_no_abstentions():
 )
 def test_settings_that_make_no_sense_are_refused_by_name(config, message):
     with pytest.raises(InputError, match=message):
-        PolicyConfig(**CONFIG | config)
+        PolicySettings(**CONFIG | config)
 
 
 @pytest.mark.parametrize(
@@ -371,7 +371,7 @@ def test_the_command_on_two_ranks_draws_the_same_and_trains_alike(world, tmp_pat
     recipe, judge = tmp_path / "r.toml", make_checkpoint(tmp_path / "judge", "qwen3", 4, num_labels=1)
     settings = "\n".join(f"{name} = {json.dumps(value)}" for name, value in options.items())
     recipe.write_text(f"[train.policy]\n{settings}\n")
-    reward = policy.Judged(RewardModel.load(judge), PolicyConfig(**options))
+    reward = policy.Judged(RewardModel.load(judge), PolicySettings(**options))
     run(world, tmp_path / "one", reward, **options)
     said = command(recipe, world, judge, tmp_path / "two", ranks=2)
     assert said.returncode == 0 and said.stdout == f"model: {tmp_path / 'two/model'}\n", said.stderr

@@ -13,7 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import gramr2.prover
-from gramr2 import config, denoise
+from gramr2 import denoise, settings
 from gramr2.extras.evaluate import copied_share, score_leanings
 from gramr2.files import InputError
 from gramr2.prompts import Rationale, parse_rationale, proof_from_rationale
@@ -207,7 +207,7 @@ def test_the_other_scores_and_the_conditions_that_they_are_computed_under(monkey
             expected = [(given[text] - wrong[text]) * length(text) for text in texts]
             assert [proof.score for proof in proofs] == pytest.approx(expected)
     assert picked == {"equation-5": 0, "numerator": 1, "contrast": 2, "random": 0}
-    assert set(SCORES) == set(config.SCORES)
+    assert set(SCORES) == set(settings.SCORES)
     with pytest.raises(InputError, match="select_by: 'best' must be one of equation-5, numerator"):
         prove(prover, pair(), select_by="best")
 
@@ -362,10 +362,10 @@ def test_k_equal_proofs_are_refused(named):
 
 def test_a_prover_that_reasons_gives_itself_away_on_wrong_labels_and_a_parrot_does_not(monkeypatch):
     """Both look alike on right labels; only the count on wrong ones tells them apart."""
-    settings = config.SelfTrainConfig()
+    defaults = settings.SelfTrainSettings()
     pairs = [pair(f"q{n}", "AB"[n % 2], rationale="seen by nobody") for n in range(6)]
     true = {each.question: each.label for each in pairs}
-    objection = lambda pair, text: denoise.objection(pair, text, denoise.RATIONALE_FILTERS, settings)  # noqa: E731
+    objection = lambda pair, text: denoise.objection(pair, text, denoise.RATIONALE_FILTERS, defaults)  # noqa: E731
     parrot = scripted(monkeypatch, lambda question, label, number: proof_of(label))
     right = {"asked": 6, "passed": 6, "dropped": {}}
     assert label_coherence(parrot, pairs, objection) == {"right": right, "wrong": right}

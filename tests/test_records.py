@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gramr2.files import InputError
-from gramr2.records import Example, Judgment, Pair, Proof, Vote, mark, show, swap, unmarked
+from gramr2.records import Judgment, Pair, Proof, Tokens, Vote, mark, show, swap, unmarked
 
 PIECES = [
     "Response A", "Response B", "response 1", "@Response 2", "Responses 1 and 2", "⟦", "⟧", "⟦A⟧", "⟦⟦",
@@ -160,7 +160,7 @@ def test_a_missing_field_is_named():
     "record",
     [Judgment("A", 0.7, {"A": 3, "B": 1, "none": 0}, 0, "⟦A⟧", True, (Vote("A", "BA", 0.9, "", "t", 7),)),
      Judgment(None, 0.5, {"A": 0, "B": 0, "none": 2}, 2), Vote(None, "AB", None, "no answer"),
-     Proof("id", "text", -3.5, -9.0, -0.4, "stop", None, (1, 2)), Example((1, 2, 3), 2)],
+     Proof("id", "text", -3.5, -9.0, -0.4, "stop", None, (1, 2)), Tokens((1, 2, 3), 2)],
 )  # fmt: skip
 def test_other_records_survive_json(record):
     assert type(record).from_json(json.loads(json.dumps(record.to_json()))) == record

@@ -14,11 +14,11 @@ from checkpoints import make_checkpoint
 from selfruns import ROOT, Forks, finished_micro, same_results, small_world
 
 from gramr2 import fit, prompts
-from gramr2.config import TrainConfig
 from gramr2.extras import datasets
-from gramr2.extras.toyworld import SHIPPED, WorldConfig, good_names, make_pair
-from gramr2.judge import SHARD
+from gramr2.extras.toyworld import SHIPPED, WorldSettings, good_names, make_pair
+from gramr2.judge import PAIRS_PER_CALL
 from gramr2.records import Pair
+from gramr2.settings import TrainSettings
 from gramr2.steps import SHOWN
 from gramr2.tokenizer import Tokenizer
 
@@ -97,7 +97,7 @@ def test_killed_before_and_after_every_publication_it_goes_on_to_the_same_result
 
 def test_all_proofs_of_a_few_pairs_are_written_down_for_the_report(whole):
     kept = ["candidates" in row for row in read(step(whole, "prove-labelled") / "proofs.jsonl")]
-    assert kept[:SHOWN] == [True] * SHOWN and len(kept) > SHOWN and not any(kept[SHOWN:SHARD])
+    assert kept[:SHOWN] == [True] * SHOWN and len(kept) > SHOWN and not any(kept[SHOWN:PAIRS_PER_CALL])
 
 
 def test_killed_at_five_moments_it_goes_on_to_the_same_results(forks, small, whole, tmp_path):
@@ -279,7 +279,7 @@ def four_files(place: Path, rows: dict[str, list[dict]]) -> list:
 def test_any_world_of_four_files_starts_from_the_shipped_backbone_if_it_has_the_words(forks, tmp_path):
     """The default recipe. Words that the backbone cannot read are refused by file, row and word."""
     assert (SHIPPED / "config.json").is_file()
-    names = good_names(WorldConfig().goods)[:6]
+    names = good_names(WorldSettings().goods)[:6]
     prices = {name: n + 1 for n, name in enumerate(names)}
     rng = random.Random(0)
     pairs = [make_pair(tuple(rng.sample(names, 3)), prices, rng, "human") for _ in range(60)]
@@ -424,8 +424,10 @@ def test_published_data_and_two_tokenizers_run_from_end_to_end(forks, tmp_path):
     kept = [
         path for name in ("filter-labelled", "round-1-rationales") for path in root.glob(f"steps/*-{name}")
     ]
-    config = TrainConfig(max_length=300)
-    curriculum = fit.Curriculum("reward", config, [path / "kept.jsonl" for path in kept], tmp_path / "judge")
+    config = TrainSettings(max_length=300)
+    curriculum = fit.ExampleBuilder(
+        "reward", config, [path / "kept.jsonl" for path in kept], tmp_path / "judge"
+    )
     assert curriculum.size > 0
     for i in range(curriculum.size):
         pair, (example,) = curriculum.record(i), curriculum.plain(i).sequences

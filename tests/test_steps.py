@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from gramr2 import parallel, steps
-from gramr2.config import SelfTrainConfig
 from gramr2.files import InputError
 from gramr2.records import Judgment, Pair, Vote
+from gramr2.settings import SelfTrainSettings
 
-HERE = parallel.World(0, 1, torch.device("cpu"))
+HERE = parallel.Ranks(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch) -> steps.Run:
-    monkeypatch.setattr(steps, "SHARD", 4)
-    return steps.Run(steps.Books(tmp_path / "run", {}, [], HERE), SelfTrainConfig(), {}, {})
+    monkeypatch.setattr(steps, "PAIRS_PER_CALL", 4)
+    return steps.Run(steps.Books(tmp_path / "run", {}, [], HERE), SelfTrainSettings(), {}, {})
 
 
 def pair(n: int, **fields) -> Pair:
@@ -145,12 +145,12 @@ def test_what_was_filtered_does_not_depend_on_the_shards(run, tmp_path, monkeypa
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     first = run.filter_labels("labels", source, 1).read_bytes()
     shutil.rmtree(run.books.root)
-    monkeypatch.setattr(steps, "SHARD", 64)
+    monkeypatch.setattr(steps, "PAIRS_PER_CALL", 64)
     assert run.filter_labels("labels", source, 1).read_bytes() == first
 
 
 def test_filters_that_keep_nothing_end_the_loop_and_name_the_filter(run, tmp_path):
     source = tmp_path / "judged.jsonl"
     source.write_text(json.dumps(judged(0, "AB")) + "\n")
-    with pytest.raises(steps.Exhausted, match="agreement"):
+    with pytest.raises(steps.NothingKept, match="agreement"):
         run.filter_labels("labels", source, 1)

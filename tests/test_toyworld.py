@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 import gramr2
-from gramr2 import config, prompts
+from gramr2 import prompts
 from gramr2.data import Store
 from gramr2.extras import toyworld
 from gramr2.files import InputError
 from gramr2.records import Pair, show
+from gramr2.settings import TrainSettings, read_recipe, resolve
 
 ROOT = Path(__file__).parents[1]
 SMALL = dict(human=20, labelled=30, unlabelled=60, dev=20, test=40, pretrain=200)
@@ -118,12 +119,12 @@ def test_the_shipped_backbone_is_what_the_recipe_makes():
     assert (toyworld.SHIPPED / "model.safetensors").stat().st_size <= 4 * 2**20
     said = json.loads((toyworld.SHIPPED / "training.json").read_text())["run"]
     recipe = ROOT / "recipes/toy.toml"
-    now = config.resolve(config.TrainConfig, recipe, ["train", "train.pretrain"], {})
+    now = resolve(TrainSettings, recipe, ["train", "train.pretrain"], {})
     assert said["stage"] == "pretrain"
     for name in ("steps", "batch_size", "lr", "weight_decay", "seed", "max_length"):
         assert said[name] == str(getattr(now, name)), name
-    world = config.resolve(toyworld.WorldConfig, None, [], {
-        name: value for name, value in config.read_recipe(recipe)["world"].items() if name != "directory"
+    world = resolve(toyworld.WorldSettings, None, [], {
+        name: value for name, value in read_recipe(recipe)["world"].items() if name != "directory"
     })  # fmt: skip
     assert toyworld.is_shipped(world)
 

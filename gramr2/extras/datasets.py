@@ -42,7 +42,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from gramr2.files import InputError, Parser, exit_status, publish_file
+from gramr2.files import InputError, JsonRow, Parser, exit_status, publish_file
 from gramr2.prompts import Rationale, mark, parse_rationale, parse_verdict
 from gramr2.records import OTHER, Pair, as_messages, content_id
 
@@ -51,8 +51,7 @@ DRAWS = 2  # pairs drawn from one unlabelled question's answers, at most; no ans
 GRAM_WORDS = 13  # overlap with a benchmark: this many words in a row are shared
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 
-Row = dict[str, Any]
-Item = Pair | Row | str  # a pair; a list-wise benchmark's row; the reason why there is none
+Item = Pair | JsonRow | str  # a pair; a list-wise benchmark's row; the reason why there is none
 
 # --- files → rows ----------------------------------------------------------------------------------------
 
@@ -76,7 +75,7 @@ class Source:
     def error(self, message: object) -> InputError:
         return InputError(f"{self.path}: {message}")
 
-    def __iter__(self) -> Iterator[tuple[str, Row | InputError]]:
+    def __iter__(self) -> Iterator[tuple[str, JsonRow | InputError]]:
         readers = {".jsonl": self._lines, ".json": self._array, ".parquet": self._parquet}
         try:
             yield from readers[self.kind.removesuffix(".gz")]()
@@ -93,7 +92,7 @@ class Source:
                 self.done = raw.tell()
                 yield chunk
 
-    def _lines(self) -> Iterator[tuple[str, Row | InputError]]:
+    def _lines(self) -> Iterator[tuple[str, JsonRow | InputError]]:
         for count, line in enumerate(self.chunks(0), 1):
             if not line.strip():
                 continue
@@ -105,7 +104,7 @@ class Source:
                 row = InputError(f"not JSON: {getattr(error, 'msg', 'too deep or too long')}")
             yield f"line {count}", row
 
-    def _array(self) -> Iterator[tuple[str, Row]]:
+    def _array(self) -> Iterator[tuple[str, JsonRow]]:
         window, count = _Window(self), 0
         if window.take() != "[":
             raise self.error("not a JSON array; a file of one object a line is named .jsonl")
@@ -119,7 +118,7 @@ class Source:
         if after != "]" or window.peek():
             raise self.error(f'expected "," or the end after element {count}')
 
-    def _parquet(self) -> Iterator[tuple[str, Row]]:
+    def _parquet(self) -> Iterator[tuple[str, JsonRow]]:
         try:
             import pyarrow
             import pyarrow.parquet
@@ -238,7 +237,7 @@ def asked(row: Any, name: str) -> tuple[tuple[str, str], ...]:
     return (("user", text(row, name)),)
 
 
-def conversations(row: Row, a: str, b: str) -> tuple | None:
+def conversations(row: JsonRow, a: str, b: str) -> tuple | None:
     """Two conversations that differ in their last turn → (messages, response a, response b), or None."""
     one, two = as_messages(get(row, a), a), as_messages(get(row, b), b)
     if min(len(one), len(two)) < 2 or not one[-1][0] == two[-1][0] == "assistant":
@@ -254,7 +253,7 @@ def by_margin(messages: tuple, a: str, b: str, margin: float, source: str, **mor
 
 # --- rows → pairs ----------------------------------------------------------------------------------------
 
-Reader = Callable[[Row, Source], Iterable[Item]]
+Reader = Callable[[JsonRow, Source], Iterable[Item]]
 
 
 class Format(NamedTuple):
@@ -287,13 +286,13 @@ def reader(name: str, published: str, benchmark: bool = False) -> Callable[[Read
 
 
 @reader("pairs", "a pair file of your own")
-def pairs(row: Row, source: Source) -> Iterator[Item]:
+def pairs(row: JsonRow, source: Source) -> Iterator[Item]:
     """question (or prompt, instruction, messages), response_a (chosen, response1), …; any label"""
     yield Pair.from_json(row)
 
 
 @reader("helpsteer3", "nvidia/HelpSteer3, preference/*.jsonl.gz")
-def helpsteer3(row: Row, source: Source) -> Iterator[Item]:
+def helpsteer3(row: JsonRow, source: Source) -> Iterator[Item]:
     """labels and human rationales"""
     overall, messages = number(row, "overall_preference"), as_messages(get(row, "context"), "context")
     responses, more = texts(row, "response1", "response2"), {"domain": text(row, "domain")}
@@ -333,7 +332,7 @@ MULTIPREF |= {"B-is-slightly-better": -1, "B-is-clearly-better": -2}
 
 
 @reader("multipref", "allenai/multipref")
-def multipref(row: Row, source: Source) -> Iterator[Item]:
+def multipref(row: JsonRow, source: Source) -> Iterator[Item]:
     """labels: the sum of all annotators' preferences"""
     votes = items(row, "normal_worker_annotations") + items(row, "expert_worker_annotations")
     total = sum(choice(vote, "overall_pref", MULTIPREF) for vote in votes)
@@ -342,7 +341,7 @@ def multipref(row: Row, source: Source) -> Iterator[Item]:
 
 
 @reader("codeultrafeedback", "coseal/CodeUltraFeedback")
-def codeultrafeedback(row: Row, source: Source) -> Iterator[Item]:
+def codeultrafeedback(row: JsonRow, source: Source) -> Iterator[Item]:
     """labels: every two responses of an instruction whose ratings differ"""
     ratings = {text(one, "model"): str(get(one, "rating")) for one in items(row, "annotations")}
     rated = {model: float(each) for model, each in ratings.items() if re.fullmatch(r"\d+(\.\d+)?", each)}
@@ -357,7 +356,7 @@ def codeultrafeedback(row: Row, source: Source) -> Iterator[Item]:
 
 
 @reader("unified-feedback", "llm-blender/Unified-Feedback")
-def unified_feedback(row: Row, source: Source) -> Iterator[Item]:
+def unified_feedback(row: JsonRow, source: Source) -> Iterator[Item]:
     """labels: differing ratings"""
     margin = number(row, "conv_A_rating") - number(row, "conv_B_rating")
     found = conversations(row, "conv_A", "conv_B")
@@ -365,7 +364,7 @@ def unified_feedback(row: Row, source: Source) -> Iterator[Item]:
 
 
 @reader("preference-collection", "prometheus-eval/Preference-Collection")
-def preference_collection(row: Row, source: Source) -> Iterator[Item]:
+def preference_collection(row: JsonRow, source: Source) -> Iterator[Item]:
     """labels: the original preference"""
     label = choice(row, "orig_preference", {"A": "A", "B": "B"})
     margin = abs(number(row, "orig_score_A") - number(row, "orig_score_B"))
@@ -374,7 +373,7 @@ def preference_collection(row: Row, source: Source) -> Iterator[Item]:
 
 
 @reader("safe-rlhf-better", "PKU-Alignment/PKU-SafeRLHF")
-def safe_rlhf_better(row: Row, source: Source, which: str = "better") -> Iterator[Item]:
+def safe_rlhf_better(row: JsonRow, source: Source, which: str = "better") -> Iterator[Item]:
     """labels: the more helpful response (better_response_id)"""
     label = choice(row, f"{which}_response_id", {0: "A", 1: "B"})
     responses = texts(row, "response_0", "response_1")
@@ -382,13 +381,13 @@ def safe_rlhf_better(row: Row, source: Source, which: str = "better") -> Iterato
 
 
 @reader("safe-rlhf-safer", "PKU-Alignment/PKU-SafeRLHF")
-def safe_rlhf_safer(row: Row, source: Source) -> Iterator[Item]:
+def safe_rlhf_safer(row: JsonRow, source: Source) -> Iterator[Item]:
     """labels: the safer response (safer_response_id)"""
     yield from safe_rlhf_better(row, source, "safer")
 
 
 @reader("skywork-80k", "Skywork/Skywork-Reward-Preference-80K-v0.2")
-def skywork_80k(row: Row, source: Source) -> Iterator[Item]:
+def skywork_80k(row: JsonRow, source: Source) -> Iterator[Item]:
     """labels: chosen and rejected"""
     found = conversations(row, "chosen", "rejected")
     yield Pair(*found, "A", source="skywork-80k") if found else "different conversations"
@@ -443,7 +442,7 @@ def plain(markup: str) -> str:
 
 
 @reader("stack-exchange", "HuggingFaceH4/stack-exchange-preferences")
-def stack_exchange(row: Row, source: Source) -> Iterator[Item]:
+def stack_exchange(row: JsonRow, source: Source) -> Iterator[Item]:
     """no labels: answers of one question, drawn by the seed
 
     pm_score is how popular an answer was on its site, and not used.
@@ -466,7 +465,7 @@ GRAM_RR = (
 
 
 @reader("gram-rr", "wangclnlp/GRAM-RR-TrainingData")
-def gram_rr(row: Row, source: Source) -> Iterator[Item]:
+def gram_rr(row: JsonRow, source: Source) -> Iterator[Item]:
     """labels and synthesized rationales, out of the judge's prompts and answers"""
     prompt = text(row, "instruction") + ("\n" + text(row, "input") if row.get("input") else "")
     answer = text(row, "output")
@@ -488,7 +487,7 @@ RM_BENCH |= {"safety-refuse": "safety", "safety-response": "safety"}
 
 
 @reader("rm-bench", "THU-KEG/RM-Bench", benchmark=True)
-def rm_bench(row: Row, source: Source) -> Iterator[Item]:
+def rm_bench(row: JsonRow, source: Source) -> Iterator[Item]:
     """benchmark: nine pairs a prompt, the chosen response as A
 
     `meta` has the cell: chosen (row) and rejected (column), each 0 concise, 1 plain, 2 markdown.
@@ -510,7 +509,7 @@ JUDGEBENCH |= {"livebench-math": "math", "livecodebench": "coding"}
 
 
 @reader("judgebench", "ScalerLab/JudgeBench", benchmark=True)
-def judgebench(row: Row, source: Source) -> Iterator[Item]:
+def judgebench(row: JsonRow, source: Source) -> Iterator[Item]:
     """benchmark: pairs of one model's responses"""
     label = choice(row, "label", {"A>B": "A", "B>A": "B"})
     question, responses = asked(row, "question"), texts(row, "response_A", "response_B")
@@ -522,7 +521,7 @@ def judgebench(row: Row, source: Source) -> Iterator[Item]:
 
 
 @reader("ppe", "lmarena-ai/PPE-*-Best-of-K", benchmark=True)
-def ppe(row: Row, source: Source) -> Iterator[Item]:
+def ppe(row: JsonRow, source: Source) -> Iterator[Item]:
     """benchmark: lists of responses, with what each one scores"""
     count = sum(re.fullmatch(r"response_\d+", name) is not None for name in row)
     responses = texts(row, *(f"response_{k}" for k in range(1, 1 + max(count, 1))))
@@ -565,7 +564,7 @@ def _grams(words: list[str]) -> np.ndarray:
     return grams
 
 
-def _texts(item: Pair | Row) -> list[list[str]]:
+def _texts(item: Pair | JsonRow) -> list[list[str]]:
     """The words of each text; the question comes first."""
     if isinstance(item, Pair):
         turns = [content for _, content in item.messages[::-1]]
@@ -586,7 +585,7 @@ class Overlap:
         self.grams = np.append(np.unique(np.concatenate(grams)), np.uint64(2**64 - 1))
 
     @staticmethod
-    def _items(source: Source) -> Iterator[Pair | Row]:
+    def _items(source: Source) -> Iterator[Pair | JsonRow]:
         for where, row in source:
             if isinstance(row, dict):
                 row = {"domain": "chat"} | row  # RM-Bench's files by domain do not say it; any will do here
@@ -699,7 +698,7 @@ def _inputs(path: Path) -> list[Path]:
     return found
 
 
-def _rows(sources: list[Source]) -> Iterator[tuple[str, Source, Row | InputError]]:
+def _rows(sources: list[Source]) -> Iterator[tuple[str, Source, JsonRow | InputError]]:
     finished, total = 0, sum(source.size for source in sources)
     # On a terminal only: elsewhere the account is the record.
     with tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
@@ -741,7 +740,7 @@ def convert(name, path, target, against=(), seed=0, max_characters=0, malformed_
     return account
 
 
-def _line(item: Pair | Row) -> bytes:
+def _line(item: Pair | JsonRow) -> bytes:
     return json.dumps(item if isinstance(item, dict) else item.to_json(), ensure_ascii=False).encode() + b"\n"
 
 

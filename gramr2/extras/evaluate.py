@@ -24,21 +24,19 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 
 from gramr2.data import Store
-from gramr2.files import InputError, write_json
+from gramr2.files import InputError, JsonRow, write_json
 from gramr2.records import OTHER, UNDECIDED, Judgment, Pair
 
 RESAMPLES = 2000
 BINS = 10  # of ECE, over confidences from 0.5 to 1
 FEWEST = 30  # labelled pairs that a calibrator can be fitted on
-Row = dict[str, Any]
 
 
-def average(name: str, groups: Sequence[Sequence[float]], seed: int = 0) -> Row:
+def average(name: str, groups: Sequence[Sequence[float]], seed: int = 0) -> JsonRow:
     """The mean of the groups' means in per cent, with its interval."""
     values = [np.asarray(group, dtype=float) for group in groups]
     rng = np.random.default_rng(seed)
@@ -56,11 +54,11 @@ def average(name: str, groups: Sequence[Sequence[float]], seed: int = 0) -> Row:
     }
 
 
-def is_right(row: Row) -> bool:
+def is_right(row: JsonRow) -> bool:
     return row.get("label") is not None and row["label"] == row["pair"]["label"]
 
 
-def by_domain(rows: Iterable[Row], right: Callable[[Row], bool]) -> dict[str, list[bool]]:
+def by_domain(rows: Iterable[JsonRow], right: Callable[[JsonRow], bool]) -> dict[str, list[bool]]:
     found = defaultdict(list)
     for row in rows:
         found[row["pair"].get("domain") or "all"].append(right(row))
@@ -70,7 +68,7 @@ def by_domain(rows: Iterable[Row], right: Callable[[Row], bool]) -> dict[str, li
 # ---------------------------------------------------------------------------------- results.json
 
 
-def accuracy_row(name: str, judged: Iterable[Row]) -> Row:
+def accuracy_row(name: str, judged: Iterable[JsonRow]) -> JsonRow:
     """One row of results.json: accuracy in per cent over pairs that have a label, and by domain."""
     correct = by_domain(judged, is_right)
     every = average(name, [list(chain(*correct.values()))])
@@ -92,7 +90,7 @@ def copied_share(pair: Pair, text: str) -> float:
     return fmean([run in known for run in runs(text)] or [0.0])
 
 
-def score_leanings(proved: Iterable[Row]) -> Row:
+def score_leanings(proved: Iterable[JsonRow]) -> JsonRow:
     """Rank correlation of the proofs' score with what they copy and with their length in tokens.
 
     `proved`: rows of a proving step that have their candidates. Scores are compared within a pair only, so
@@ -119,7 +117,7 @@ def _ranks(values: Sequence[float]) -> list[float]:
 # ---------------------------------------------------------------------------------- the benchmarks
 
 
-def _mean_of(groups: dict[str, list[float]], order: Sequence[str], what: str) -> Iterator[Row]:
+def _mean_of(groups: dict[str, list[float]], order: Sequence[str], what: str) -> Iterator[JsonRow]:
     """Each group's average, and their mean under a name that says how many there are."""
     present = sorted(groups, key=lambda name: order.index(name) if name in order else len(order))
     yield from (average(name, [groups[name]]) for name in present)
@@ -132,7 +130,7 @@ RM_DOMAINS = ("chat", "math", "code", "safety")
 LEVELS = {"easy": np.tri(3, k=-1), "normal": np.eye(3), "hard": np.tri(3, k=-1).T}
 
 
-def rm_bench(rows: list[Row]) -> tuple[list[Row], str]:
+def rm_bench(rows: list[JsonRow]) -> tuple[list[JsonRow], str]:
     """Nine pairs a prompt; a domain's accuracy is the mean of its 3x3 matrix, overall that of the domains."""
     cells = defaultdict(lambda: np.full((3, 3), np.nan))
     for row in rows:
@@ -161,7 +159,7 @@ def rm_bench(rows: list[Row]) -> tuple[list[Row], str]:
 CATEGORIES = ("knowledge", "reasoning", "math", "coding")
 
 
-def both_orders(row: Row) -> int:
+def both_orders(row: JsonRow) -> int:
     """JudgeBench's rule: the sum of +1 for each order's verdict for the label, and -1 for one against it."""
     truth, verdicts = row["pair"]["label"], [row.get("label")]  # a judge without votes knows no order
     if row.get("details"):
@@ -172,21 +170,21 @@ def both_orders(row: Row) -> int:
     return verdicts.count(truth) - verdicts.count(OTHER[truth])
 
 
-def judgebench(rows: list[Row]) -> tuple[list[Row], str]:
+def judgebench(rows: list[JsonRow]) -> tuple[list[JsonRow], str]:
     """Correct when both orders' verdicts together are for the label."""
     groups = by_domain(rows, lambda row: both_orders(row) > 0)
     averages = list(_mean_of(groups, CATEGORIES, "categories (the paper's Overall)"))
     return [*averages, average("mean over pairs (the benchmark's own)", [list(chain(*groups.values()))])], ""
 
 
-def labelled_pairs(rows: list[Row]) -> tuple[list[Row], str]:
+def labelled_pairs(rows: list[JsonRow]) -> tuple[list[JsonRow], str]:
     """Any pairs with labels, HelpSteer3's validation set among them: by domain, and over all."""
     groups = by_domain(rows, is_right)
     averages = list(_mean_of(groups, sorted(groups), "domains"))
     return [*averages, average("mean over pairs", [list(chain(*groups.values()))])], ""
 
 
-def ppe(rows: list[Row]) -> tuple[list[Row], str]:
+def ppe(rows: list[JsonRow]) -> tuple[list[JsonRow], str]:
     """Best-of-k: what a linear search has picked after k responses, the best there is, and chance."""
     paths = [_path(row) for row in rows]
     most = min(len(row["scores"]) for row in rows)  # the reader lets no row pass without one
@@ -201,7 +199,7 @@ def ppe(rows: list[Row]) -> tuple[list[Row], str]:
     return averages, "\n".join(lines)
 
 
-def _path(row: Row) -> list[int]:
+def _path(row: JsonRow) -> list[int]:
     """The best of the first 1, 2, … responses; nothing where the list could not be judged."""
     if "error" in row:
         return []
@@ -215,7 +213,7 @@ BENCHMARKS = {"rm-bench": rm_bench, "judgebench": judgebench, "ppe": ppe}
 BENCHMARKS |= {"helpsteer3": labelled_pairs, "pairs": labelled_pairs}
 
 
-def read_benchmark(name: str, path: Path) -> Iterator[Pair | Row]:
+def read_benchmark(name: str, path: Path) -> Iterator[Pair | JsonRow]:
     """A published file's pairs, or lists, whole and in its order."""
     from gramr2.extras.datasets import FORMATS, Source
 
@@ -235,7 +233,7 @@ def read_benchmark(name: str, path: Path) -> Iterator[Pair | Row]:
         print(f"{path}: left out {count}: {reason}", file=sys.stderr)
 
 
-def _published(row: Row) -> Row:
+def _published(row: JsonRow) -> JsonRow:
     """A row of JudgeBench's own judgment files: two decisions, the second with the responses exchanged."""
     from gramr2.extras.datasets import FORMATS
 
@@ -259,7 +257,7 @@ def _published(row: Row) -> Row:
 # ---------------------------------------------------------------------------------- probabilities
 
 
-def reliability(rows: Sequence[Row]) -> Row:
+def reliability(rows: Sequence[JsonRow]) -> JsonRow:
     """Agreement of the orders, abstentions, and what p_a is worth; None where there is nothing to see.
 
     Confidence is max(p_a, 1 - p_a). Where p_a is one half, one half of the verdict is right.
@@ -279,7 +277,7 @@ def reliability(rows: Sequence[Row]) -> Row:
     return figures | calibration(*zip(*known, strict=True)) if known else figures
 
 
-def calibration(p: Sequence[float], labels: Sequence[str]) -> Row:
+def calibration(p: Sequence[float], labels: Sequence[str]) -> JsonRow:
     """ECE, Brier score and the accuracy of the surer half of probabilities of A."""
     p_truth = np.where(np.asarray(labels) == "A", p, 1 - np.asarray(p))
     sure, right = np.maximum(p_truth, 1 - p_truth), (np.sign(p_truth - 0.5) + 1) / 2
@@ -293,7 +291,7 @@ def calibration(p: Sequence[float], labels: Sequence[str]) -> Row:
     return {"ece": float(sum(gaps) / len(sure)), "brier": float(brier), "covered": float(covered)}
 
 
-def fit_calibrator(rows: Iterable[Row]) -> Row:
+def fit_calibrator(rows: Iterable[JsonRow]) -> JsonRow:
     """Isotonic regression of the truth on p_a, the same for both letters: f(1 - p) = 1 - f(p).
 
     judge.py interpolates between the blocks: each one's mean p, and its observed frequency, which stays
@@ -328,7 +326,7 @@ def fit_calibrator(rows: Iterable[Row]) -> Row:
     }
 
 
-def calibrate(path: Path, directory: Path) -> tuple[Path, Row]:
+def calibrate(path: Path, directory: Path) -> tuple[Path, JsonRow]:
     """Fits on a judged file and leaves the map in the model's directory, whole or not at all."""
     from gramr2.judge import CALIBRATION  # brings torch, which a table does not need
 
@@ -349,7 +347,7 @@ def calibrate(path: Path, directory: Path) -> tuple[Path, Row]:
 # ---------------------------------------------------------------------------------- the table
 
 
-def score(name: str, paths: Sequence[Path]) -> Row:
+def score(name: str, paths: Sequence[Path]) -> JsonRow:
     """A benchmark's result from judged files, ours or JudgeBench's own."""
     if name not in BENCHMARKS:
         raise InputError(f"no benchmark {name}; there are {', '.join(BENCHMARKS)}")
@@ -367,14 +365,14 @@ def score(name: str, paths: Sequence[Path]) -> Row:
     return {"benchmark": name, "judges": judges, "averages": averages, **figures, "more": text}
 
 
-def _checked(name: str, row: Row) -> Row:
+def _checked(name: str, row: JsonRow) -> JsonRow:
     try:
         return _read(name, row)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"not a judged row ({error!r})") from None
 
 
-def _read(name: str, row: Row) -> Row:
+def _read(name: str, row: JsonRow) -> JsonRow:
     if "judgments" in row:
         return _published(row)
     if name == "ppe":
@@ -392,13 +390,13 @@ def _read(name: str, row: Row) -> Row:
     return row
 
 
-def _settings(row: Row) -> Row:
+def _settings(row: JsonRow) -> JsonRow:
     """What a row was judged with; a published one says a name instead."""
     judge = row.get("judge")
     return judge if isinstance(judge, dict) else {}
 
 
-def _judge(row: Row) -> str:
+def _judge(row: JsonRow) -> str:
     said = {name: f"{name} {value}" for name, value in _settings(row).items() if value is not None}
     if said and row["judge"]["votes"] > 1:
         said["votes"] += f" ({row['judge']['votes'] // 2} in each order)"
@@ -416,7 +414,7 @@ FIGURES = (
 )
 
 
-def readable(result: Row) -> str:
+def readable(result: JsonRow) -> str:
     lines = [f"{result['benchmark']}, judged by {'; '.join(result['judges']) or 'unknown'}", ""]
     lines.append(f"{'':44}     %   95% interval      n")
     for each in result["averages"]:

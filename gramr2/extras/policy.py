@@ -40,14 +40,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gramr2 import fit, parallel
-from gramr2.config import PolicyConfig
-from gramr2.data import Shard, Store
+from gramr2.data import RowLog, Store
 from gramr2.files import InputError
 from gramr2.judge import RewardModel, preference
-from gramr2.loss import PolicyGradient, Row
+from gramr2.loss import Example, PolicyGradient
 from gramr2.model import Decoder
-from gramr2.records import Example, Judgment, Pair, messages_of, show
+from gramr2.records import Judgment, Pair, Tokens, messages_of, show
 from gramr2.sampler import generate
+from gramr2.settings import PolicySettings
 from gramr2.tokenizer import Tokenizer
 from gramr2.weights import load_model
 
@@ -61,13 +61,17 @@ class Judged:
     Two votes are not drawn: they are the greedy answer in each order. `log` is the last call's comparisons.
     """
 
-    def __init__(self, judge: RewardModel, config: PolicyConfig):
-        if (config.reward == "scalar") != (judge.endings is None):
+    def __init__(self, judge: RewardModel, settings: PolicySettings):
+        if (settings.reward == "scalar") != (judge.endings is None):
             kind = "a judge that writes verdicts" if judge.endings else "a discriminative model"
-            raise InputError(f"reward: {config.reward} cannot come from {kind}; give another --judge")
+            raise InputError(f"reward: {settings.reward} cannot come from {kind}; give another --judge")
         self.judge, self.log = judge, []
-        self.options = {"votes": config.votes, "temperature": float(config.votes > 2), "seed": config.seed}
-        self.options |= {"max_new_tokens": config.judge_tokens, "progress": False}
+        self.options = {
+            "votes": settings.votes,
+            "temperature": float(settings.votes > 2),
+            "seed": settings.seed,
+        }
+        self.options |= {"max_new_tokens": settings.judge_tokens, "progress": False}
 
     def __call__(self, prompts, completions, references=None) -> list[float]:
         self.log = []
@@ -112,10 +116,10 @@ class Rollout:
     judged: list[dict[str, Any]] = field(default_factory=list)
 
 
-def read_prompts(data: Sequence[Path], tokenizer: Tokenizer, config: PolicyConfig) -> tuple[list, int]:
+def read_prompts(data: Sequence[Path], tokenizer: Tokenizer, settings: PolicySettings) -> tuple[list, int]:
     """The prompts of the files, pair files among them, that leave room for an answer; and how many do not."""
-    prompts, room = [], config.max_length - config.max_new_tokens
-    for messages in islice(chain(*(Store(path, messages_of) for path in data)), config.limit or None):
+    prompts, room = [], settings.max_length - settings.max_new_tokens
+    for messages in islice(chain(*(Store(path, messages_of) for path in data)), settings.limit or None):
         ids = tokenizer.chat([{"role": role, "content": text} for role, text in messages])
         prompts.append(Prompt(Pair(messages, "", "").question, ids))
     kept = [prompt for prompt in prompts if len(prompt.ids) <= room]
@@ -132,7 +136,7 @@ def read_prompts(data: Sequence[Path], tokenizer: Tokenizer, config: PolicyConfi
 class Rollouts:
     """The stream of global batches: rollouts of the policy as it stands when a batch begins."""
 
-    config: PolicyConfig
+    settings: PolicySettings
     prompts: list[Prompt]
     plan: fit.Plan
     loop: fit.Loop
@@ -141,37 +145,37 @@ class Rollouts:
     batch: list[Rollout] = field(default_factory=list)
 
     def __post_init__(self):
-        self.path, self.here = self.loop.out / "rollouts.jsonl", self.loop.here
+        self.path, self.ranks = self.loop.out / "rollouts.jsonl", self.loop.ranks
 
-    def stream(self, first: int) -> Iterator[list[Row]]:
+    def stream(self, first: int) -> Iterator[list[Example]]:
         for step in range(first, self.loop.steps):
-            number, again = divmod(step, self.config.inner)
+            number, again = divmod(step, self.settings.inner)
             if not again:
                 self.draw(number, step + 1)
             elif step == first:  # cut between two inner steps: the rollouts that the first one used
                 self.batch = [Rollout(**row) for row in Store(self.path) if row["step"] == step - again + 1]
             yield list(map(self.row, self.batch))
 
-    def row(self, rollout: Rollout) -> Row:
+    def row(self, rollout: Rollout) -> Example:
         asked, count = self.prompts[rollout.prompt].ids, len(rollout.ids)
-        example = Example((*asked, *rollout.ids), len(asked))
-        return Row((example,), (rollout.advantage,) * count, tuple(rollout.logprobs))
+        example = Tokens((*asked, *rollout.ids), len(asked))
+        return Example((example,), (rollout.advantage,) * count, tuple(rollout.logprobs))
 
     def draw(self, number: int, step: int) -> None:
         """A batch, in the plan's order whatever the number of ranks. The first rank writes it down."""
         parameters = dict(self.actor.named_parameters())
         for name, tensor in parallel.whole_tensors(self.loop.trainee, self.actor.head_weight.dtype):
             parameters[name].data.copy_(tensor)
-        chosen, size = [row for row, _, _ in self.plan.step(number)], self.here.size
-        mine = chosen[self.here.rank :: size]
-        parts = self.here.together(lambda: self.assign(self.sample(mine, step)))
+        chosen, size = [row for row, _, _ in self.plan.step(number)], self.ranks.size
+        mine = chosen[self.ranks.rank :: size]
+        parts = self.ranks.on_all_ranks(lambda: self.assign(self.sample(mine, step)))
         groups = [parts[i % size][i // size] for i in range(len(chosen))]
         values = advantages([[each.reward for each in group] for group in groups])
         self.batch = [each for group in groups for each in group]
         for rollout, value in zip(self.batch, chain.from_iterable(values), strict=True):
             rollout.advantage = value
-        if self.here.first:
-            with Shard(self.path) as file:
+        if self.ranks.is_first:
+            with RowLog(self.path) as file:
                 for rollout in self.batch:
                     file.write(asdict(rollout))
         self.check(step)
@@ -179,10 +183,10 @@ class Rollouts:
     def sample(self, chosen: Sequence[int], step: int) -> list[list[Rollout]]:
         """The groups of some prompts. A rollout is the same whatever rank draws it."""
         questions, ids = zip(*(self.prompts[i] for i in chosen), strict=True) if chosen else ((), ())
-        how = {"max_new_tokens": self.config.max_new_tokens, "seed": self.config.seed, "progress": False}
-        drawn = generate(self.actor, ids, n=self.config.group, keys=[f"{step} {i}" for i in chosen], **how)
+        how = {"max_new_tokens": self.settings.max_new_tokens, "seed": self.settings.seed, "progress": False}
+        drawn = generate(self.actor, ids, n=self.settings.group, keys=[f"{step} {i}" for i in chosen], **how)
         greedy = [None] * len(chosen)
-        if self.config.reward == "pairwise":
+        if self.settings.reward == "pairwise":
             greedy = [self.text(each) for (each,) in generate(self.actor, ids, temperature=0.0, **how)]
         return [
             [
@@ -200,7 +204,7 @@ class Rollouts:
     def assign(self, groups: list[list[Rollout]]) -> list[list[Rollout]]:
         """Rewards, from one call, and what was said."""
         whole = [each for each in chain(*groups) if each.finish == "stop"]
-        references = [each.greedy for each in whole] if self.config.reward == "pairwise" else None
+        references = [each.greedy for each in whole] if self.settings.reward == "pairwise" else None
         asked = [each.question for each in whole], [each.response for each in whole], references
         values = list(self.reward(*asked)) if whole else []
         if len(values) != len(whole) or not all(map(math.isfinite, values)):
@@ -218,7 +222,7 @@ class Rollouts:
     def counts(self) -> dict[str, int]:
         judged = [row for each in self.batch for row in each.judged]
         return {
-            "failed": self.config.batch_size - len(self.batch),
+            "failed": self.settings.batch_size - len(self.batch),
             "cut": sum(each.finish == "length" for each in self.batch),
             "comparisons": len(judged),
             "no verdict": sum(not row["read"] for row in judged),
@@ -229,16 +233,16 @@ class Rollouts:
             raise InputError(f"step {step}: no rollout had finite logits; lower lr, in a new run")
         counts = self.counts()
         asked, lost = counts["comparisons"], counts["no verdict"]
-        if lost > self.config.max_abstained * asked:
+        if lost > self.settings.max_abstained * asked:
             raise InputError(
                 f"step {step}: {lost} of {asked} comparisons have no verdict, more than max_abstained "
-                f"{self.config.max_abstained:g}; look at {self.path}, and begin anew with another --judge"
+                f"{self.settings.max_abstained:g}; look at {self.path}, and begin anew with another --judge"
             )
 
     def figures(self) -> dict[str, Any]:
         """What metrics.jsonl says of a step beside its loss, over all ranks."""
         objective = self.loop.trainee.objective
-        kl, clipped, tokens = self.here.total(*objective.seen)
+        kl, clipped, tokens = self.ranks.all_reduce_sum(*objective.seen)
         objective.seen = [0.0, 0, 0]
         mean = fmean(each.reward for each in self.batch)
         return {"reward": mean, "kl": kl / tokens, "clipped": clipped / tokens, **self.counts()}
@@ -266,7 +270,7 @@ def by_response(log: Log) -> dict[tuple[str, str], list[dict[str, Any]]]:
 
 
 def train(
-    config: PolicyConfig,
+    settings: PolicySettings,
     data: Sequence[Path],
     model_dir: Path,
     out: Path,
@@ -279,39 +283,41 @@ def train(
     `judge_dir` is where the reward's model stands, if it has one: a run with another model is another run.
     """
     data, model_dir, out = [Path(path) for path in data], Path(model_dir), Path(out)
-    with parallel.world(config) as here, fit.stop_on_signals() as stop:
-        tokenizer = Tokenizer.load(model_dir, date=config.date)
-        model = fit.read_model_config("policy", config, model_dir, tokenizer)
+    with parallel.join_ranks(settings) as ranks, fit.stop_on_signals() as stop:
+        tokenizer = Tokenizer.load(model_dir, date=settings.date)
+        config = fit.read_model_config("policy", settings, model_dir, tokenizer)
         files = [*data, *(sorted(Path(judge_dir).glob("*.safetensors")) if judge_dir else ())]
-        now = here.on_first(lambda: fit.identity("policy", config, files, model_dir))
+        now = ranks.on_rank_0(lambda: fit.identity("policy", settings, files, model_dir))
         if (figures := fit.finished(out, now)) is not None:
             return figures
-        prompts, too_long = read_prompts(data, tokenizer, config)
-        plan, steps = make_plan(config, len(prompts))
-        fit.open_run(out, now, here)
-        if here.first and progress:
-            how = f"{config.reward} reward from {judge_dir or reward}"
-            size = f"{plan.batch_size} x {config.group} rollouts, {config.inner} steps on each batch"
+        prompts, too_long = read_prompts(data, tokenizer, settings)
+        plan, steps = make_plan(settings, len(prompts))
+        fit.open_run(out, now, ranks)
+        if ranks.is_first and progress:
+            how = f"{settings.reward} reward from {judge_dir or reward}"
+            size = f"{plan.batch_size} x {settings.group} rollouts, {settings.inner} steps on each batch"
             shown = f"{len(prompts):,} prompts ({too_long:,} more are too long), {size}"
             fit.say([f"policy   {model_dir}, {how}", f"steps    {steps:,}: {shown}"])
-        dtype = parallel.compute_dtype(config, here.device)
-        actor, reference = (load_model(model_dir, here.device, dtype) for _ in range(2))
+        dtype = parallel.compute_dtype(settings, ranks.device)
+        actor, reference = (load_model(model_dir, ranks.device, dtype) for _ in range(2))
         actor.stop_ids = tokenizer.stop_ids
-        objective = PolicyGradient(reference, config.clip_ratio, config.kl)
-        trainee = fit.make_trainee(objective, config, model, model_dir, here)
-        loop = fit.Loop(trainee, config, here, out, steps, tokenizer.decode)
-        rollouts = Rollouts(config, prompts, plan, loop, actor, reward)
+        objective = PolicyGradient(reference, settings.clip_ratio, settings.kl)
+        trainee = fit.make_trainee(objective, settings, config, model_dir, ranks)
+        loop = fit.Loop(trainee, settings, ranks, out, steps, tokenizer.decode)
+        rollouts = Rollouts(settings, prompts, plan, loop, actor, reward)
         loop.more = rollouts.figures
         loop.restore()
-        here.on_first(lambda: fit.keep_metrics(rollouts.path, loop.at.step))  # the others read what is left
-        fit.run_loop(loop, rollouts.stream(loop.at.step), "policy", model, progress, stop)
+        ranks.on_rank_0(lambda: fit.keep_metrics(rollouts.path, loop.at.step))  # the others read what is left
+        fit.run_loop(loop, rollouts.stream(loop.at.step), "policy", config, progress, stop)
         figures = asdict(loop.at)
-        fit.publish_model(loop, tokenizer, model, model_dir, {"run": now, "figures": figures}, {})
+        fit.publish_model(loop, tokenizer, config, model_dir, {"run": now, "figures": figures}, {})
         return figures
 
 
-def make_plan(config: PolicyConfig, prompts: int) -> tuple[fit.Plan, int]:
+def make_plan(settings: PolicySettings, prompts: int) -> tuple[fit.Plan, int]:
     """Which prompts each batch takes, and how many optimizer steps there are."""
-    each, rows = config.batch_size // config.group, np.arange(prompts)
-    steps = config.steps or math.ceil(config.epochs * prompts / each) * config.inner
-    return fit.Plan(rows, rows, rows, {}, each, math.ceil(steps / config.inner) * each, config.seed), steps
+    each, rows = settings.batch_size // settings.group, np.arange(prompts)
+    steps = settings.steps or math.ceil(settings.epochs * prompts / each) * settings.inner
+    return fit.Plan(
+        rows, rows, rows, {}, each, math.ceil(steps / settings.inner) * each, settings.seed
+    ), steps

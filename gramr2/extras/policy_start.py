@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from gramr2 import fit, parallel
-from gramr2.config import PolicyConfig, TrainConfig, read_recipe, resolve
 from gramr2.data import Store
 from gramr2.extras.policy import Judged, train
 from gramr2.files import InputError, finished_runs, read_json, write_rows
 from gramr2.judge import RewardModel
 from gramr2.records import Pair
+from gramr2.settings import PolicySettings, TrainSettings, read_recipe, resolve
 
 IMITATED = 600  # unlabelled pairs whose lists the toy's policy has read, both of each
 IMITATION = {"batch_size": 64, "steps": 100, "max_length": 64, "lr": 3e-3}
 
 
-def command(arguments, config: PolicyConfig, sources, make_toy, here: parallel.World) -> Path:
+def command(arguments, settings: PolicySettings, sources, make_toy, ranks: parallel.Ranks) -> Path:
     """`train.py --stage policy`: finds or makes what was not named, and trains; -> its directory.
 
     In the toy, world and backbone are those of the judge's run, for it knows the prices of its own world
@@ -44,21 +44,21 @@ def command(arguments, config: PolicyConfig, sources, make_toy, here: parallel.W
             backbone = next(run.glob("steps/*-backbone/model"), place / "backbone" / "model")
         elif not arguments.dry_run:
             make_toy()
-            judge = judge or make_judge(arguments.recipe, config, place, backbone, out, here)
+            judge = judge or make_judge(arguments.recipe, settings, place, backbone, out, ranks)
         data = arguments.data or [place / "unlabelled.jsonl"]
-    judge = judge or (judge_of(run, config) if run else None)
+    judge = judge or (judge_of(run, settings) if run else None)
     if arguments.dry_run:
         found = {"judge": judge, "policy": model, "prompts": ", ".join(map(str, data)), "out": out}
         lines = [f"{name:8} {path or 'none yet; it would be made'}" for name, path in found.items()]
-        print(*lines, *(f"{name:8} {value}" for name, value in asdict(config).items()), sep="\n")
+        print(*lines, *(f"{name:8} {value}" for name, value in asdict(settings).items()), sep="\n")
         return out
     if judge is None or not (model or world):
         what, flag = ("judge", "--judge") if judge is None else ("policy to start from", "--model")
         raise InputError(f"no {what}; give {flag} DIR (`python selftrain.py` makes a judge under runs/)")
-    model = model or imitate(place, backbone, out.with_name(f"{out.name}-start"), here, config)
-    dtype = str(parallel.compute_dtype(config, here.device)).removeprefix("torch.")
-    reward = Judged(RewardModel.load(judge, here.device, dtype), config)
-    train(config, data, model, out, reward, judge)
+    model = model or imitate(place, backbone, out.with_name(f"{out.name}-start"), ranks, settings)
+    dtype = str(parallel.compute_dtype(settings, ranks.device)).removeprefix("torch.")
+    reward = Judged(RewardModel.load(judge, ranks.device, dtype), settings)
+    train(settings, data, model, out, reward, judge)
     return out
 
 
@@ -75,9 +75,9 @@ def run_of(world: dict[str, Any], judge: Path | None = None) -> Path | None:
     return None
 
 
-def judge_of(run: Path, config: PolicyConfig) -> Path:
+def judge_of(run: Path, settings: PolicySettings) -> Path:
     """A run's own judge: its last one, or for scalar rewards its discriminative model."""
-    if config.reward != "scalar":
+    if settings.reward != "scalar":
         return run / read_json(run / "results.json")["model"]
     found = next(run.glob("steps/*-discriminative/model"), None)
     if found is None:
@@ -85,25 +85,25 @@ def judge_of(run: Path, config: PolicyConfig) -> Path:
     return found
 
 
-def make_judge(recipe, config: PolicyConfig, world: Path, backbone: Path, out: Path, here) -> Path:
+def make_judge(recipe, settings: PolicySettings, world: Path, backbone: Path, out: Path, ranks) -> Path:
     """Where no run has finished: a judge from the toy's few annotated pairs, which knows few prices."""
-    kind, pairs = ("discriminative", "labelled") if config.reward == "scalar" else ("reward", "human")
-    if here.first:
+    kind, pairs = ("discriminative", "labelled") if settings.reward == "scalar" else ("reward", "human")
+    if ranks.is_first:
         fit.say([f"no finished run in runs/: a judge is trained on {pairs}.jsonl; selftrain.py makes better"])
-    same = {name: getattr(config, name) for name in ("seed", "device", "threads")}
-    settings, place = resolve(TrainConfig, recipe, ["train", f"train.{kind}"], same), f"{out.name}-judge"
+    same = {name: getattr(settings, name) for name in ("seed", "device", "threads")}
+    settings, place = resolve(TrainSettings, recipe, ["train", f"train.{kind}"], same), f"{out.name}-judge"
     fit.train(kind, settings, [world / f"{pairs}.jsonl"], backbone, out.with_name(place))
     return out.with_name(place) / "model"
 
 
-def imitate(world: Path, backbone: Path, out: Path, here: parallel.World, config: TrainConfig) -> Path:
+def imitate(world: Path, backbone: Path, out: Path, ranks: parallel.Ranks, settings: TrainSettings) -> Path:
     """A policy that answers as both of the toy's clerks do, right or wrong alike; -> its directory."""
     pairs, lists = Store(world / "unlabelled.jsonl", Pair.from_json), out / "lists.jsonl"
     some = [pairs[i] for i in range(min(IMITATED, len(pairs)))]
     both = [(pair.question, each) for pair in some for each in (pair.response_a, pair.response_b)]
     # The toy's tokenizer knows a word by the blank before it.
     rows = ({"question": question, "response": f" {each}"} for question, each in both)
-    here.on_first(lambda: write_rows(lists, rows))
-    same = {name: getattr(config, name) for name in ("seed", "device", "threads")}
-    fit.train("pretrain", TrainConfig(**IMITATION, **same), [lists], backbone, out)
+    ranks.on_rank_0(lambda: write_rows(lists, rows))
+    same = {name: getattr(settings, name) for name in ("seed", "device", "threads")}
+    fit.train("pretrain", TrainSettings(**IMITATION, **same), [lists], backbone, out)
     return out / "model"

@@ -31,14 +31,13 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from gramr2 import denoise
-from gramr2.config import SelfTrainConfig
 from gramr2.extras.evaluate import accuracy_row, score_leanings
-from gramr2.files import InputError, Parser, exit_status, publish_file, read_json, steps_of
+from gramr2.files import InputError, JsonRow, Parser, exit_status, publish_file, read_json, steps_of
 from gramr2.records import OTHER, UNDECIDED, Judgment, Pair, show
+from gramr2.settings import SelfTrainSettings
 
 EXAMPLES = 200  # pairs in a report
 STAGES = ("judged", "agreed", "confident", "well-formed", "kept")
-Row = dict[str, Any]
 
 # ---------------------------------------------------------------------------------- what a run left
 
@@ -58,13 +57,13 @@ class Run:
         judged = range(1, self.settings["iters"] + 1)
         self.rounds = [number for number in judged if f"round-{number}-predict" in self.steps]
 
-    def rows(self, step: str, name: str) -> Iterator[Row]:
+    def rows(self, step: str, name: str) -> Iterator[JsonRow]:
         """The rows of a file that a finished step left; none where there is none."""
         if step in self.steps and (self.steps[step] / name).is_file():
             with (self.steps[step] / name).open(encoding="utf-8") as file:
                 yield from map(json.loads, file)
 
-    def done(self, step: str) -> Row:
+    def done(self, step: str) -> JsonRow:
         return read_json(self.steps[step] / "done.json") if step in self.steps else {"counts": {}}
 
     def stages(self, number: int) -> int:
@@ -132,7 +131,7 @@ class Strip(NamedTuple):
     dots: Sequence[tuple[float, float, float, str]] = ()  # value, the interval's ends, kind
 
 
-def accuracy(run: Run) -> Row:
+def accuracy(run: Run) -> JsonRow:
     """Accuracy on the held-out pairs, by model; from the tests' files where there are no results yet."""
     tests = [step for step in run.steps if step.startswith("test-")]
     known = run.results.get("rows")
@@ -148,7 +147,7 @@ def accuracy(run: Run) -> Row:
     return {"strips": strips, "domains": domains, "rows": cells}
 
 
-def funnel(run: Run, number: int, pairs: list[Judged]) -> Row:
+def funnel(run: Run, number: int, pairs: list[Judged]) -> JsonRow:
     """A round's stages and filters and, where the truth is known, how many labels are right."""
     strips, came, whole = [], run.stages(number), max(1, len(pairs))
     for stage, name in enumerate(STAGES[:came], 1):
@@ -197,7 +196,7 @@ def confidence(run: Run, pairs: Sequence[Judged]) -> dict[str, list[Strip]]:
     return {title: sureness(each) for title, each in known.items() if each}
 
 
-def proofs(run: Run) -> Row:
+def proofs(run: Run) -> JsonRow:
     """How equation 5 ranks the k proofs of a pair: the three pairs with the widest range of scores.
 
     Beside them: of how many pairs the likeliest proof is also the best one, and what the score leans to.
@@ -219,7 +218,7 @@ def proofs(run: Run) -> Row:
     return {"way": way, "pairs": pairs, "same": same, "shown": shown, "leanings": score_leanings(kept)}
 
 
-def ranking(way: str, step: str, row: Row, ranked: list[Row]) -> Row:
+def ranking(way: str, step: str, row: JsonRow, ranked: list[JsonRow]) -> JsonRow:
     """One pair's k proofs, best first, from the worst score to 0; by another score, to the best."""
     best, worst = 0 if way == "equation-5" else ranked[0]["score"], ranked[-1]["score"]
     strips = []
@@ -261,12 +260,12 @@ def examples(run: Run, wanted: dict[tuple[int, str], Judged]) -> Iterator[tuple]
                 yield found, row["votes"], *as_filtered(run, row), proved.get(row["id"])
 
 
-def as_filtered(run: Run, row: Row) -> tuple[Pair, Judgment]:
+def as_filtered(run: Run, row: JsonRow) -> tuple[Pair, Judgment]:
     """A judged row as the label filters read it: an incoherent vote is none."""
-    from gramr2.extras.toyworld import own_rules
+    from gramr2.extras.toyworld import world_rules
 
-    pair, settings = Pair.from_json(row["pair"]), SelfTrainConfig(without=tuple(run.settings["without"]))
-    rules = denoise.COHERENCE | own_rules(run.settings)
+    pair, settings = Pair.from_json(row["pair"]), SelfTrainSettings(without=tuple(run.settings["without"]))
+    rules = denoise.COHERENCE | world_rules(run.settings)
     return pair, denoise.only_coherent(pair, Judgment.from_row(row), rules, settings)
 
 

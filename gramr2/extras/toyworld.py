@@ -34,10 +34,10 @@ from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from gramr2.config import resolve, setting
 from gramr2.files import InputError, read_json, write_json, write_rows
 from gramr2.prompts import judge_prompt, label_target, parse_rationale, proof_from_rationale
 from gramr2.records import Pair, mark, show
+from gramr2.settings import resolve, setting
 
 Prices = dict[str, int]
 Goods = tuple[str, ...]
@@ -63,7 +63,7 @@ WORDS += ("price", "Prices", " Prices", " of", ":", ",", ".", "?", *(f" {digit}"
 
 
 @dataclass(frozen=True)
-class WorldConfig:
+class WorldSettings:
     """Sizes of the world and of its backbone."""
 
     goods: int = setting(160, "goods in the shop")
@@ -164,7 +164,7 @@ def coherent(pair: Pair, written: str, settings: object = None) -> str | None:
     return None if stated and pair.label in (None, better) else "the conclusion contradicts the count"
 
 
-def own_rules(settings: dict) -> dict:
+def world_rules(settings: dict) -> dict:
     """The rules that a run's plan asks for beside those of plain text."""
     return {"coherence": coherent} if settings["coherence"] == "the shop's" else {}
 
@@ -240,18 +240,18 @@ def write_untrained(directory: Path, seed: int = 0, **sizes: int) -> None:
     from gramr2.model import Decoder, ModelConfig
     from gramr2.tokenizer import Tokenizer
 
-    config = resolve(WorldConfig, None, [], sizes)
-    names, rng = good_names(config.goods), random.Random(f"fragments {seed}")
-    write_rows(directory / "pretrain.jsonl", _fragments(names, config.asked, config.pretrain, rng))
+    settings = resolve(WorldSettings, None, [], sizes)
+    names, rng = good_names(settings.goods), random.Random(f"fragments {seed}")
+    write_rows(directory / "pretrain.jsonl", _fragments(names, settings.asked, settings.pretrain, rng))
     tokenizer = Tokenizer(tokenizer_files(names), str(directory / "backbone_init"))
     shape = ModelConfig(
         vocab_size=-(-tokenizer.size // 16) * 16,
-        hidden_size=config.hidden_size,
-        intermediate_size=2 * config.hidden_size,
-        num_layers=config.layers,
-        num_heads=config.heads,
-        num_kv_heads=config.heads,
-        head_size=config.hidden_size // config.heads,
+        hidden_size=settings.hidden_size,
+        intermediate_size=2 * settings.hidden_size,
+        num_layers=settings.layers,
+        num_heads=settings.heads,
+        num_kv_heads=settings.heads,
+        head_size=settings.hidden_size // settings.heads,
         max_positions=512,
         tie_embeddings=False,
         qk_norm=True,
@@ -266,28 +266,28 @@ def write_untrained(directory: Path, seed: int = 0, **sizes: int) -> None:
 
 def make_world(directory: Path, seed: int = 0, **sizes: int) -> Path:
     """Writes the world, or finds it written; the same seed and sizes give the same bytes."""
-    config = resolve(WorldConfig, None, [], sizes)
-    directory, said = Path(directory), {"seed": seed, **vars(config)}
+    settings = resolve(WorldSettings, None, [], sizes)
+    directory, said = Path(directory), {"seed": seed, **vars(settings)}
     about = directory / "world.json"
     if about.is_file():
         if read_json(about) != said:
             raise InputError(f"{about}: a world of another seed or size; name another directory")
         return directory
-    names, rng = good_names(config.goods), random.Random(f"shop {seed}")
+    names, rng = good_names(settings.goods), random.Random(f"shop {seed}")
     prices = prices_of(seed, names)
-    counts = [getattr(config, split) for split in SPLITS]
-    if 3 * sum(counts) > 2 * math.comb(len(names), config.asked):
+    counts = [getattr(settings, split) for split in SPLITS]
+    if 3 * sum(counts) > 2 * math.comb(len(names), settings.asked):
         raise InputError(f"world: {len(names)} goods give too few questions for {sum(counts)} pairs")
-    sets = _distinct_sets(names, config.asked, rng)
+    sets = _distinct_sets(names, settings.asked, rng)
     for split, count in zip(SPLITS, counts, strict=True):
-        told = set(names[: config.settled] if split in ("human", "labelled") else names)
+        told = set(names[: settings.settled] if split in ("human", "labelled") else names)
         asked = (goods for goods in sets if told & set(goods))
         pairs = [make_pair(goods, prices, rng, split, told) for goods in itertools.islice(asked, count)]
         if split == "unlabelled":
             write_rows(directory / "truth.jsonl", ({"id": pair.id, "label": pair.label} for pair in pairs))
             pairs = [Pair.from_json({**pair.to_json(), "label": None}) for pair in pairs]
         write_rows(directory / f"{split}.jsonl", (pair.to_json() for pair in pairs))
-    if is_shipped(config):
+    if is_shipped(settings):
         shutil.copytree(SHIPPED, directory / "backbone" / "model", dirs_exist_ok=True)
     else:
         write_untrained(directory, seed, **sizes)
@@ -295,13 +295,13 @@ def make_world(directory: Path, seed: int = 0, **sizes: int) -> Path:
     return directory
 
 
-def is_shipped(config: WorldConfig) -> bool:
+def is_shipped(settings: WorldSettings) -> bool:
     """Whether the shipped backbone knows this world's words and has its shape."""
     about = read_json(SHIPPED / "config.json")
     shape = (about["hidden_size"], about["num_hidden_layers"], about["num_attention_heads"])
-    words = tokenizer_files(good_names(config.goods))["tokenizer.json"]
+    words = tokenizer_files(good_names(settings.goods))["tokenizer.json"]
     same = words == (SHIPPED / "tokenizer.json").read_bytes()
-    return same and shape == (config.hidden_size, config.layers, config.heads)
+    return same and shape == (settings.hidden_size, settings.layers, settings.heads)
 
 
 def _distinct_sets(names: list[str], size: int, rng: random.Random) -> Iterator[Goods]:

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from gramr2.config import (
+from gramr2.files import InputError
+from gramr2.settings import (
     STAGES,
-    PolicyConfig,
+    PolicySettings,
     Sources,
-    TrainConfig,
+    TrainSettings,
     add_flags,
     given,
     read_recipe,
     resolve,
     setting,
 )
-from gramr2.files import InputError
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 
@@ -87,18 +87,18 @@ def test_what_is_not_known_is_refused_by_name(tmp_path, text, message):
 )
 def test_values_out_of_range_name_their_field(field, value):
     with pytest.raises(InputError, match=f"^{field}: "):
-        TrainConfig(**{field: value})
+        TrainSettings(**{field: value})
 
 
 def test_a_budget_below_the_longest_example_is_refused():
     with pytest.raises(InputError, match="token_budget: 100 is less than max_length 200"):
-        TrainConfig(max_length=200, token_budget=100)
+        TrainSettings(max_length=200, token_budget=100)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_resolves_for_every_stage(path):
     """A recipe that is refused, or a field that was renamed under it, is found here and not on a node."""
     for stage in (*STAGES, "finetune"):
-        resolve(TrainConfig, path, ["train", f"train.{stage}"], {})
-    resolve(PolicyConfig, path, ["train", "train.policy"], {})
+        resolve(TrainSettings, path, ["train", f"train.{stage}"], {})
+    resolve(PolicySettings, path, ["train", "train.policy"], {})
     resolve(Sources, path, ["models", "data"], {})

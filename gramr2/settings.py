@@ -41,7 +41,7 @@ def setting(default: Any, text: str) -> Any:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainSettings:
     """One training stage. The objective is the stage's; what is here holds for all, or names its stage."""
 
     batch_size: int = setting(16, "examples per optimizer step, over all ranks together")
@@ -96,7 +96,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class PolicyConfig(TrainConfig):
+class PolicySettings(TrainSettings):
     """The stage policy: a training stage whose examples the model draws itself. batch_size counts rollouts.
 
     Its fields stand in [train.policy] beside those of every stage.
@@ -138,7 +138,7 @@ class Sources:
 
 
 @dataclass(frozen=True)
-class SelfTrainConfig:
+class SelfTrainSettings:
     """The loop around training. The paper publishes rounds, pool and test votes, and no other number."""
 
     iters: int = setting(3, "rounds of self-training")
@@ -172,7 +172,7 @@ class SelfTrainConfig:
         _require(self, ("select_by",), SCORES.__contains__, f"must be one of {', '.join(SCORES)}")
         _require(self, ("without",), set(FILTERS).issuperset, f"must be of {', '.join(FILTERS)}")
 
-    def for_round(self, number: int) -> SelfTrainConfig:
+    def for_round(self, number: int) -> SelfTrainSettings:
         """These settings with the round's own confidence (rounds count from 1); the last holds on."""
         own = self.confidence[min(number, len(self.confidence)) - 1]
         return dataclasses.replace(self, confidence=(own,))
