@@ -34,9 +34,9 @@ from toy import Seed, mean_with_interval
 
 from gramr2.data import Store
 from gramr2.extras import toyworld
-from gramr2.files import write_rows
+from gramr2.files import read_rows, write_rows
 from gramr2.records import Pair
-from gramr2.steps import Run, read_rows
+from gramr2.steps import Run
 
 AMOUNTS = (30, 60, 120, 240, 480)
 FAMILIES = "new prices", "five goods"
@@ -50,7 +50,7 @@ Figures = dict[str, np.ndarray]  # row → whether each held-out pair was judged
 
 
 class Bench:
-    """A seed's extra steps, in books of their own beside the arms of toy.py."""
+    """A seed's extra steps, in a directory of their own beside the arms of toy.py."""
 
     def __init__(self, seed: Seed, part: str, **changes: Any):
         self.seed, self.run = seed, seed.open(part, Run, changes)
@@ -59,18 +59,19 @@ class Bench:
     def model(self, step: str) -> Path:
         return self.seed.step(step) / "model"
 
-    def train(self, name: str, kind: str, data: Sequence[Path], start: Path, **changes: Any) -> Path:
+    def train(self, name: str, stage: str, data: Sequence[Path], start: Path, **changes: Any) -> Path:
         """A training step under the seed's settings with some of them changed."""
-        trains = self.run.trains | {kind: replace(self.run.trains[kind], **changes)}
-        return Run(self.run.books, self.run.settings, trains, {}).train(name, kind, data, start)
+        trainings = self.run.trainings | {stage: replace(self.run.trainings[stage], **changes)}
+        return Run(self.run.directory, self.run.settings, trainings, {}).train(name, stage, data, start)
 
     def hits(self, name: str, model: Path, pairs: Path) -> np.ndarray:
         return toy.right(self.run.judge(f"test-{name}", model, pairs, 1))
 
     def write(self, name: str, rows: Iterator[dict[str, Any]]) -> Path:
-        path = self.run.books.place(name) / "pairs.jsonl"
-        self.run.books.step(name, lambda place: {"file": write_rows(place / path.name, rows).name})
-        return path
+        with self.run.directory.step(name) as step:
+            if step.to_do:
+                step.close({"file": write_rows(step.path / "pairs.jsonl", rows).name})
+        return step.path / "pairs.jsonl"
 
     @property
     def synthesized(self) -> list[Path]:
@@ -80,7 +81,7 @@ class Bench:
 
     def gram(self) -> Path:
         """GRAM (arXiv 2506.14175): responses of unlabelled pairs, then the labels with smoothing."""
-        judge = self.run.trains["reward"]
+        judge = self.run.trainings["reward"]
         data = self.seed.step("data")
         batches = [data / f"unlabelled-{n + 1}.jsonl" for n in range(self.run.settings.iters)]
         responses = self.write(

@@ -33,12 +33,16 @@ import torch
 import selftrain
 from gramr2 import parallel
 from gramr2.data import Store
+from gramr2.denoise import FILTERS
 from gramr2.extras.evaluate import is_right
+from gramr2.extras.results import Results
+from gramr2.extras.toy_start import toy_inputs
 from gramr2.extras.toyworld import coherent
-from gramr2.files import read_json, steps_of, write_json, write_rows
+from gramr2.files import read_json, read_rows, write_json, write_rows
 from gramr2.records import Pair
-from gramr2.settings import FILTERS, SelfTrainSettings, TrainSettings, read_recipe
-from gramr2.steps import Books, NothingKept, Run, StoppedAsAsked, read_rows
+from gramr2.run_directory import RunDirectory, StoppedAsAsked, step_paths
+from gramr2.settings import SelfTrainSettings, TrainSettings, check_names, read_recipe
+from gramr2.steps import NothingKept, Run
 
 RUNS = Path("runs/toy-seeds")
 RESAMPLES = 2000
@@ -57,14 +61,13 @@ class OwnRationales(Run):
         if not name.startswith("round"):
             return super().prove(name, prover, pairs)
 
-        def work(place: Path) -> dict[str, Any]:
-            said = {row["id"]: row for row in read_rows(self.judged)}
-            rows = [self._own(pair, said[pair.id]) for pair in Store(pairs, Pair.from_json)]
-            write_rows(place / "proofs.jsonl", rows)
-            return {"pairs": len(rows), "proved": sum(bool(row["rationale"]) for row in rows)}
-
-        self.books.step(name, work)
-        return self.books.place(name) / "proofs.jsonl"
+        with self.directory.step(name) as step:
+            if step.to_do:
+                judged = {row["id"]: row for row in read_rows(self.judged)}
+                rows = [self._own(pair, judged[pair.id]) for pair in Store(pairs, Pair.from_json)]
+                write_rows(step.path / "proofs.jsonl", rows)
+                step.close({"pairs": len(rows), "proved": sum(bool(row["rationale"]) for row in rows)})
+        return step.path / "proofs.jsonl"
 
     def _own(self, pair: Pair, row: dict[str, Any]) -> dict[str, Any]:
         """The judgment's rationale belongs to the order that the pair was judged in."""
@@ -81,18 +84,17 @@ class ShuffledRationales(Run):
     def filter_rationales(self, name: str, proofs: Path, *more) -> Path:
         kept = super().filter_rationales(name, proofs, *more)
 
-        def work(place: Path) -> dict[str, Any]:
-            pairs = list(Store(kept, Pair.from_json))
-            for label in "AB":
-                members = [i for i, pair in enumerate(pairs) if pair.label == label]
-                texts = [pairs[i].rationale for i in members]
-                for i, text in zip(members, texts[1:] + texts[:1], strict=True):
-                    pairs[i] = replace(pairs[i], rationale=text)
-            write_rows(place / "kept.jsonl", (pair.to_json() for pair in pairs))
-            return {"pairs": len(pairs)}
-
-        self.books.step(f"{name}-shuffled", work)
-        return self.books.place(f"{name}-shuffled") / "kept.jsonl"
+        with self.directory.step(f"{name}-shuffled") as step:
+            if step.to_do:
+                pairs = list(Store(kept, Pair.from_json))
+                for label in "AB":
+                    members = [i for i, pair in enumerate(pairs) if pair.label == label]
+                    texts = [pairs[i].rationale for i in members]
+                    for i, text in zip(members, texts[1:] + texts[:1], strict=True):
+                        pairs[i] = replace(pairs[i], rationale=text)
+                write_rows(step.path / "kept.jsonl", (pair.to_json() for pair in pairs))
+                step.close({"pairs": len(pairs)})
+        return step.path / "kept.jsonl"
 
 
 class Continued(Run):
@@ -100,10 +102,10 @@ class Continued(Run):
 
     last: Path | None = None
 
-    def train(self, name: str, kind: str, data: Sequence[Path], start: Path, *more) -> Path:
-        begin = self.last if kind == "reward" and self.last else start
-        model = super().train(name, kind, data, begin, *more)
-        self.last = model if kind == "reward" else self.last
+    def train(self, name: str, stage: str, data: Sequence[Path], start: Path, *more) -> Path:
+        begin = self.last if stage == "reward" and self.last else start
+        model = super().train(name, stage, data, begin, *more)
+        self.last = model if stage == "reward" else self.last
         return model
 
 
@@ -159,27 +161,29 @@ class Seed:
         return selftrain.resolved(self.recipe, {"seed": self.number})
 
     def open(self, arm: str, kind: type[Run], changes: dict[str, Any], until: str | None = None) -> Run:
-        settings, trains = self.settings()
+        settings, trainings = self.settings()
         settings = replace(settings, **changes)
-        plan = {"arm": arm, **asdict(settings)} | {name: asdict(each) for name, each in trains.items()}
-        torch.set_num_threads(trains["reward"].threads)
+        check_names(settings, selftrain.REGISTRIES)
+        plan = {"arm": arm, **asdict(settings)} | {name: asdict(each) for name, each in trainings.items()}
+        torch.set_num_threads(trainings["reward"].threads)
         ranks = parallel.Ranks(0, 1, torch.device("cpu"))
-        books = Books(self.place / _slug(arm), plan, [], ranks, until)
+        directory = RunDirectory(self.place / _slug(arm), plan, [], ranks, until)
         print(f"seed {self.number}, {arm}", file=sys.stderr)
-        return kind(books, settings, trains, {"coherence": coherent})
+        return kind(directory, settings, trainings, {"coherence": coherent})
 
     def loop(self, arm: str, loop: Loop) -> None:
         """The loop of selftrain.py under other settings, with the steps that it shares linked in."""
         run = self.open(arm, loop.run, loop.changes or {}, loop.until)
-        for name, step in steps_of(self.place / "main").items():
-            there = run.books.root / "steps" / step.name
+        for name, step in step_paths(self.place / "main").items():
+            there = run.directory.root / "steps" / step.name
             if not there.exists():
                 shutil.copytree(step, there, copy_function=os.link)
             if name == loop.shares:
                 break
         try:
-            world = selftrain.toy_world(run.books, read_recipe(self.recipe), run.settings, run.trains)
-            selftrain.self_train(run, world, selftrain.Table(run, world))
+            world, pretraining = read_recipe(self.recipe)["world"], run.trainings["pretrain"]
+            inputs = toy_inputs(run.directory, world, run.settings, pretraining)
+            selftrain.self_train(run, inputs, Results(run, inputs))
         except StoppedAsAsked:
             pass
         except NothingKept as reason:
@@ -191,15 +195,13 @@ class Seed:
         human, labelled, test = (main("data") / f"{name}.jsonl" for name in ("human", "labelled", "test"))
         truth = {row["id"]: row["label"] for row in read_rows(main("world") / "truth.jsonl")}
 
-        def reveal(place: Path) -> dict[str, Any]:
-            batches = [main("data") / f"unlabelled-{n + 1}.jsonl" for n in range(run.settings.iters)]
-            pairs = [pair for batch in batches for pair in Store(batch, Pair.from_json)]
-            revealed = (replace(pair, label=truth[pair.id]).to_json() for pair in pairs)
-            write_rows(place / "pairs.jsonl", revealed)
-            return {"pairs": len(pairs)}
-
-        run.books.step("true-labels", reveal)
-        true = run.books.place("true-labels") / "pairs.jsonl"
+        with run.directory.step("true-labels") as step:
+            true = step.path / "pairs.jsonl"
+            if step.to_do:
+                batches = [main("data") / f"unlabelled-{n + 1}.jsonl" for n in range(run.settings.iters)]
+                pairs = [pair for batch in batches for pair in Store(batch, Pair.from_json)]
+                write_rows(true, (replace(pair, label=truth[pair.id]).to_json() for pair in pairs))
+                step.close({"pairs": len(pairs)})
         proofs = run.prove("true-prove", main("prover") / "model", true)
         kept = run.filter_rationales("true-rationales", proofs)
         known = main("filter-labelled") / "kept.jsonl"
@@ -234,7 +236,7 @@ class Seed:
     def step(self, name: str, arm: str = "main") -> Path:
         """A step's directory in an arm, by the step's name."""
         run = self.place / _slug(arm)
-        return steps_of(run).get(name, run / "steps" / f"00-{name}")
+        return step_paths(run).get(name, run / "steps" / f"00-{name}")
 
 
 def _slug(name: str) -> str:
@@ -352,11 +354,11 @@ def differences(
 def collect(seeds: Sequence[Seed]) -> dict[str, Any]:
     rows = (*MAIN, *LENGTHS, *LOOPS, *SINGLES)
     found = {row: hits_by_seed(seeds, row) for row in rows}
-    settings, trains = seeds[0].settings()
+    settings, trainings = seeds[0].settings()
     torch.set_num_threads(trains["reward"].threads)  # which the result's environment names
     results = [read_json(path) for s in seeds if (path := s.place / "main/results.json").is_file()]
     return {
-        "settings": {"self-training": asdict(settings), "judge": asdict(trains["reward"])},
+        "settings": {"self-training": asdict(settings), "judge": asdict(trainings["reward"])},
         "seeds": sorted({seed for values in found.values() for seed in values}),
         "accuracy": {
             row: mean_with_interval(list(values.values()))

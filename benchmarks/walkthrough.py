@@ -22,10 +22,10 @@ from pathlib import Path
 
 import common
 
-import selftrain
-from gramr2 import denoise, fit, parallel, prompts, prover, sampler, steps
+from gramr2 import denoise, fit, inputs, parallel, prompts, prover, sampler, steps
 from gramr2.extras import toyworld
-from gramr2.extras.report import Judged, Run, as_filtered, read_round
+from gramr2.extras.report import as_filtered
+from gramr2.extras.results import JudgedPair, RunReader, read_round
 from gramr2.files import InputError, exit_status, publish_file
 from gramr2.judge import RewardModel
 from gramr2.records import Judgment, Pair, Proof, Vote
@@ -83,7 +83,7 @@ def some_ids(ids: Sequence[int]) -> str:
 class Walk:
     """A pair in a round of a run. Each method is a section of the page."""
 
-    def __init__(self, run: Run, found: Judged):
+    def __init__(self, run: RunReader, found: JudgedPair):
         self.run, self.found, self.name = run, found, f"round-{found.round}-"
         known = {field.name for field in dataclasses.fields(SelfTrainSettings)}
         given = {key: value for key, value in run.settings.items() if key in known}
@@ -127,7 +127,14 @@ class Walk:
 
     def question(self) -> Iterator[str]:
         batch = f"unlabelled-{self.found.round}.jsonl"
-        yield self.section("1. A question and two responses", "data", batch, selftrain.deal, Pair.from_json)
+        yield self.section(
+            "1. A question and two responses",
+            "data",
+            batch,
+            inputs.split_pairs,
+            inputs.deal_rounds,
+            Pair.from_json,
+        )
         yield f"The pair has no label. It was dealt to round {self.found.round}, and to no other."
         yield row_block(self.row("data", batch))
         if self.found.truth:
@@ -358,7 +365,7 @@ class Walk:
 # ---------------------------------------------------------------------------------- the command
 
 
-def choose(run: Run, wanted: str | None) -> Judged:
+def choose(run: RunReader, wanted: str | None) -> JudgedPair:
     """The pair that was asked for; or a kept one, rightly labelled, on which the votes differ,
     if there is one.
     """
@@ -382,7 +389,7 @@ def choose(run: Run, wanted: str | None) -> Judged:
 
 
 def write(root: Path, wanted: str | None, out: Path) -> None:
-    run = Run(root)
+    run = RunReader(root)
     walk = Walk(run, choose(run, wanted))
     command = f"python benchmarks/walkthrough.py runs/{root.resolve().name}" + (
         f" --pair {wanted}" if wanted else ""

@@ -20,7 +20,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,11 +128,25 @@ def write_json(path: str | Path, value: Any) -> None:
         temporary.write_text(f"{text}\n", encoding="utf-8")
 
 
-def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> Path:
-    """Publishes a JSONL file."""
+@contextlib.contextmanager
+def publish_rows(path: str | Path) -> Iterator[Callable[[JsonRow], None]]:
+    """Yields a function that writes a row; on a clean exit the rows are the JSONL file `path`."""
     with publish_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        yield lambda row: print(json.dumps(row, ensure_ascii=False), file=file)
+
+
+def write_rows(path: str | Path, rows: Iterable[JsonRow]) -> Path:
+    """Publishes a JSONL file."""
+    with publish_rows(path) as write:
+        for row in rows:
+            write(row)
     return Path(path)
+
+
+def read_rows(path: str | Path) -> Iterator[JsonRow]:
+    """The rows of a JSONL file that this project published."""
+    with Path(path).open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
 
 
 def digest(path: str | Path) -> str:
@@ -158,18 +172,6 @@ def read_json(path: str | Path) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or deep nesting, too
         raise InputError(f"{path}: not JSON ({error})") from None
-
-
-def finished_runs() -> list[Path]:
-    """The self-training runs under runs/ here that have results, the one that finished last first."""
-    results = sorted(Path("runs").glob("*/results.json"), key=lambda path: -path.stat().st_mtime)
-    return [path.parent for path in results]
-
-
-def steps_of(run: Path) -> dict[str, Path]:
-    """A self-training run's step directories by name, in the order of their numbers."""
-    places = sorted((run / "steps").glob("*-*"), key=lambda place: int(place.name.partition("-")[0]))
-    return {place.name.partition("-")[2]: place for place in places}
 
 
 @contextlib.contextmanager

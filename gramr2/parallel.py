@@ -78,17 +78,24 @@ class Ranks:
             dist.all_gather_object(values, value, group=self.object_group)
         return values
 
+    @contextlib.contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """What fails in the block on one rank fails on all of them, once each is through with it."""
+        error = None
+        try:
+            yield
+        except (InputError, OSError) as met:
+            error = met
+        for each in self.all_gather(error):
+            if each is not None:
+                raise each
+
     def on_all_ranks(self, work: Callable[[], Any]) -> list[Any]:
         """What `work` returns on each rank; where it fails on one of them, it fails on all of them alike."""
-        try:
-            outcome = work(), None
-        except (InputError, OSError) as error:
-            outcome = None, error
-        outcomes = self.all_gather(outcome)
-        for _, error in outcomes:
-            if error is not None:
-                raise error
-        return [result for result, _ in outcomes]
+        result = None
+        with self.agreeing():
+            result = work()
+        return self.all_gather(result)
 
     def on_rank_0(self, work: Callable[[], Any]) -> Any:
         """What `work` returns on the first rank, which alone does it; the others wait, and are told."""

@@ -127,9 +127,9 @@ def watch_publications(job: dict) -> None:
 
 
 def watch_shards(die) -> None:
-    from gramr2 import steps
+    from gramr2 import run_directory
 
-    original, taken = steps.claim, 0
+    original, taken = run_directory.claim, 0
 
     def claim(shard):
         nonlocal taken
@@ -139,18 +139,18 @@ def watch_shards(die) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return mine
 
-    steps.claim = claim
+    run_directory.claim = claim
 
 
 def child(job: dict, rank: int) -> int:
     import selftrain
-    from gramr2 import steps
+    from gramr2 import run_directory
     from gramr2.files import exit_status
 
     os.chdir(job["cwd"])
     for descriptor in (1, 2):
         os.dup2(os.open(f"log.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), descriptor)
-    steps.PAIRS_PER_CALL = job.get("shard", steps.PAIRS_PER_CALL)
+    run_directory.PAIRS_PER_CALL = job.get("shard", run_directory.PAIRS_PER_CALL)
     if rank == 0:
         watch_publications(job)
     if job.get("die", [None])[0] == rank:
@@ -174,12 +174,7 @@ def run(job: dict) -> dict:
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     # A training step imports the first late, and a run the others: in every fork anew if they are not here.
-    late = [
-        "torch._dynamo",
-        "gramr2.steps",
-        *(f"gramr2.extras.{x}" for x in ("evaluate", "report", "toyworld")),
-    ]
-    for module in [*late, "selftrain"]:
+    for module in ["torch._dynamo", "gramr2.steps", "gramr2.extras.toy_start", "selftrain"]:
         importlib.import_module(module)
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from gramr2.extras import report
+from gramr2.extras.results import RunReader, read_round
 from gramr2.files import write_json, write_rows
 from gramr2.records import Judgment, Pair, Proof, Vote, mark
 
@@ -124,9 +125,8 @@ def make_run(root: Path, until: str = "end", truth: bool = True) -> Path:
 
 
 def funnel(root: Path):
-    run = report.Run(root)
-    truth = {row["id"]: row["label"] for row in run.rows("world", "truth.jsonl")}
-    return report.funnel(run, 1, report.read_round(run, 1, truth))
+    run = RunReader(root)
+    return report.funnel(run, 1, read_round(run, 1, run.truth()))
 
 
 def test_the_funnel_follows_every_pair_to_what_stopped_it(tmp_path):
@@ -143,8 +143,8 @@ def test_the_funnel_follows_every_pair_to_what_stopped_it(tmp_path):
 
 def test_examples_come_from_every_outcome(tmp_path, monkeypatch):
     """A rare outcome must not be crowded out by a common one."""
-    run = report.Run(make_run(tmp_path))
-    pairs = report.read_round(run, 1, {})
+    run = RunReader(make_run(tmp_path))
+    pairs = read_round(run, 1, {})
     many = [replace(pair, id=f"{pair.id} {n}") for n in range(50) for pair in pairs if pair.id == "good"]
     monkeypatch.setattr(report, "EXAMPLES", 10)
     chosen = report.pick([*many, *pairs])
@@ -154,7 +154,7 @@ def test_examples_come_from_every_outcome(tmp_path, monkeypatch):
 
 def test_proofs_are_ranked_by_their_score(tmp_path):
     """The best proof stands first and at the right; what is not eligible has no place on the scale."""
-    (first, *_) = report.proofs(report.Run(make_run(tmp_path)))["shown"]
+    (first, *_) = report.proofs(RunReader(make_run(tmp_path)))["shown"]
     names = [(strip.name, len(strip.dots)) for strip in first["strips"]]
     assert names == [("proof 1, chosen", 1), ("proof 2", 1), ("proof 3", 0)]
     assert [text for _, text in first["texts"]][:2] == ["proof of -0.01", "proof of -0.02"]

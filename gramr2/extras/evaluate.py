@@ -65,17 +65,6 @@ def by_domain(rows: Iterable[JsonRow], right: Callable[[JsonRow], bool]) -> dict
     return found
 
 
-# ---------------------------------------------------------------------------------- results.json
-
-
-def accuracy_row(name: str, judged: Iterable[JsonRow]) -> JsonRow:
-    """One row of results.json: accuracy in per cent over pairs that have a label, and by domain."""
-    correct = by_domain(judged, is_right)
-    every = average(name, [list(chain(*correct.values()))])
-    domains = {domain: round(100 * fmean(hits), 2) for domain, hits in sorted(correct.items())}
-    return {"name": name, "accuracy": every.pop("value"), **every, "by_domain": domains}
-
-
 # ---------------------------------------------------------------------------------- what a score rewards
 
 

@@ -19,105 +19,25 @@ from __future__ import annotations
 import base64
 import hashlib
 import heapq
-import json
 import math
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from gramr2 import denoise
-from gramr2.extras.evaluate import accuracy_row, score_leanings
-from gramr2.files import InputError, JsonRow, Parser, exit_status, publish_file, read_json, steps_of
-from gramr2.records import OTHER, UNDECIDED, Judgment, Pair, show
+from gramr2.extras.evaluate import score_leanings
+from gramr2.extras.results import FUNNEL, JudgedPair, RunReader, accuracy_row, read_round
+from gramr2.extras.toyworld import world_rules
+from gramr2.files import JsonRow, Parser, exit_status, publish_file
+from gramr2.records import UNDECIDED, Judgment, Pair, show
 from gramr2.settings import SelfTrainSettings
 
 EXAMPLES = 200  # pairs in a report
-STAGES = ("judged", "agreed", "confident", "well-formed", "kept")
-
-# ---------------------------------------------------------------------------------- what a run left
-
-
-class Run:
-    """A run's directory: its settings, its results if it has any, and its finished steps by name."""
-
-    def __init__(self, root: str | Path):
-        self.root = Path(root)
-        if not (self.root / "plan.json").is_file():
-            raise InputError(f"{root}: holds no plan.json; give the directory of a run, such as runs/toy")
-        self.settings = read_json(self.root / "plan.json")["settings"]
-        finished = (self.root / "results.json").is_file()
-        self.results = read_json(self.root / "results.json") if finished else {}
-        places = steps_of(self.root).items()
-        self.steps = {name: place for name, place in places if (place / "done.json").exists()}
-        judged = range(1, self.settings["iters"] + 1)
-        self.rounds = [number for number in judged if f"round-{number}-predict" in self.steps]
-
-    def rows(self, step: str, name: str) -> Iterator[JsonRow]:
-        """The rows of a file that a finished step left; none where there is none."""
-        if step in self.steps and (self.steps[step] / name).is_file():
-            with (self.steps[step] / name).open(encoding="utf-8") as file:
-                yield from map(json.loads, file)
-
-    def done(self, step: str) -> JsonRow:
-        return read_json(self.steps[step] / "done.json") if step in self.steps else {"counts": {}}
-
-    def stages(self, number: int) -> int:
-        """How many of the stages a round has behind it."""
-        passed = [f"round-{number}-{step}" in self.steps for step in ("labels", "rationales")]
-        return (1, 3, 5)[sum(passed)]
-
-
-@dataclass(slots=True)
-class Judged:
-    """One pair of a round: its pseudo-label in the given order, and how far it came."""
-
-    id: str
-    round: int
-    label: str | None
-    p_a: float | None  # None: it could not be judged
-    truth: str | None
-    reached: int  # of STAGES
-    why: str  # "kept", or "filter: reason"
-    turned: bool  # by the balancing of A and B, before it was proved
-
-    @property
-    def right(self) -> bool | None:
-        return None if None in (self.truth, self.label) else self.label == self.truth
-
-    @property
-    def outcome(self) -> str:
-        return self.why.partition(":")[0]
-
-
-def read_round(run: Run, number: int, truth: dict[str, str]) -> list[Judged]:
-    """Every pair of a round with what became of it: one pass over each file, and no text is kept."""
-    name, fates, labels, pairs = f"round-{number}-", {}, {}, []
-    for row in run.rows(name + "labels", "dropped.jsonl"):
-        first = row["reason"].startswith(("agreement", "no label", "not judged"))
-        fates[row["id"]] = (1 if first else 2, row["reason"])
-        if not first:
-            labels[row["id"]] = (row["label"], None)
-    for row in run.rows(name + "labels", "kept.jsonl"):
-        labels[row["id"]] = (row["label"], hash(row["response_a"]))
-    for row in run.rows(name + "rationales", "dropped.jsonl"):
-        malformed = row["reason"].startswith(("no eligible proof", "structure", "length"))
-        fates[row["id"]] = (3 if malformed else 4, row["reason"])
-    came = run.stages(number)
-    rest = came, {1: "not filtered yet", 3: "rationale not filtered yet", 5: "kept"}[came]
-    for row in run.rows(name + "predict", "judged.jsonl"):
-        # From the label filters on, a label is what they made of the votes, and the pair may stand turned.
-        label, first = labels.get(row["id"], (row.get("label"), None))
-        turned = first not in (None, hash(row["pair"]["response_a"]))
-        label, fate = OTHER[label] if turned else label, fates.get(row["id"], rest)
-        known = truth.get(row["id"])
-        pairs.append(Judged(row["id"], number, label, row.get("p_a"), known, *fate, turned))
-    return pairs
-
+SHOWN_AS = {"wellformed": "well-formed"}  # a stage of the funnel, in words
 
 # ---------------------------------------------------------------------------------- the figures
 
@@ -131,7 +51,7 @@ class Strip(NamedTuple):
     dots: Sequence[tuple[float, float, float, str]] = ()  # value, the interval's ends, kind
 
 
-def accuracy(run: Run) -> JsonRow:
+def accuracy(run: RunReader) -> JsonRow:
     """Accuracy on the held-out pairs, by model; from the tests' files where there are no results yet."""
     tests = [step for step in run.steps if step.startswith("test-")]
     known = run.results.get("rows")
@@ -147,16 +67,16 @@ def accuracy(run: Run) -> JsonRow:
     return {"strips": strips, "domains": domains, "rows": cells}
 
 
-def funnel(run: Run, number: int, pairs: list[Judged]) -> JsonRow:
+def funnel(run: RunReader, number: int, pairs: list[JudgedPair]) -> JsonRow:
     """A round's stages and filters and, where the truth is known, how many labels are right."""
-    strips, came, whole = [], run.stages(number), max(1, len(pairs))
-    for stage, name in enumerate(STAGES[:came], 1):
+    strips, came, whole = [], run.passed(number), max(1, len(pairs))
+    for stage, name in enumerate(FUNNEL[:came], 1):
         there = [pair for pair in pairs if pair.reached >= stage]
         hits = [pair.right for pair in there if pair.right is not None]
         good, end = 100 * sum(hits) / whole, 100 * len(there) / whole
         bars = [(0, good, "good"), (good, end, "bad")] if hits else [(0, end, "good")]
         truth = f" · {100 * fmean(hits):.1f}% right" if hits else ""
-        strips.append(Strip(name, f"{len(there):,} ({end:.1f}%){truth}", bars))
+        strips.append(Strip(SHOWN_AS.get(name, name), f"{len(there):,} ({end:.1f}%){truth}", bars))
     dropped = [pair for pair in pairs if pair.reached < came]
     first = Counter(pair.outcome for pair in dropped)
     wrong = Counter(pair.outcome for pair in dropped if pair.right is False)
@@ -164,7 +84,7 @@ def funnel(run: Run, number: int, pairs: list[Judged]) -> JsonRow:
     alone = {name: count for counts in steps for name, count in counts.get("alone", {}).items()}
     told = any(pair.truth for pair in pairs)
     rows = [(name, first[name], wrong[name] if told else None, alone.get(name)) for name in alone | first]
-    nothing = came == len(STAGES) and not any(pair.reached == came for pair in pairs)
+    nothing = came == len(FUNNEL) and not any(pair.reached == came for pair in pairs)
     return {"number": number, "strips": strips, "rows": rows, "nothing": nothing, "pairs": len(pairs)}
 
 
@@ -185,7 +105,7 @@ def sureness(known: Sequence[tuple[float, str]]) -> list[Strip]:
     return strips
 
 
-def confidence(run: Run, pairs: Sequence[Judged]) -> dict[str, list[Strip]]:
+def confidence(run: RunReader, pairs: Sequence[JudgedPair]) -> dict[str, list[Strip]]:
     known: dict[str, list[tuple[float, str]]] = defaultdict(list)
     for pair in pairs:
         if pair.truth and pair.p_a is not None:
@@ -196,7 +116,7 @@ def confidence(run: Run, pairs: Sequence[Judged]) -> dict[str, list[Strip]]:
     return {title: sureness(each) for title, each in known.items() if each}
 
 
-def proofs(run: Run) -> JsonRow:
+def proofs(run: RunReader) -> JsonRow:
     """How equation 5 ranks the k proofs of a pair: the three pairs with the widest range of scores.
 
     Beside them: of how many pairs the likeliest proof is also the best one, and what the score leans to.
@@ -241,7 +161,7 @@ def ranking(way: str, step: str, row: JsonRow, ranked: list[JsonRow]) -> JsonRow
 # ---------------------------------------------------------------------------------- examples
 
 
-def pick(pairs: Sequence[Judged]) -> dict[tuple[int, str], Judged]:
+def pick(pairs: Sequence[JudgedPair]) -> dict[tuple[int, str], JudgedPair]:
     """At most `EXAMPLES` pairs, in turn from each outcome of each round, right and wrong apart."""
     groups = defaultdict(list)
     for pair in (pair for pair in pairs if pair.p_a is not None):
@@ -250,7 +170,7 @@ def pick(pairs: Sequence[Judged]) -> dict[tuple[int, str], Judged]:
     return {(pair.round, pair.id): pair for pair in islice(turns, EXAMPLES)}
 
 
-def examples(run: Run, wanted: dict[tuple[int, str], Judged]) -> Iterator[tuple]:
+def examples(run: RunReader, wanted: dict[tuple[int, str], JudgedPair]) -> Iterator[tuple]:
     """Of the wanted pairs: what became of them, the votes cast, pair, judgment, and the row of its proofs."""
     for number in run.rounds:
         rows = run.rows(f"round-{number}-prove", "proofs.jsonl")
@@ -260,19 +180,17 @@ def examples(run: Run, wanted: dict[tuple[int, str], Judged]) -> Iterator[tuple]
                 yield found, row["votes"], *as_filtered(run, row), proved.get(row["id"])
 
 
-def as_filtered(run: Run, row: JsonRow) -> tuple[Pair, Judgment]:
+def as_filtered(run: RunReader, row: JsonRow) -> tuple[Pair, Judgment]:
     """A judged row as the label filters read it: an incoherent vote is none."""
-    from gramr2.extras.toyworld import world_rules
-
     pair, settings = Pair.from_json(row["pair"]), SelfTrainSettings(without=tuple(run.settings["without"]))
     rules = denoise.COHERENCE | world_rules(run.settings)
-    return pair, denoise.only_coherent(pair, Judgment.from_row(row), rules, settings)
+    return pair, denoise.only_coherent(pair, Judgment.from_row(row), rules, settings.filters())
 
 
 # ---------------------------------------------------------------------------------- the page
 
 
-def gaps(run: Run, truth: dict[str, str]) -> Iterator[str]:
+def gaps(run: RunReader, truth: dict[str, str]) -> Iterator[str]:
     """What a reader would look for and not find."""
     if not run.results:
         last = list(run.steps.values())[-1].name if run.steps else "none"
@@ -294,11 +212,11 @@ def flat(value: Any, name: str = "") -> list[tuple[str, Any]]:
     return [(name, value)]
 
 
-def page(run: Run) -> str:
+def page(run: RunReader) -> str:
     import jinja2
 
     here = Path(__file__)
-    truth = {row["id"]: row["label"] for row in run.rows("world", "truth.jsonl")}
+    truth = run.truth()
     rounds = {number: read_round(run, number, truth) for number in run.rounds}
     pairs = [pair for each in rounds.values() for pair in each]
     wanted = pick(pairs)
@@ -329,7 +247,7 @@ def digest(text: str) -> str:
 
 def write_report(root: str | Path) -> Path:
     """Makes report.html in a run's directory, from what the run has left there."""
-    path, text = Path(root) / "report.html", page(Run(root))
+    path, text = Path(root) / "report.html", page(RunReader(root))
     with publish_file(path) as temporary:
         temporary.write_bytes(text.encode("utf-8", "replace"))  # JSON may hold half a character
     return path

@@ -1,0 +1,217 @@
+"""What a self-training run came to: its tables as they grow, results.json, and the last lines of the command.
+
+`Results` tests each model on the held-out pairs as the run goes on, and at the end counts what became of
+every pair of every round. `RunReader` opens a run's directory afterwards, also one that was interrupted: for
+this, for the report (report.py), and for whoever compares runs. results.json has one owner, which is here.
+
+This and the report alone open the hidden truth. It leaves out: the page (report.py), other benchmarks and
+intervals (evaluate.py).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import textwrap
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from gramr2.extras.evaluate import average, by_domain, is_right
+from gramr2.files import InputError, JsonRow, read_json, read_rows, write_json
+from gramr2.inputs import RunInputs
+from gramr2.records import OTHER
+from gramr2.run_directory import step_paths
+
+if TYPE_CHECKING:
+    from gramr2.steps import Run
+
+# The stages that a pair of a round passes, or at one of which it is dropped.
+FUNNEL = ("judged", "agreed", "confident", "wellformed", "kept")
+ORDER = ("backbone", "discriminative", "generative", "initial", "round", "labelled", "fine", "voting")
+
+
+# ---------------------------------------------------------------------------------- while a run goes on
+
+
+class Results:
+    """What results.json will say, gathered as the run goes."""
+
+    def __init__(self, run: Run, inputs: RunInputs):
+        self.run, self.inputs, self.model = run, inputs, inputs.backbone
+        self.rows: list[JsonRow] = []
+
+    def test(self, name: str, model: Path, votes: int = 1, baseline: bool = False) -> None:
+        """A model's accuracy on the held-out pairs; a single vote is greedy and in the given order."""
+        step = "test-" + name.replace(" ", "-").replace(",", "")
+        judged = self.run.judge(step, model, self.inputs.test, votes, self.run.settings.test_limit)
+        self.rows.append(self.run.ranks.on_rank_0(lambda: accuracy_row(name, read_rows(judged))))
+        self.model = self.model if baseline else model
+
+    def write(self, stopped: str = "") -> JsonRow:
+        """results.json, also of a run that could not go on, and a pair to try the model on."""
+        root = self.run.directory.root
+        results = self.to_json(stopped)
+        write_json(root / "pair.json", next(read_rows(self.inputs.test)))
+        write_json(root / "results.json", results)
+        return results
+
+    def to_json(self, stopped: str) -> JsonRow:
+        directory, reader = self.run.directory, RunReader(self.run.directory.root)
+        filtered = [number for number in reader.rounds if f"round-{number}-labels" in directory.counts]
+        return {
+            "seed": self.run.settings.seed,
+            "model": os.path.relpath(self.model, directory.root),
+            "seconds": directory.seconds,
+            "data": directory.counts["data"],
+            "rows": sorted(self.rows, key=lambda row: ORDER.index(re.split(r"\W", row["name"])[0])),
+            "prover": directory.counts.get("wrong-labels"),
+            "rounds": [round_counts(reader, number) for number in filtered],
+            "stopped": stopped,
+            "next": f"python infer.py --pair {directory.root / 'pair.json'}",
+        }
+
+
+def accuracy_row(name: str, judged: Iterable[JsonRow]) -> JsonRow:
+    """One row of results.json: accuracy in per cent over pairs that have a label, and by domain."""
+    correct = by_domain(judged, is_right)
+    every = average(name, [list(chain(*correct.values()))])
+    domains = {domain: round(100 * fmean(hits), 2) for domain, hits in sorted(correct.items())}
+    return {"name": name, "accuracy": every.pop("value"), **every, "by_domain": domains}
+
+
+# ---------------------------------------------------------------------------------- what a run left
+
+
+class RunReader:
+    """A run's directory: its settings, its results if it has any, and its finished steps by name."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+        if not (self.root / "plan.json").is_file():
+            raise InputError(f"{root}: holds no plan.json; give the directory of a run, such as runs/toy")
+        self.settings = read_json(self.root / "plan.json")["settings"]
+        finished = (self.root / "results.json").is_file()
+        self.results = read_json(self.root / "results.json") if finished else {}
+        paths = step_paths(self.root).items()
+        self.steps = {name: path for name, path in paths if (path / "done.json").exists()}
+        judged = range(1, self.settings["iters"] + 1)
+        self.rounds = [number for number in judged if f"round-{number}-predict" in self.steps]
+
+    def rows(self, step: str, name: str) -> Iterator[JsonRow]:
+        """The rows of a file that a finished step left; none where there is none."""
+        if step in self.steps and (self.steps[step] / name).is_file():
+            yield from read_rows(self.steps[step] / name)
+
+    def done(self, step: str) -> JsonRow:
+        return read_json(self.steps[step] / "done.json") if step in self.steps else {"counts": {}}
+
+    def truth(self) -> dict[str, str]:
+        """The hidden labels of the unlabelled pairs, by id, where the world has told them."""
+        return {row["id"]: row["label"] for row in self.rows("world", "truth.jsonl")}
+
+    def passed(self, number: int) -> int:
+        """How many of the funnel's stages a round has behind it."""
+        done = [f"round-{number}-{step}" in self.steps for step in ("labels", "rationales")]
+        return (1, 3, 5)[sum(done)]
+
+
+@dataclass(slots=True)
+class JudgedPair:
+    """One pair of a round: its pseudo-label in the given order, and how far it came."""
+
+    id: str
+    round: int
+    label: str | None
+    p_a: float | None  # None: it could not be judged
+    truth: str | None
+    reached: int  # of FUNNEL
+    why: str  # "kept", or "filter: reason"
+    turned: bool  # by the balancing of A and B, before it was proved
+
+    @property
+    def right(self) -> bool | None:
+        return None if None in (self.truth, self.label) else self.label == self.truth
+
+    @property
+    def outcome(self) -> str:
+        return self.why.partition(":")[0]
+
+
+def read_round(run: RunReader, number: int, truth: dict[str, str]) -> list[JudgedPair]:
+    """Every pair of a round with what became of it: one pass over each file, and no text is kept."""
+    name = f"round-{number}-"
+    fates: dict[str, tuple[int, str]] = {}
+    labels: dict[str, tuple[str | None, int | None]] = {}
+    for row in run.rows(name + "labels", "dropped.jsonl"):
+        first = row["reason"].startswith(("agreement", "no label", "not judged"))
+        fates[row["id"]] = (1 if first else 2, row["reason"])
+        if not first:
+            labels[row["id"]] = (row["label"], None)
+    for row in run.rows(name + "labels", "kept.jsonl"):
+        labels[row["id"]] = (row["label"], hash(row["response_a"]))
+    for row in run.rows(name + "rationales", "dropped.jsonl"):
+        malformed = row["reason"].startswith(("no eligible proof", "structure", "length"))
+        fates[row["id"]] = (3 if malformed else 4, row["reason"])
+    passed = run.passed(number)
+    rest = passed, {1: "not filtered yet", 3: "rationale not filtered yet", 5: "kept"}[passed]
+    pairs = []
+    for row in run.rows(name + "predict", "judged.jsonl"):
+        # From the label filters on, a label is what they made of the votes, and the pair may stand turned.
+        label, first_response = labels.get(row["id"], (row.get("label"), None))
+        turned = first_response not in (None, hash(row["pair"]["response_a"]))
+        label, fate = OTHER[label] if turned else label, fates.get(row["id"], rest)
+        known = truth.get(row["id"])
+        pairs.append(JudgedPair(row["id"], number, label, row.get("p_a"), known, *fate, turned))
+    return pairs
+
+
+def round_counts(run: RunReader, number: int) -> JsonRow:
+    """A round's funnel: pairs at every stage, and where the truth is known how many labels are right."""
+    pairs = read_round(run, number, run.truth())
+    left: JsonRow = {}
+    right: dict[str, float | None] = {}
+    for place, stage in enumerate(FUNNEL, 1):
+        hits = [pair.right for pair in pairs if pair.reached >= place]
+        known = [hit for hit in hits if hit is not None]
+        left[stage] = len(hits)
+        right[stage] = round(100 * fmean(known), 2) if known else None
+    steps = [run.done(f"round-{number}-{step}")["counts"] for step in ("labels", "rationales")]
+    left["judged"] = steps[0]["in"]  # with those that could not be
+    for name in ("dropped", "alone"):
+        left[name] = {each: n for counts in steps for each, n in counts.get(name, {}).items()}
+    before, after = right["judged"], right["kept"]
+    return {**left, "label_accuracy_before": before, "label_accuracy_after": after, "label_accuracy": right}
+
+
+# ---------------------------------------------------------------------------------- what a person sees
+
+
+def show(results: JsonRow, root: Path) -> None:
+    """The end of a run, as a person reads it."""
+    names = sorted({name for row in results["rows"] for name in row["by_domain"]})
+    domains = names if 1 < len(names) <= 6 else []
+    print(f"{'accuracy, %':26}        95% interval   pairs" + "".join(f"  {name:>10}" for name in domains))
+    for row in results["rows"]:
+        cells = "".join(f"  {row['by_domain'].get(x, math.nan):{max(10, len(x))}.1f}" for x in domains)
+        span = f"{row['low']:5.1f} – {row['high']:5.1f}"
+        print(f"{row['name']:26}{row['accuracy']:6.1f}  {span} {row['n']:7}{cells}")
+    for number, each in enumerate(results["rounds"], 1):
+        right = ["" if hit is None else f"{hit:.1f}" for hit in each["label_accuracy"].values()]
+        lines = {"pairs": [each[stage] for stage in FUNNEL], "labels right, %": right}
+        print()
+        for head, cells in {f"round {number}": FUNNEL, **lines}.items():
+            print(f"{head:18}" + "".join(f"{cell:>12}" for cell in cells))
+        dropped = ", ".join(f"{name} {n}" for name, n in each["dropped"].items() if n)
+        print(f"dropped by {dropped or 'nothing'}")
+    if results["prover"]:
+        asked = (f"{each['passed']} of {each['asked']} {label}" for label, each in results["prover"].items())
+        print(f"\nproofs that pass every rule, by the label asked for: {', '.join(asked)}")
+    seconds = ", ".join(f"{name} {value:.1f}" for name, value in results["seconds"].items())
+    print("\n" + textwrap.fill(f"seconds: {seconds}", 110, break_on_hyphens=False))
+    print(f"model:   {os.path.normpath(root / results['model'])}\nbooks:   {root / 'steps'}")
+    print(f"results: {root / 'results.json'}, {root / 'report.html'}\nnext:    {results['next']}")

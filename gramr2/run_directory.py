@@ -1,0 +1,218 @@
+"""The directory of a self-training run: what it was begun with, and its steps, each done once.
+
+`plan.json` says what a run was begun with: settings, hashes of the inputs and of the code. A step has a
+directory `steps/NN-name/`, numbered in the order in which steps were begun, and is closed by its `done.json`
+(counts, seconds, hashes of what it left). A step that is closed is never done again; one that is not goes on
+from its finished shards. So the same command after a kill goes on, and ends with the same results; other
+settings under the same name are refused, field by field.
+
+    with directory.step("prove-labelled") as step:
+        if step.to_do:
+            with ranks.agreeing():
+                for shard, pairs in step.shards(Store(path, Pair.from_json)):
+                    write_rows(shard, ...)
+            counts = ranks.on_rank_0(...)  # reads step.rows(), and writes what the step leaves
+            step.close(counts)
+
+Work on many rows is cut into fixed shards, which ranks take as they become free: whoever makes a shard's
+claim file has it. A shard is published whole, so a cut one is done again whole. Rows pass between ranks
+through the file system alone, and only the shard in hand is held in memory.
+
+It leaves out: what the steps do (steps.py), and what becomes of a finished run (extras/results.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tqdm import tqdm
+
+from gramr2.files import (
+    InputError,
+    JsonRow,
+    digest,
+    disk_errors_as_input_errors,
+    read_json,
+    read_rows,
+    write_json,
+)
+from gramr2.settings import FREE, PAIRS_PER_CALL, check_identity
+
+if TYPE_CHECKING:  # torch takes its seconds, and looking for a run needs none of it
+    from gramr2.parallel import Ranks
+
+T = TypeVar("T")
+
+
+def finished_runs() -> list[Path]:
+    """The self-training runs under runs/ that have results, the one that finished last first."""
+    results = sorted(Path("runs").glob("*/results.json"), key=lambda path: -path.stat().st_mtime)
+    return [path.parent for path in results]
+
+
+def step_paths(root: Path) -> dict[str, Path]:
+    """A run's step directories by name, in the order of their numbers."""
+    paths = sorted((root / "steps").glob("*-*"), key=lambda path: int(path.name.partition("-")[0]))
+    return {path.name.partition("-")[2]: path for path in paths}
+
+
+def code_version() -> str:
+    """A hash of the package's sources and of the kernels': a run that other code continues says so."""
+    package = Path(__file__).parent
+    sources = sorted([*package.rglob("*.py"), *package.parent.glob("kernels/*.py")])
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+
+
+class StoppedAsAsked(Exception):
+    """The step after which a run was asked to stop is done."""
+
+
+@dataclass
+class Step:
+    """A step's directory, and what it was closed with; None while it is still to be done."""
+
+    path: Path
+    ranks: Ranks
+    record: JsonRow | None
+    started: float
+
+    @property
+    def to_do(self) -> bool:
+        return self.record is None
+
+    def shards(self, rows: Sequence[T]) -> Iterator[tuple[Path, list[T]]]:
+        """Of the shards of `rows`, those that fall to this rank: the file to publish, and its rows."""
+        shown: dict[str, Any] = {"desc": self.path.name, "unit": "pair", "leave": False}
+        shown |= {"disable": not self.ranks.is_first, "mininterval": 0.2 if sys.stderr.isatty() else 10}
+        with tqdm(total=len(rows), **shown) as bar:
+            for start in range(0, len(rows), PAIRS_PER_CALL):
+                places = range(start, min(start + PAIRS_PER_CALL, len(rows)))
+                shard = self.path / "shards" / f"{start:09}.jsonl"
+                # The claim comes first: a name that was never looked up is not remembered as absent.
+                if claim(shard) and not shard.is_file():
+                    yield shard, [rows[i] for i in places]
+                bar.update(len(places))
+
+    def rows(self) -> Iterator[JsonRow]:
+        """What the shards hold, in order, once every rank is through."""
+        for shard in sorted((self.path / "shards").glob("*.jsonl")):
+            yield from read_rows(shard)
+
+    def close(self, counts: JsonRow) -> None:
+        """The step is done, and its shards are no longer needed; every rank says so, and the first writes."""
+        self.record = self.ranks.on_rank_0(lambda: self._close(counts))
+
+    def _close(self, counts: JsonRow) -> JsonRow:
+        files = {path.name: digest(path) for path in sorted(self.path.glob("*.jsonl"))}
+        shutil.rmtree(self.path / "shards", ignore_errors=True)
+        seconds = time.perf_counter() - self.started
+        write_json(self.path / "done.json", {"counts": counts, "seconds": seconds, "files": files})
+        return read_json(self.path / "done.json")
+
+
+def claim(shard: Path) -> bool:
+    """Whether this rank may do a shard; the file system gives it to one alone, whatever host asks."""
+    shard.parent.mkdir(exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        shard.with_suffix(".claim").touch(exist_ok=False)
+        return True
+    return False
+
+
+class RunDirectory:
+    """A run's directory, its plan and its steps. `until` names the step after which to stop."""
+
+    def __init__(
+        self,
+        root: Path,
+        settings: JsonRow,
+        inputs: Iterable[Path],
+        ranks: Ranks,
+        until: str | None = None,
+    ):
+        self.root, self.ranks, self.until = Path(root), ranks, until
+        self.paths: dict[str, Path] = {}  # of the steps that this process has come to, by name
+        self.seconds: dict[str, float] = {}
+        self.counts: dict[str, JsonRow] = {}
+        ranks.on_rank_0(lambda: self._begin(settings, inputs))
+
+    def say(self, text: str) -> None:
+        if self.ranks.is_first:
+            print(text, file=sys.stderr, flush=True)
+
+    def _begin(self, settings: JsonRow, inputs: Iterable[Path]) -> None:
+        """Settings and inputs must be what they were. Other code is allowed, and said."""
+        remove_leftovers(self.root)
+        hashes = {str(path): digest(path) for path in inputs}
+        # As plan.json gives it back: a tuple of settings comes as a list.
+        now = json.loads(json.dumps({"settings": settings, "inputs": hashes, "code": code_version()}))
+        plan = self.root / "plan.json"
+        if not any(self.root.glob("steps/*/done.json")):  # what has done nothing yet is bound to nothing
+            with disk_errors_as_input_errors(self.root):
+                write_json(plan, now)
+        before = read_json(plan)
+        identities = (frozen_settings(each["settings"] | each["inputs"]) for each in (before, now))
+        check_identity(*identities, self.root, "--name")
+        if before["code"] != now["code"]:
+            self.say(f"warning: {self.root} was begun by another version of the code")
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[Step]:
+        """Opens a step on every rank. What is still to do is done, and closed, in the `with` block."""
+        path, record = self.ranks.on_rank_0(lambda: self._open(name))
+        self.paths[name] = path
+        if record is None:
+            self.say(f"{path.name} …")
+        step = Step(path, self.ranks, record, time.perf_counter())
+        with disk_errors_as_input_errors(path):
+            yield step
+        if step.record is None:
+            raise RuntimeError(f"{path.name} was left without being closed")
+        self.seconds[name], self.counts[name] = round(step.record["seconds"], 3), step.record["counts"]
+        if name == self.until:
+            raise StoppedAsAsked(path)
+
+    def _open(self, name: str) -> tuple[Path, JsonRow | None]:
+        """The directory of a step, made behind all others where there is none, and its record."""
+        paths = step_paths(self.root)
+        last = max((int(path.name.partition("-")[0]) for path in paths.values()), default=0)
+        path = paths.get(name, self.root / "steps" / f"{last + 1:02}-{name}")
+        with disk_errors_as_input_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+        done = path / "done.json"
+        return path, read_json(done) if done.is_file() else None
+
+    def forget(self, name: str) -> None:
+        """Removes a step and all that came after it, so that they are done again."""
+        paths = step_paths(self.root)
+        if name not in paths:
+            known = ", ".join(paths) or "none yet"
+            raise InputError(f"--from: no step {name} in {self.root}; there are {known}")
+        for concluded in ("results.json", "report.html"):  # from the steps that go
+            (self.root / concluded).unlink(missing_ok=True)
+        for each in reversed(paths):  # the last first: a kill leaves no gap
+            shutil.rmtree(paths[each])
+            if each == name:
+                break
+
+
+def frozen_settings(plan: JsonRow) -> JsonRow:
+    """What may not change between starts, by name: not a training's memory and device."""
+    parts = {name: value if isinstance(value, dict) else {"": value} for name, value in plan.items()}
+    names = ((name, field) for name, part in parts.items() for field in part if field not in FREE)
+    return {f"{name} {field}".strip(): parts[name][field] for name, field in names}
+
+
+def remove_leftovers(root: Path) -> None:
+    """Takes away the claims, and what was half written, of a run that was killed."""
+    for left in [*root.rglob("*.claim"), *root.rglob(".*.tmp-*")]:
+        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
