@@ -355,7 +355,7 @@ def collect(seeds: Sequence[Seed]) -> dict[str, Any]:
     rows = (*MAIN, *LENGTHS, *LOOPS, *SINGLES)
     found = {row: hits_by_seed(seeds, row) for row in rows}
     settings, trainings = seeds[0].settings()
-    torch.set_num_threads(trains["reward"].threads)  # which the result's environment names
+    torch.set_num_threads(trainings["reward"].threads)  # which the result's environment names
     results = [read_json(path) for s in seeds if (path := s.place / "main/results.json").is_file()]
     return {
         "settings": {"self-training": asdict(settings), "judge": asdict(trainings["reward"])},

@@ -1,4 +1,4 @@
-"""What a command starts from in the toy world: the world's files, and a backbone made where none is shipped."""
+"""What a command starts from in the toy world: its files, and a backbone made where none is shipped."""
 
 from __future__ import annotations
 
