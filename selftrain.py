@@ -25,10 +25,22 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from gramr2.denoise import FILTERS
 from gramr2.files import InputError, Parser, disk_errors_as_input_errors, exit_status, write_json
-from gramr2.settings import SelfTrainSettings, Sources, TrainSettings, add_flags, given, read_recipe, resolve
+from gramr2.selection import SCORES
+from gramr2.settings import (
+    SelfTrainSettings,
+    Sources,
+    TrainSettings,
+    add_flags,
+    check_names,
+    given,
+    read_recipe,
+    resolve,
+)
 
 HERE = Path(__file__).resolve().parent
+REGISTRIES = {"select_by": SCORES, "without": FILTERS}  # what the names in these settings may be
 
 
 @dataclass(frozen=True)
@@ -332,13 +344,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--from", dest="start", metavar="STEP", help="do this step, and all after it, again")
     parser.add_argument("--until", metavar="STEP", help="stop once this step is done")
     parser.add_argument("--dry-run", action="store_true", help="print the settings, and do nothing")
-    add_flags(parser, SelfTrainSettings)
+    add_flags(parser, SelfTrainSettings, REGISTRIES)
     return parser.parse_args(argv)
 
 
 def resolved(recipe: Path, given: dict[str, Any]) -> tuple[SelfTrainSettings, dict]:
     """The settings of the loop, and those of each kind of training, which share its seed."""
     settings = resolve(SelfTrainSettings, recipe, ["selftrain"], given)
+    check_names(settings, REGISTRIES)
     kind, seed = TrainSettings, {"seed": settings.seed}
     return settings, {k: resolve(kind, recipe, ["train", *over], seed) for k, over in STAGES.items()}
 

@@ -33,11 +33,12 @@ import torch
 import selftrain
 from gramr2 import parallel
 from gramr2.data import Store
+from gramr2.denoise import FILTERS
 from gramr2.extras.evaluate import is_right
 from gramr2.extras.toyworld import coherent
 from gramr2.files import read_json, steps_of, write_json, write_rows
 from gramr2.records import Pair
-from gramr2.settings import FILTERS, SelfTrainSettings, TrainSettings, read_recipe
+from gramr2.settings import SelfTrainSettings, TrainSettings, check_names, read_recipe
 from gramr2.steps import Books, NothingKept, Run, StoppedAsAsked, read_rows
 
 RUNS = Path("runs/toy-seeds")
@@ -161,6 +162,7 @@ class Seed:
     def open(self, arm: str, kind: type[Run], changes: dict[str, Any], until: str | None = None) -> Run:
         settings, trains = self.settings()
         settings = replace(settings, **changes)
+        check_names(settings, selftrain.REGISTRIES)
         plan = {"arm": arm, **asdict(settings)} | {name: asdict(each) for name, each in trains.items()}
         torch.set_num_threads(trains["reward"].threads)
         ranks = parallel.Ranks(0, 1, torch.device("cpu"))

@@ -48,9 +48,10 @@ from gramr2.files import (
     write_rows,
 )
 from gramr2.judge import PAIRS_PER_CALL, RewardModel
-from gramr2.prover import Prover, label_coherence, rationale_of, select
+from gramr2.prover import Prover, label_coherence, rationale_of
 from gramr2.records import Judgment, Pair
-from gramr2.settings import SelfTrainSettings, TrainSettings
+from gramr2.selection import select
+from gramr2.settings import FilterSettings, SelfTrainSettings, TrainSettings
 
 # Proofs of wrong labels that pass every rule, as a share of those of right ones: above it, a warning.
 DECEPTIVE = 0.5
@@ -293,7 +294,7 @@ class Run:
         mistakes from the rules.
         """
 
-        objection = partial(denoise.objection, rules=self.rationale_rules, settings=self.settings)
+        objection = partial(denoise.objection, rules=self.rationale_rules, settings=self.settings.filters())
 
         def work(place: Path) -> JsonRow:
             held_out = Store(pairs, Pair.from_json)
@@ -335,7 +336,7 @@ class Run:
 
     def filter_labels(self, name: str, judged: Path, number: int) -> Path:
         """Pairs whose votes can be trusted, with the label that these give; every drop with its reason."""
-        settings = self.settings.for_round(number)
+        settings = self.settings.filters(number)
 
         def sift(rows: list[JsonRow]) -> Iterator[JsonRow]:
             for row in rows:
@@ -344,11 +345,12 @@ class Run:
                     yield sifted(pair, f"not judged: {row['error']}", {}, {})
                     continue
                 judgment = denoise.only_coherent(pair, Judgment.from_row(row), self.coherence_rules, settings)
-                sieve = denoise.apply(denoise.LABEL_FILTERS, [(judgment,)], settings)
+                said = denoise.objections(denoise.LABEL_FILTERS, judgment, settings=settings)
+                alone = count_objections(denoise.LABEL_FILTERS, said, settings)
                 pair = dataclasses.replace(pair, label=judgment.label, rationale=None)
                 # Without a label there is nothing to prove, whatever filters are switched off.
-                reason = sieve.reasons[0] or (None if judgment.label else "no label: no side has more votes")
-                yield sifted(pair, reason, sieve.alone, {"votes": judgment.votes, "p_a": judgment.p_a})
+                reason = first(said) or (None if judgment.label else "no label: no side has more votes")
+                yield sifted(pair, reason, alone, {"votes": judgment.votes, "p_a": judgment.p_a})
 
         return self._sieve(name, judged, sift)
 
@@ -362,10 +364,12 @@ class Run:
                     failed = ", ".join(f"{count} {reason}" for reason, count in row["ineligible"].items())
                     yield sifted(pair, f"no eligible proof: {failed}", {}, {})
                     continue
-                sieve = denoise.apply(self.rationale_rules, [(pair, row["rationale"])], self.settings)
+                settings = self.settings.filters()
+                said = denoise.objections(self.rationale_rules, pair, row["rationale"], settings=settings)
+                alone = count_objections(self.rationale_rules, said, settings)
                 pair = dataclasses.replace(pair, rationale=row["rationale"])
                 score = row["chosen"] and row["chosen"]["score"]
-                yield sifted(pair, sieve.reasons[0], sieve.alone, {"score": score})
+                yield sifted(pair, first(said), alone, {"score": score})
 
         return self._sieve(name, proofs, sift)
 
@@ -388,7 +392,14 @@ class Run:
                     label = row["pair"].get("label")
                     yield {"id": row["pair"]["id"], "reason": row["reason"], "label": label, **row["figures"]}
 
-            write_rows(place / "kept.jsonl", (pair.to_json() for pair in denoise.balance(kept())))
+            def balanced() -> Iterator[JsonRow]:
+                lead = 0
+                for pair in kept():
+                    pair = denoise.balance(pair, lead)
+                    lead += 1 if pair.label == "A" else -1
+                    yield pair.to_json()
+
+            write_rows(place / "kept.jsonl", balanced())
             write_rows(place / "dropped.jsonl", lost())
             return {**counts, "dropped": dict(dropped), "alone": dict(alone)}
 
@@ -400,6 +411,14 @@ class Run:
                 "the model before is the last. Loosen that filter, or switch it off (--without), in a new run"
             )
         return self.books.place(name) / "kept.jsonl"
+
+
+def first(said: dict[str, str]) -> str | None:
+    return next((f"{name}: {reason}" for name, reason in said.items()), None)
+
+
+def count_objections(rules: dict, said: dict[str, str], settings: FilterSettings) -> dict[str, int]:
+    return {name: int(name in said) for name in denoise.used(rules, settings)}
 
 
 def sifted(pair: Pair, reason: str | None, alone: dict[str, int], figures: JsonRow) -> JsonRow:

@@ -264,7 +264,8 @@ def as_filtered(run: Run, row: JsonRow) -> tuple[Pair, Judgment]:
     """A judged row as the label filters read it: an incoherent vote is none."""
     from gramr2.extras.toyworld import world_rules
 
-    pair, settings = Pair.from_json(row["pair"]), SelfTrainSettings(without=tuple(run.settings["without"]))
+    pair = Pair.from_json(row["pair"])
+    settings = SelfTrainSettings(without=tuple(run.settings["without"])).filters()
     rules = denoise.COHERENCE | world_rules(run.settings)
     return pair, denoise.only_coherent(pair, Judgment.from_row(row), rules, settings)
 
