@@ -23,8 +23,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gramr2 import prompts
 from gramr2.files import InputError, JsonRow
 from gramr2.model import Decoder
@@ -47,13 +45,7 @@ class Prover:
         self.thinking_open = tokenizer.opens_thinking([{"role": "user", "content": ""}])
 
     @classmethod
-    def load(
-        cls,
-        directory: str | Path,
-        device: str | torch.device = "cpu",
-        dtype: str | torch.dtype = "float32",
-        date: str | None = None,
-    ) -> Prover:
+    def load(cls, directory: str | Path, device="cpu", dtype="float32", date: str | None = None) -> Prover:
         """`date` pins what a chat template prints as today."""
         model, tokenizer = load(directory, device, dtype, date)
         template, note = prompts.template_for(directory, kind="prover")
@@ -80,7 +72,7 @@ class Prover:
         sampling = {"temperature": temperature, "seed": seed, "progress": progress}
         pairs = iter(pairs)
         while asked := list(islice(pairs, PAIRS_PER_CALL)):
-            proved = list(zip(asked, self._write(asked, k, max_new_tokens, sampling), strict=True))
+            proved = list(zip(asked, self._write(asked, k, max_new_tokens, **sampling), strict=True))
             eligible = [(pair, proof) for pair, proofs in proved for proof in proofs if not proof.ineligible]
             seconds = iter(self.second_terms(eligible, select_by))
             for pair, proofs in proved:
@@ -96,9 +88,7 @@ class Prover:
         """The ids that stand before ẑ: the chat frame with this user turn."""
         return self.tokenizer.chat([{"role": "user", "content": turn}])
 
-    def _write(
-        self, pairs: Sequence[Pair], k: int, max_new_tokens: int, sampling: dict[str, Any]
-    ) -> list[list[Proof]]:
+    def _write(self, pairs: Sequence[Pair], k: int, longest: int, **sampling: Any) -> list[list[Proof]]:
         """The k proofs of each pair, without scores; none where the prompt leaves no room for any."""
         fronts = [self.frame(prompts.prover_prompt(pair, self.template)) for pair in pairs]
         positions = self.model.config.max_positions
@@ -107,7 +97,7 @@ class Prover:
             self.model,
             [fronts[i] for i in fits],
             n=k,
-            max_new_tokens=[min(max_new_tokens, positions - len(fronts[i])) for i in fits],
+            max_new_tokens=[min(longest, positions - len(fronts[i])) for i in fits],
             keys=[f"{pairs[i].id} proves {pairs[i].label}" for i in fits],
             **sampling,
         )
