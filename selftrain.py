@@ -18,7 +18,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gramr2.selection import SCORES
 from gramr2.stages import STAGES, training_settings
 
 from gramr2.denoise import FILTERS
@@ -28,6 +27,7 @@ from gramr2.extras.toyworld import SHIPPED, world_rules
 from gramr2.files import InputError, JsonRow, Parser, disk_errors_as_input_errors, exit_status
 from gramr2.inputs import KINDS, RunInputs, prepare
 from gramr2.run_directory import RunDirectory, StoppedAsAsked
+from gramr2.selection import SCORES
 from gramr2.settings import (
     SelfTrainSettings,
     Sources,

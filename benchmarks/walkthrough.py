@@ -22,7 +22,7 @@ from pathlib import Path
 
 import common
 
-from gramr2 import denoise, fit, inputs, parallel, prompts, prover, sampler, steps
+from gramr2 import denoise, fit, inputs, parallel, prompts, prover, sampler, selection, steps
 from gramr2.extras import toyworld
 from gramr2.extras.report import as_filtered
 from gramr2.extras.results import JudgedPair, RunReader, read_round
@@ -89,7 +89,8 @@ class Walk:
         given = {key: value for key, value in run.settings.items() if key in known}
         for key in ("confidence", "without"):
             given[key] = tuple(given[key]) if isinstance(given[key], list) else (given[key],)
-        self.settings = SelfTrainSettings(**given).for_round(found.round)
+        self.settings = SelfTrainSettings(**given)
+        self.filters = self.settings.filters(found.round)
         trains, known = (
             run.settings["train reward"],
             {field.name for field in dataclasses.fields(TrainSettings)},
@@ -201,7 +202,7 @@ class Walk:
         row = self.row(self.name + "predict", "judged.jsonl")
         _, judgment = as_filtered(self.run, row)
         name = "kept.jsonl" if self.found.reached >= 3 else "dropped.jsonl"
-        functions = steps.Run.filter_labels, denoise.only_coherent, denoise.apply, denoise.balance
+        functions = steps.Run.filter_labels, denoise.only_coherent, denoise.objections, denoise.balance
         yield self.section("4. Can the label be trusted?", self.name + "labels", name, *functions)
         lost = [vote for vote in judgment.details if vote.reason and vote.label is None]
         counted = ", ".join(f"{count} {label}" for label, count in judgment.votes.items())
@@ -211,11 +212,9 @@ class Walk:
             + (f" ({'; '.join(sorted({vote.reason for vote in lost}))})" if lost else "")
             + f". That leaves {counted}, and the orders {agree}. Then each filter may object:"
         )
-        used = {
-            name: each for name, each in denoise.LABEL_FILTERS.items() if name not in self.settings.without
-        }
-        objections = [(name, each(judgment, self.settings) or "–") for name, each in used.items()]
-        yield table(["filter", "objects"], objections)
+        said = denoise.objections(denoise.LABEL_FILTERS, judgment, settings=self.filters)
+        used = denoise.used(denoise.LABEL_FILTERS, self.filters)
+        yield table(["filter", "objects"], [(name, said.get(name, "–")) for name in used])
         if self.found.reached >= 3:
             turned = "This one was: from here on its responses stand exchanged, and so does its label."
             yield (
@@ -240,7 +239,7 @@ class Walk:
             select_by=self.settings.select_by,
             progress=False,
         )
-        chosen = prover.select(proofs)
+        chosen = selection.select(proofs)
         if (chosen and chosen.text) != (row["chosen"] and row["chosen"]["text"]):
             raise InputError(
                 f"{self.run.root}: the proofs sampled again are others than the run's (other code, or "
@@ -253,8 +252,8 @@ class Walk:
 
     def proofs(self) -> Iterator[str]:
         row = self.row(self.name + "prove", "proofs.jsonl")
-        functions = steps.Run.prove, prompts.prover_prompt, prover.Prover.prove_many, prover.Prover.score
-        functions += prover.with_score, prover.select
+        functions = steps.Run.prove, prompts.prover_prompt, prover.Prover.prove_many
+        functions += prover.Prover.second_terms, selection.with_score, selection.select
         yield self.section("5. Proofs, and equation 5", self.name + "prove", "proofs.jsonl", *functions)
         template, _ = prompts.template_for(self.path("prover", "model"), kind="prover")
         pair = Pair.from_json(row["pair"])
@@ -291,18 +290,15 @@ class Walk:
 
     def rules(self) -> Iterator[str]:
         row = self.row(self.name + "prove", "proofs.jsonl")
-        functions = steps.Run.filter_rationales, denoise.apply
+        functions = steps.Run.filter_rationales, denoise.objections
         yield self.section("6. Rules on the rationale", self.name + "rationales", "kept.jsonl", *functions)
         yield "Each rule reads the pair and the rationale, and may object:"
         rules = denoise.RATIONALE_FILTERS | self.world_rules
-        used = {name: rule for name, rule in rules.items() if name not in self.settings.without}
         pair = Pair.from_json(row["pair"])
+        said = denoise.objections(rules, pair, row["rationale"], settings=self.filters)
         yield table(
             ["rule", "code", "objects"],
-            [
-                (name, code(rule), rule(pair, row["rationale"], self.settings) or "–")
-                for name, rule in used.items()
-            ],
+            [(name, code(rules[name]), said.get(name, "–")) for name in denoise.used(rules, self.filters)],
         )
         yield "It is kept: this row is what the next model is trained on."
         yield row_block(self.row(self.name + "rationales", "kept.jsonl"))

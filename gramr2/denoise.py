@@ -23,22 +23,20 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from gramr2 import prompts
 from gramr2.records import OTHER, Judgment, Pair, mark, show
-from gramr2.settings import SelfTrainSettings
+from gramr2.settings import FilterSettings
 
-LabelFilter = Callable[[Judgment, SelfTrainSettings], str | None]
-RationaleFilter = Callable[
-    [Pair, str, SelfTrainSettings], str | None
-]  # (pair, rationale as stored, settings)
+LabelFilter = Callable[[Judgment, FilterSettings], str | None]
+RationaleFilter = Callable[[Pair, str, FilterSettings], str | None]  # the rationale as stored
 
 # ---------------------------------------------------------------------------------- labels
 
 
-def agreement(judgment: Judgment, settings: SelfTrainSettings) -> str | None:
+def agreement(judgment: Judgment, settings: FilterSettings) -> str | None:
     """Both orders have a majority, and the same one."""
     if not judgment.votes["A"] + judgment.votes["B"]:
         return "no readable vote"
@@ -47,15 +45,14 @@ def agreement(judgment: Judgment, settings: SelfTrainSettings) -> str | None:
     return None if judgment.label else "undecided"
 
 
-def confidence(judgment: Judgment, settings: SelfTrainSettings) -> str | None:
-    """Enough of all votes, abstentions included, are for the label. The settings are one round's."""
-    (needed,) = settings.confidence
+def confidence(judgment: Judgment, settings: FilterSettings) -> str | None:
+    """Enough of all votes, abstentions included, are for the label."""
     cast = sum(judgment.votes.values())
-    share = judgment.votes.get(judgment.label, 0) / cast if cast else 0.0
-    return None if share >= needed else f"votes below {needed:g}"
+    share = judgment.votes[judgment.label] / cast if judgment.label and cast else 0.0
+    return None if share >= settings.confidence else f"votes below {settings.confidence:g}"
 
 
-def softmax(judgment: Judgment, settings: SelfTrainSettings) -> str | None:
+def softmax(judgment: Judgment, settings: FilterSettings) -> str | None:
     """The paper's threshold: the mean softmax of the votes for the label."""
     sure = [vote.p_a for vote in judgment.details if vote.label == judgment.label and vote.p_a is not None]
     mean = sum(p if judgment.label == "A" else 1 - p for p in sure) / len(sure) if sure else 0.0
@@ -66,7 +63,7 @@ LABEL_FILTERS: dict[str, LabelFilter] = {rule.__name__: rule for rule in (agreem
 
 
 def only_coherent(
-    pair: Pair, judgment: Judgment, rules: dict[str, RationaleFilter], settings: SelfTrainSettings
+    pair: Pair, judgment: Judgment, rules: Mapping[str, RationaleFilter], settings: FilterSettings
 ) -> Judgment:
     """The judgment with those votes turned into abstentions whose own rationale breaks a rule of coherence.
 
@@ -84,12 +81,12 @@ def only_coherent(
 # ---------------------------------------------------------------------------------- rationales
 
 
-def length(pair: Pair, rationale: str, settings: SelfTrainSettings) -> str | None:
+def length(pair: Pair, rationale: str, settings: FilterSettings) -> str | None:
     words = len(rationale.split())
     return None if words <= settings.max_words else f"more than {settings.max_words} words"
 
 
-def structure(pair: Pair, rationale: str, settings: SelfTrainSettings) -> str | None:
+def structure(pair: Pair, rationale: str, settings: FilterSettings) -> str | None:
     """Feedback, Comparison, Conclusion, each once and in order."""
     return prompts.parse_rationale(rationale).reason or None
 
@@ -105,31 +102,31 @@ def _named(text: str) -> set[str]:
     return set(re.findall(r"\bResponse ([AB])\b", text))
 
 
-def states_label(pair: Pair, rationale: str, settings: SelfTrainSettings) -> str | None:
+def states_label(pair: Pair, rationale: str, settings: FilterSettings) -> str | None:
     _, conclusion = _argument_and_conclusion(rationale)
     return None if pair.label in _named(conclusion) else "does not state the label"
 
 
-def states_other(pair: Pair, rationale: str, settings: SelfTrainSettings) -> str | None:
+def states_other(pair: Pair, rationale: str, settings: FilterSettings) -> str | None:
     """The conclusion prefers the other response: it names it, and not the label's."""
     _, conclusion = _argument_and_conclusion(rationale)
     return "states the other label" if _named(conclusion) == {OTHER[pair.label]} else None
 
 
-def mentions(pair: Pair, rationale: str, settings: SelfTrainSettings) -> str | None:
+def mentions(pair: Pair, rationale: str, settings: FilterSettings) -> str | None:
     """What stands before the conclusion names a response: general remarks and a letter are no argument."""
     argument, _ = _argument_and_conclusion(rationale)
     return None if _named(argument) else "talks of neither response"
 
 
-def repetition(pair: Pair, rationale: str, settings: SelfTrainSettings) -> str | None:
+def repetition(pair: Pair, rationale: str, settings: FilterSettings) -> str | None:
     """A run of eight words that stands three times or more: a loop, not an argument."""
     words = rationale.split()
     runs = Counter(tuple(words[i : i + 8]) for i in range(len(words) - 7))
     return "repeats itself" if runs and max(runs.values()) >= 3 else None
 
 
-def quotes(pair: Pair, rationale: str, settings: SelfTrainSettings) -> str | None:
+def quotes(pair: Pair, rationale: str, settings: FilterSettings) -> str | None:
     """What stands in quotation marks, three words or more, must stand in the question or a response.
 
     Each side of an ellipsis counts by itself. A line in which a quotation mark has no other is passed over.
@@ -162,7 +159,7 @@ _DOUBT = re.compile(
 )
 
 
-def coherence(pair: Pair, rationale: str, settings: SelfTrainSettings) -> str | None:
+def coherence(pair: Pair, rationale: str, settings: FilterSettings) -> str | None:
     """No sentence says plainly that the other response is better. What is hedged is passed over."""
     for sentence in re.split(r"(?<=[.!?;\n])", show(rationale)):
         found = None if _DOUBT.search(sentence) else _VERDICT.match(sentence.lstrip(" -*#>"))
@@ -171,46 +168,38 @@ def coherence(pair: Pair, rationale: str, settings: SelfTrainSettings) -> str | 
     return None
 
 
-COHERENCE: dict[str, RationaleFilter] = {"quotes": quotes, "coherence": coherence}
 _OF_ITSELF = (length, structure, states_label, states_other, mentions, repetition)
+COHERENCE: dict[str, RationaleFilter] = {rule.__name__: rule for rule in (quotes, coherence)}
 RATIONALE_FILTERS: dict[str, RationaleFilter] = {rule.__name__: rule for rule in _OF_ITSELF} | COHERENCE
+FILTERS: tuple[str, ...] = (*LABEL_FILTERS, *RATIONALE_FILTERS)
 
 # ---------------------------------------------------------------------------------- applying them
 
 
-@dataclass(frozen=True)
-class Sieve:
-    """What went through the filters: each pair's first reason (None: kept), and each filter's own count."""
+def used(rules: Iterable[str], settings: FilterSettings) -> list[str]:
+    """The names of the rules that are not switched off."""
+    return [name for name in rules if name not in settings.without]
 
-    reasons: list[str | None]  # "filter: reason"
-    alone: dict[str, int]  # pairs that a filter objects to, whatever the others say
+
+def objections(
+    rules: Mapping[str, Callable[..., str | None]], *what: Any, settings: FilterSettings
+) -> dict[str, str]:
+    """Each used rule's reason against a judgment, or a pair and its rationale, in the rules' order."""
+    said = {name: rules[name](*what, settings) for name in used(rules, settings)}
+    return {name: reason for name, reason in said.items() if reason}
 
 
 def objection(
-    pair: Pair, rationale: str, rules: dict[str, RationaleFilter], settings: SelfTrainSettings
+    pair: Pair, rationale: str, rules: Mapping[str, RationaleFilter], settings: FilterSettings
 ) -> str | None:
-    """The first reason against a rationale, of the rules that are not switched off."""
-    used = (rule for name, rule in rules.items() if name not in settings.without)
-    return next((reason for rule in used if (reason := rule(pair, rationale, settings))), None)
+    """The first reason against a rationale."""
+    return next(iter(objections(rules, pair, rationale, settings=settings).values()), None)
 
 
-def apply(filters: dict[str, Callable], items: Iterable[tuple], settings: SelfTrainSettings) -> Sieve:
-    """Runs every filter on every item; `settings.without` names the ones that are switched off."""
-    used = {name: rule for name, rule in filters.items() if name not in settings.without}
-    reasons, alone = [], Counter(dict.fromkeys(used, 0))
-    for item in items:
-        objections = {name: rule(*item, settings) for name, rule in used.items()}
-        objections = {name: reason for name, reason in objections.items() if reason}
-        alone.update(objections.keys())
-        reasons.append(next((f"{name}: {reason}" for name, reason in objections.items()), None))
-    return Sieve(reasons, dict(alone))
+def balance(pair: Pair, lead: int) -> Pair:
+    """The pair, turned where its label is ahead: `lead` says how many more A than B were kept before it.
 
-
-def balance(pairs: Iterable[Pair]) -> Iterator[Pair]:
-    """As many A as B, within one where rationales allow it: a pair whose label is ahead is turned."""
-    lead = 0
-    for pair in pairs:
-        if lead * (1 if pair.label == "A" else -1) > 0 and pair.swappable:
-            pair = pair.swapped()
-        lead += 1 if pair.label == "A" else -1
-        yield pair
+    So there are as many A as B, within one where rationales allow it.
+    """
+    is_ahead = lead > 0 if pair.label == "A" else lead < 0
+    return pair.swapped() if is_ahead and pair.swappable else pair

@@ -1,28 +1,16 @@
-"""The preference-proving model: k proofs of a given label, and equation (5), which picks one.
+"""The preference-proving model: k proofs of a given label, each with what equation (5) scores it by.
 
 A prover π_ψ reads s and the label l and writes ẑ, the proof form of a rationale (equation 3). For each pair k
-proofs are sampled at a non-zero temperature from one prefill, and the best eligible one by
-
-    Score = - log π_ψ(ẑ given s, l) / log π_ψ(ẑ)                                      equation (5)
-
-becomes the rationale. The score lies in (-inf, 0] and higher is better: a proof is good when the condition
-makes it likely (numerator near 0) while it would be unlikely to be written of just any pair (denominator far
-from 0). The paper leaves open what exactly is scored; here:
-
-- every token that the prover sampled counts, its stop token included, and nothing that was prefilled;
-- both terms are untempered sums, without further normalisation by length;
-- π(ẑ) is taken in the same chat frame with an exactly empty user turn: no task, no question, no label.
-  Training drops the condition in a tenth of the examples (fit.py), so that this means something;
-- unfinished and malformed proofs, and those that justify the other label, are not eligible.
-
-Scores rank the proofs of one pair. They are not compared across pairs. Other ways to pick a proof stand
-beside equation (5) for comparison (`SCORES`); what tells them apart is `condition` and that table, and in
-`with_score` what equation (5) alone cannot divide by.
+proofs are sampled at a non-zero temperature from one prefill. The sampler gives the numerator of equation (5)
+as it goes; one packed pass over all eligible proofs gives the denominator, or the second term of whatever
+score was asked for (selection.py). Unfinished and malformed proofs, and those that justify the other label,
+are not eligible.
 
 `label_coherence` asks a prover for the wrong label too. One that reasons gives itself away there, one that
 praises whatever it is told to does not, and both look alike on right labels.
 
-It leaves out: the rules that a chosen rationale must still pass (denoise.py), and training (fit.py).
+It leaves out: which proof is picked (selection.py), the rules that its rationale must still pass
+(denoise.py), and training (fit.py).
 """
 
 from __future__ import annotations
@@ -36,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from gramr2 import prompts
-from gramr2.files import InputError
+from gramr2.files import InputError, JsonRow
 from gramr2.model import Decoder
 from gramr2.records import OTHER, Pair, Proof, mark
 from gramr2.sampler import Sample, generate
 from gramr2.scoring import logprobs
+from gramr2.selection import SCORES, with_score
 from gramr2.tokenizer import Tokenizer
 from gramr2.weights import load
 
@@ -53,8 +42,6 @@ class Prover:
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer, template: str = prompts.PROVER_PROMPT):
         self.model, self.tokenizer, self.template = model, tokenizer, template
-        # The denominator's frame: a user turn with nothing in it.
-        self.blank = tokenizer.chat([{"role": "user", "content": ""}])
         self.thinking_open = tokenizer.opens_thinking([{"role": "user", "content": ""}])
 
     @classmethod
@@ -82,31 +69,42 @@ class Prover:
             raise InputError(f"proofs: k = {k} at temperature {temperature}; both must be above 0")
         if select_by not in SCORES:
             raise InputError(f"select_by: {select_by!r} must be one of {', '.join(SCORES)}")
+        sampling = {"temperature": temperature, "seed": seed, "progress": progress}
         pairs = iter(pairs)
-        while shard := list(islice(pairs, PAIRS_PER_CALL)):
-            frames = [self._frame(pair) for pair in shard]
-            limit = self.model.config.max_positions
-            fits = [i for i, ids in enumerate(frames) if len(ids) < limit]
-            groups = generate(
-                self.model,
-                [frames[i] for i in fits],
-                n=k,
-                max_new_tokens=[min(max_new_tokens, limit - len(frames[i])) for i in fits],
-                temperature=temperature,
-                seed=seed,
-                keys=[f"{shard[i].id} proves {shard[i].label}" for i in fits],
-                progress=progress,
-            )
-            written = dict(zip(fits, groups, strict=True))
-            asked = [(shard[i], self._read(shard[i], sample)) for i in fits for sample in written[i]]
-            scored = iter(self.score(asked, select_by))
-            for i, pair in enumerate(shard):
-                yield pair, list(islice(scored, len(written.get(i, []))))
+        while asked := list(islice(pairs, PAIRS_PER_CALL)):
+            proved = list(zip(asked, self._write(asked, k, max_new_tokens, **sampling), strict=True))
+            eligible = [(pair, proof) for pair, proofs in proved for proof in proofs if not proof.ineligible]
+            seconds = iter(self.second_terms(eligible, select_by))
+            for pair, proofs in proved:
+                yield (
+                    pair,
+                    [
+                        proof if proof.ineligible else with_score(proof, next(seconds), select_by)
+                        for proof in proofs
+                    ],
+                )
 
-    def _frame(self, pair: Pair) -> list[int]:
-        """s and l as the prover is asked: the ids that stand before ẑ."""
-        content = prompts.prover_prompt(pair, self.template)
-        return self.tokenizer.chat([{"role": "user", "content": content}])
+    def frame(self, turn: str) -> list[int]:
+        """The ids that stand before ẑ: the chat frame with this user turn."""
+        return self.tokenizer.chat([{"role": "user", "content": turn}])
+
+    def _write(self, pairs: Sequence[Pair], k: int, longest: int, **sampling: Any) -> list[list[Proof]]:
+        """The k proofs of each pair, without scores; none where the prompt leaves no room for any."""
+        fronts = [self.frame(prompts.prover_prompt(pair, self.template)) for pair in pairs]
+        positions = self.model.config.max_positions
+        fits = [i for i, front in enumerate(fronts) if len(front) < positions]
+        samples = generate(
+            self.model,
+            [fronts[i] for i in fits],
+            n=k,
+            max_new_tokens=[min(longest, positions - len(fronts[i])) for i in fits],
+            keys=[f"{pairs[i].id} proves {pairs[i].label}" for i in fits],
+            **sampling,
+        )
+        proofs: list[list[Proof]] = [[] for _ in pairs]
+        for i, group in zip(fits, samples, strict=True):
+            proofs[i] = [self._read(pairs[i], sample) for sample in group]
+        return proofs
 
     def _read(self, pair: Pair, sample: Sample) -> Proof:
         """One sampled proof with the numerator: the sum of the log-probs that came with its tokens."""
@@ -122,42 +120,12 @@ class Prover:
         logp_given, ids = float(sum(float(value) for value in sample.logprobs)), tuple(sample.ids)
         return Proof(pair.id, text, logp_given, finish=sample.finish, ineligible=reason, ids=ids)
 
-    def condition(self, pair: Pair, select_by: str) -> list[int]:
-        """The ids before ẑ in a score's second term; equation (5) has the frame alone, without s and l."""
-        if select_by == "contrast":
-            return self._frame(dataclasses.replace(pair, label=OTHER[pair.label]))
-        return self.blank
-
-    def score(self, asked: Sequence[tuple[Pair, Proof]], select_by: str = "equation-5") -> list[Proof]:
-        """Every proof, the eligible ones with a score. All second terms come from one packed call."""
-        rows = [(self.condition(pair, select_by), proof.ids) for pair, proof in asked if not proof.ineligible]
-        tails = logprobs(self.model, [[*front, *ids] for front, ids in rows])
-        sums = (float(tail[-len(ids) :].double().sum()) for tail, (_, ids) in zip(tails, rows, strict=True))
-        return [proof if proof.ineligible else with_score(proof, next(sums), select_by) for _, proof in asked]
-
-
-# Each from log π(ẑ | s, l) and log π(ẑ | the second condition), for one pair's proofs; higher is better.
-SCORES: dict[str, Callable[[float, float], float]] = {
-    "equation-5": lambda given, blank: 0.0 - given / blank,  # 0.0 - x: a certain numerator scores 0, not -0
-    "numerator": lambda given, blank: given,
-    "contrast": lambda given, wrong: given - wrong,  # the second condition is s with the other label
-    "random": lambda given, blank: 0.0,  # all k are drawn alike: the first eligible one is a random one
-}
-
-
-def with_score(proof: Proof, second: float, select_by: str = "equation-5") -> Proof:
-    """A proof with its score. What is certain without any condition says nothing about this pair."""
-    if select_by == "equation-5" and second >= 0:
-        return dataclasses.replace(proof, logp_blank=second, ineligible="certain without a condition")
-    score = SCORES[select_by](proof.logp_given, second)
-    blank = None if select_by == "contrast" else second
-    return dataclasses.replace(proof, logp_blank=blank, score=score, select_by=select_by)
-
-
-def select(proofs: Sequence[Proof]) -> Proof | None:
-    """The eligible proof with the highest score, the earliest among equals; None where there is none."""
-    eligible = [proof for proof in proofs if proof.score is not None]
-    return max(eligible, key=lambda proof: proof.score, default=None)
+    def second_terms(self, proofs: Sequence[tuple[Pair, Proof]], select_by: str) -> list[float]:
+        """The log-prob of each proof after the score's own user turn. All come from one packed call."""
+        second = SCORES[select_by].second
+        rows = [[*self.frame(second(pair, self.template)), *proof.ids] for pair, proof in proofs]
+        tails = zip(logprobs(self.model, rows), proofs, strict=True)
+        return [float(tail[-len(proof.ids) :].double().sum()) for tail, (_, proof) in tails]
 
 
 def rationale_of(proof: Proof, thinking_open: bool = False) -> str:
@@ -167,7 +135,7 @@ def rationale_of(proof: Proof, thinking_open: bool = False) -> str:
 
 def label_coherence(
     prover: Prover, pairs: Iterable[Pair], objection: Callable[[Pair, str], str | None], **sampling: Any
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, JsonRow]:
     """How often a proof of the right label passes every rule, and how often one of the wrong label does.
 
     `pairs` is read twice; they have labels and were not trained on. `objection` is all rules together: the
@@ -177,7 +145,7 @@ def label_coherence(
     filters keep it out.
     """
     counts = {}
-    for name, turned in (("right", {"A": "A", "B": "B"}), ("wrong", OTHER)):
+    for name, turned in (("right", {label: label for label in OTHER}), ("wrong", OTHER)):
         asked = (dataclasses.replace(pair, label=turned[pair.label], rationale=None) for pair in pairs)
         reasons: list[str | None] = []
         for pair, proofs in prover.prove_many(asked, 1, **sampling):

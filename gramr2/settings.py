@@ -9,7 +9,8 @@ A recipe's tables: [train] and, over it, [train.STAGE] ([train.finetune] is the 
 [selftrain]; [world], the toy world's sizes; [models], where the backbone and the prover's base stand;
 [data], the files of each kind.
 
-It leaves out: environment variables, and settings that change while a run is going.
+It leaves out: environment variables, settings that change while a run is going, and which names of filters
+and of scores there are: `check_names` holds settings against the registries that define them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import argparse
 import dataclasses
 import tomllib
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,10 +31,6 @@ STAGES = ("prover", "reward", "generative", "discriminative", "pretrain")
 TABLES = ("train", *(f"train.{stage}" for stage in (*STAGES, "finetune", "policy")))
 TABLES += ("selftrain", "world", "models", "data")
 REWARDS = ("pairwise", "tournament", "scalar")  # of the stage policy, see extras/policy.py
-# The names that denoise.py and prover.py give to their filters and scores, for settings to be held against.
-FILTERS = ("agreement", "confidence", "softmax", "length", "structure", "states_label", "states_other")
-FILTERS += ("mentions", "repetition", "quotes", "coherence")
-SCORES = ("equation-5", "numerator", "contrast", "random")
 
 
 def setting(default: Any, text: str) -> Any:
@@ -85,9 +82,8 @@ class TrainSettings:
         _require(self, (*not_negative, "weight_decay"), lambda value: value >= 0, "must not be negative")
         _require(self, shares, _share, "must be from 0 to 1")
         _require(self, ("device",), ("auto", "cpu", "cuda").__contains__, "must be auto, cpu or cuda")
-        for name in ("dtype", "save_dtype"):
-            kinds = ("auto", "float32", "bfloat16")
-            _require(self, (name,), kinds.__contains__, f"must be one of {', '.join(kinds)}")
+        kinds = ("auto", "float32", "bfloat16")
+        _require(self, ("dtype", "save_dtype"), kinds.__contains__, f"must be one of {', '.join(kinds)}")
         if self.token_budget < self.max_length:
             raise InputError(
                 f"token_budget: {self.token_budget} is less than max_length {self.max_length}, so that the "
@@ -138,6 +134,16 @@ class Sources:
 
 
 @dataclass(frozen=True)
+class FilterSettings:
+    """One round's settings of the filters in denoise.py; fields as in `SelfTrainSettings`."""
+
+    confidence: float
+    softmax: float
+    max_words: int
+    without: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class SelfTrainSettings:
     """The loop around training. The paper publishes rounds, pool and test votes, and no other number."""
 
@@ -146,7 +152,7 @@ class SelfTrainSettings:
     k: int = setting(4, "proofs per pair, of which equation 5 picks one")
     proof_temperature: float = setting(0.7, "temperature at which proofs are sampled")
     proof_tokens: int = setting(1024, "most tokens of a proof")
-    select_by: str = setting("equation-5", f"how one of the k proofs is chosen: {', '.join(SCORES)}")
+    select_by: str = setting("equation-5", "how one of the k proofs is chosen")
     votes: int = setting(8, "votes per unlabelled pair, half of them in each order")
     judge_tokens: int = setting(1024, "most tokens of a judge's answer")
     confidence: tuple[float, ...] = setting(
@@ -154,7 +160,7 @@ class SelfTrainSettings:
     )
     softmax: float = setting(0.0, "mean softmax that it needs (the paper's filter); 0: not used")
     max_words: int = setting(1500, "longest rationale that is kept, in words")
-    without: tuple[str, ...] = setting((), f"filters that are switched off, of {', '.join(FILTERS)}")
+    without: tuple[str, ...] = setting((), "filters that are switched off")
     keep_candidates: bool = setting(False, "write down all k proofs of every pair, not of a few alone")
     mix_human: bool = setting(False, "every judge also trains on the human rationales, in every arm alike")
     pool: int = setting(0, "unlabelled pairs per round; 0: an equal share of all of them")
@@ -169,23 +175,30 @@ class SelfTrainSettings:
         _require(self, ("softmax",), _share, "must be from 0 to 1")
         _require(self, ("confidence",), lambda each: each and all(map(_share, each)), "must be from 0 to 1")
         _require(self, ("votes", "test_votes"), lambda value: value % 2 == 0, "must be even")
-        _require(self, ("select_by",), SCORES.__contains__, f"must be one of {', '.join(SCORES)}")
-        _require(self, ("without",), set(FILTERS).issuperset, f"must be of {', '.join(FILTERS)}")
 
-    def for_round(self, number: int) -> SelfTrainSettings:
-        """These settings with the round's own confidence (rounds count from 1); the last holds on."""
-        own = self.confidence[min(number, len(self.confidence)) - 1]
-        return dataclasses.replace(self, confidence=(own,))
+    def filters(self, number: int = 1) -> FilterSettings:
+        """What filters go by in a round. Rounds count from 1; the last confidence holds on for later ones."""
+        confidence = self.confidence[min(number, len(self.confidence)) - 1]
+        return FilterSettings(confidence, self.softmax, self.max_words, self.without)
 
 
 def _share(value: float) -> bool:
     return 0 <= value <= 1
 
 
-def _require(config: Any, names: Sequence[str], holds: Any, rule: str) -> None:
+def _require(settings: Any, names: Sequence[str], holds: Callable[[Any], object], rule: str) -> None:
     for name in names:
-        if not holds(value := getattr(config, name)):
+        if not holds(value := getattr(settings, name)):
             raise InputError(f"{name}: {value!r} {rule}")
+
+
+def check_names(settings: Any, registries: Mapping[str, Collection[str]]) -> None:
+    """Refuses a name that its field's registry lacks. Registries, {field: names}, come from modules above."""
+    for field_name, known in registries.items():
+        if isinstance(getattr(settings, field_name), tuple):
+            _require(settings, (field_name,), set(known).issuperset, f"must be of {', '.join(known)}")
+        else:
+            _require(settings, (field_name,), set(known).__contains__, f"must be one of {', '.join(known)}")
 
 
 # ---------------------------------------------------------------------------------- recipes
@@ -240,20 +253,28 @@ def _coerce(value: Any, kind: Any, where: str) -> Any:
 # ---------------------------------------------------------------------------------- command line
 
 
-def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
-    """A flag for each field; a flag that is not given leaves no trace, so that the recipe holds."""
+def add_flags(
+    parser: argparse.ArgumentParser, cls: type, registries: Mapping[str, Collection[str]] = {}
+) -> None:
+    """A flag for each field; a flag that is not given leaves no trace, so that the recipe holds.
+
+    The help of a field that has a registry says which names there are.
+    """
     group = parser.add_argument_group("settings: the flag, or the recipe's, or [this]; --no-NAME for false")
     kinds = typing.get_type_hints(cls)
     for each in dataclasses.fields(cls):
         flag, kind = "--" + each.name.replace("_", "-"), kinds[each.name]
         options: dict[str, Any] = {"dest": each.name, "default": argparse.SUPPRESS}
+        is_list = typing.get_origin(kind) is tuple
         text = each.metadata["help"].replace("%", "%%")
+        if each.name in registries:
+            text += (", of " if is_list else ": ") + ", ".join(registries[each.name])
         default = each.default if isinstance(each.default, tuple) else (str(each.default).lower(),)
         options["help"] = f"{text} [{' '.join(map(str, default)) or 'none'}]"
-        if typing.get_origin(kind) is tuple:
+        if is_list:
             options |= {"nargs": "*", "action": "extend", "type": typing.get_args(kind)[0]}
         elif kind is bool:
-            silent = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+            silent: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
             group.add_argument(f"--no-{flag[2:]}", dest=each.name, action="store_false", **silent)
             options |= {"nargs": "?", "const": True, "type": _boolean}
         else:

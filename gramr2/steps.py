@@ -177,13 +177,14 @@ class Run:
     def _filter_label(self, row: JsonRow, settings: FilterSettings) -> JsonRow:
         pair = Pair.from_json(row["pair"])
         if "error" in row:
-            return filtered(pair, f"not judged: {row['error']}")
+            return filtered(pair, [], {}, f"not judged: {row['error']}")
         judgment = denoise.only_coherent(pair, Judgment.from_row(row), self.coherence_rules, settings)
+        used = denoise.used(denoise.LABEL_FILTERS, settings)
         objections = denoise.objections(denoise.LABEL_FILTERS, judgment, settings=settings)
         pair = dataclasses.replace(pair, label=judgment.label, rationale=None)
         # Without a label there is nothing to prove, whatever filters are switched off.
-        reason = None if judgment.label else "no label: no side has more votes"
-        return filtered(pair, reason, objections, votes=judgment.votes, p_a=judgment.p_a)
+        otherwise = None if judgment.label else "no label: no side has more votes"
+        return filtered(pair, used, objections, otherwise, votes=judgment.votes, p_a=judgment.p_a)
 
     def filter_rationales(self, name: str, proofs: Path) -> Path:
         """Pairs whose chosen rationale passes every rule, ready to train on."""
@@ -194,10 +195,11 @@ class Run:
         pair, rationale = Pair.from_json(row["pair"]), row["rationale"]
         if not rationale:
             failed = ", ".join(f"{count} {reason}" for reason, count in row["ineligible"].items())
-            return filtered(pair, f"no eligible proof: {failed}")
+            return filtered(pair, [], {}, f"no eligible proof: {failed}")
+        used = denoise.used(self.rationale_rules, settings)
         objections = denoise.objections(self.rationale_rules, pair, rationale, settings=settings)
         pair = dataclasses.replace(pair, rationale=rationale)
-        return filtered(pair, None, objections, score=row["chosen"] and row["chosen"]["score"])
+        return filtered(pair, used, objections, score=row["chosen"] and row["chosen"]["score"])
 
     def _filter(self, name: str, source: Path, decide: Callable[[JsonRow], JsonRow]) -> Path:
         """Decides on a file's rows in shards, and parts them: the kept are balanced, drops written down."""
@@ -252,11 +254,13 @@ def join_judgments(step: Step) -> JsonRow:
     return {"judged": labels.total(), "labels": dict(labels)}
 
 
-def filtered(pair: Pair, reason: str | None, objections: dict[str, str] | None = None, **figures) -> JsonRow:
-    """A pair that went through the filters: the reason that dropped it (None: kept), and who objected."""
-    objections = objections or {}
-    reason = next((f"{name}: {why}" for name, why in objections.items()), reason)
-    return {"pair": pair.to_json(), "reason": reason, "objected": list(objections), "figures": figures}
+def filtered(
+    pair: Pair, used: list[str], objections: dict[str, str], otherwise: str | None = None, **figures: Any
+) -> JsonRow:
+    """A pair that went through filters: the first reason to drop it (None: it is kept), and who objected."""
+    reason = next((f"{name}: {why}" for name, why in objections.items()), otherwise)
+    alone = {name: int(name in objections) for name in used}
+    return {"pair": pair.to_json(), "reason": reason, "alone": alone, "figures": figures}
 
 
 def part(step: Step) -> JsonRow:
@@ -269,7 +273,7 @@ def part(step: Step) -> JsonRow:
         for row in step.rows():
             pair, reason = Pair.from_json(row["pair"]), row["reason"]
             counts.update({"in": 1, "kept": reason is None})
-            alone.update(row["objected"])
+            alone.update(row["alone"])
             if reason is None:
                 pair = denoise.balance(pair, lead)
                 lead += 1 if pair.label == "A" else -1

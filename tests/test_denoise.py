@@ -1,7 +1,7 @@
 """The filters: what each keeps, what each drops and why, and how they are switched off and counted."""
 
 import dataclasses
-from pathlib import Path
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -9,15 +9,22 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from gramr2 import denoise
-from gramr2.denoise import COHERENCE, LABEL_FILTERS, RATIONALE_FILTERS, apply, balance, only_coherent
-from gramr2.files import InputError
+from gramr2.denoise import (
+    COHERENCE,
+    FILTERS,
+    LABEL_FILTERS,
+    RATIONALE_FILTERS,
+    balance,
+    objection,
+    objections,
+    only_coherent,
+    used,
+)
 from gramr2.prompts import Rationale, judge_target
 from gramr2.records import OTHER, Judgment, Pair, Vote, mark, show, swap
-from gramr2.settings import FILTERS, SelfTrainSettings
-from gramr2.settings import resolve as resolve_settings
+from gramr2.settings import SelfTrainSettings
 
-SETTINGS = SelfTrainSettings()
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
+SETTINGS = SelfTrainSettings().filters()
 PAIR = Pair(
     (("user", "Which vitamins are soluble in water?"),),
     "Vitamin C and the eight kinds of vitamin B dissolve in water.",
@@ -74,40 +81,8 @@ def test_confidence_may_change_by_round():
     """Rounds after the last number would fall back to the first, or be refused."""
     settings = SelfTrainSettings(confidence=(0.5, 0.9))
     judgment = votes("AB:A", "AB:A", "BA:A", "BA:B")
-    found = [denoise.confidence(judgment, settings.for_round(number)) for number in (1, 2, 3)]
+    found = [denoise.confidence(judgment, settings.filters(number)) for number in (1, 2, 3)]
     assert found == [None, "votes below 0.9", "votes below 0.9"]
-    with pytest.raises(ValueError):
-        denoise.confidence(judgment, settings)  # a caller that forgot the round
-
-
-def test_a_threshold_and_a_name_that_mean_nothing_are_refused(tmp_path):
-    """A misspelt filter would stay on, and the run would be reported as one without it."""
-    recipe = tmp_path / "r.toml"
-    recipe.write_text("[selftrain]\nconfidence = 1\n")
-    resolve = lambda values: resolve_settings(SelfTrainSettings, recipe, ["selftrain"], values)  # noqa: E731
-    assert resolve({}).confidence == (1.0,)
-    assert resolve({"confidence": [0.75, 0.8]}).for_round(2).confidence == (0.8,)
-    for values, message in [
-        ({"confidence": []}, "confidence"),
-        ({"confidence": [0.5, 1.5]}, "confidence: .*1.5.* from 0 to 1"),
-        ({"confidence": ["high"]}, "confidence: expected a number, got 'high'"),
-        ({"without": ["agreemnt"]}, "without: .*agreemnt.* must be of agreement, confidence, .*coherence"),
-        ({"select_by": "best"}, "select_by: 'best' must be one of equation-5, numerator, contrast, random"),
-    ]:
-        with pytest.raises(InputError, match=message):
-            resolve(values)
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_has_settings_of_the_loop_that_hold(path):
-    """A renamed filter in a recipe would be found on a node, days later."""
-    settings = resolve_settings(SelfTrainSettings, path, ["selftrain"], {})
-    assert all(len(settings.for_round(number).confidence) == 1 for number in (1, 2, 9))
-
-
-def test_the_names_that_settings_know_are_the_filters_there_are():
-    """A filter that settings do not know could not be switched off."""
-    assert set(FILTERS) == {*LABEL_FILTERS, *RATIONALE_FILTERS}
 
 
 # ---------------------------------------------------------------------------------- rationales
@@ -242,29 +217,27 @@ def test_a_label_without_a_rationale_is_no_incoherent_one():
 # ---------------------------------------------------------------------------------- applying them
 
 
-def test_each_filter_is_switched_off_alone_and_each_is_counted_alone():
+def test_each_filter_is_switched_off_alone_and_objects_alone():
     """The first reason is written down; what each alone would drop says which filter is needed."""
     bad = z("nothing", "nothing", "Response B is better.")
-    items = [(PAIR, z()), (PAIR, bad), (PAIR, "Response ⟦A⟧.")]
-    sieve = apply(RATIONALE_FILTERS, items, SETTINGS)
-    assert sieve.reasons == [None, "states_label: does not state the label", "structure: Feedback is missing"]
-    zero = dict.fromkeys(RATIONALE_FILTERS, 0)
-    objections = {"structure": 1, "states_label": 1, "states_other": 1, "mentions": 1, "coherence": 1}
-    assert sieve.alone == zero | objections
-    for name in objections:
-        without = apply(RATIONALE_FILTERS, items, dataclasses.replace(SETTINGS, without=(name,)))
-        assert name not in without.alone and all(name not in (why or "") for why in without.reasons)
-        assert without.alone == {other: n for other, n in sieve.alone.items() if other != name}
-    none = apply(RATIONALE_FILTERS, items, dataclasses.replace(SETTINGS, without=FILTERS))
-    assert none.reasons == [None] * 3 and none.alone == {}
-
-
-def test_all_rules_together_give_the_first_reason():
-    """What asks for wrong labels and what drops pairs must agree on what passes."""
-    for rationale in (z(), z(LOOP), z(conclusion="Response B."), z('Response A: "not in any of them"')):
-        together = apply(RATIONALE_FILTERS, [(PAIR, rationale)], SETTINGS).reasons[0]
-        first = denoise.objection(PAIR, rationale, RATIONALE_FILTERS, SETTINGS)
-        assert first == (together and together.partition(": ")[2])
+    said = [
+        objections(RATIONALE_FILTERS, PAIR, text, settings=SETTINGS) for text in (z(), bad, "Response ⟦A⟧.")
+    ]
+    assert [next(iter(each.items()), None) for each in said] == [
+        None,
+        ("states_label", "does not state the label"),
+        ("structure", "Feedback is missing"),
+    ]
+    assert list(said[1]) == ["states_label", "states_other", "mentions", "coherence"]
+    assert objection(PAIR, bad, RATIONALE_FILTERS, SETTINGS) == "does not state the label"
+    assert objection(PAIR, z(), RATIONALE_FILTERS, SETTINGS) is None
+    for name in said[1]:
+        without = dataclasses.replace(SETTINGS, without=(name,))
+        others = {other: reason for other, reason in said[1].items() if other != name}
+        assert objections(RATIONALE_FILTERS, PAIR, bad, settings=without) == others
+        assert used(RATIONALE_FILTERS, without) == [other for other in RATIONALE_FILTERS if other != name]
+    none = dataclasses.replace(SETTINGS, without=FILTERS)
+    assert used(FILTERS, none) == [] and objection(PAIR, bad, RATIONALE_FILTERS, none) is None
 
 
 @hypothesis_settings(deadline=None, max_examples=60)
@@ -276,9 +249,11 @@ def test_labels_are_balanced_whatever_came_before(labels):
         for n in range(len(labels))
     ]
     pairs = [pair if label == "A" else pair.swapped() for pair, label in zip(pairs, labels, strict=True)]
-    balanced = list(balance(pairs))
-    count = [pair.label for pair in balanced].count("A")
-    assert abs(2 * count - len(labels)) <= 1
+    balanced, count = [], Counter()
+    for pair in pairs:
+        balanced.append(balance(pair, count["A"] - count["B"]))
+        count[balanced[-1].label] += 1
+    assert abs(count["A"] - count["B"]) <= 1
     assert [pair.id for pair in balanced] == [pair.id for pair in pairs]
     for pair in balanced:
         assert (pair.response_a == "good") == (pair.label == "A")
@@ -288,4 +263,4 @@ def test_labels_are_balanced_whatever_came_before(labels):
 def test_a_rationale_that_cannot_be_turned_is_left_in_its_order():
     """ "The first response" would be wrong after a swap."""
     fixed = dataclasses.replace(PAIR, rationale=z("The first response is right."))
-    assert list(balance([fixed] * 3)) == [fixed] * 3
+    assert fixed.label == "A" and balance(fixed, 3) == fixed

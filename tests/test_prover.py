@@ -1,26 +1,26 @@
-"""The prover and equation (5): values worked out by hand, what is eligible, and what is picked."""
+"""The prover: both terms of equation (5) worked out by hand, what is eligible, and wrong labels."""
 
 import dataclasses
 import itertools
 import math
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
 from checkpoints import KINDS, random_model, tokenizer_files
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 
 import gramr2.prover
-from gramr2 import denoise, settings
+from gramr2 import denoise
 from gramr2.extras.evaluate import copied_share, score_leanings
 from gramr2.files import InputError
-from gramr2.prompts import Rationale, parse_rationale, proof_from_rationale
-from gramr2.prover import SCORES, Prover, label_coherence, rationale_of, select, with_score
-from gramr2.records import Pair, Proof, show
+from gramr2.prompts import Rationale, parse_rationale, proof_from_rationale, prover_prompt
+from gramr2.prover import Prover, label_coherence, rationale_of
+from gramr2.records import Pair, show
 from gramr2.sampler import Sample
 from gramr2.scoring import logprobs
+from gramr2.selection import SCORES, select, with_score
+from gramr2.settings import SelfTrainSettings
 
 TEMPLATE = "{question}|{response_a}|{response_b}|{label}"
 TOKENIZER = gramr2.tokenizer.Tokenizer(tokenizer_files("llama3"), "test", date="2026-01-31")
@@ -50,10 +50,10 @@ def scripted(monkeypatch, written, given=-1.0, second=None, positions=10_000):
     """
     model = random_model("llama3", max_positions=positions)
     prover = Prover(model, TOKENIZER, TEMPLATE)
-    prover.scored, prover.shards = [], []
+    prover.scored, prover.per_call = [], []
 
     def sampled(model, ids, *, n, keys, seed, **options):
-        prover.shards.append(len(ids))
+        prover.per_call.append(len(ids))
         groups = []
         for one, _ in zip(ids, keys, strict=True):
             question, *_, label = TOKENIZER.decode(one).partition("user\n\n")[2].split("|")
@@ -86,6 +86,10 @@ def prove(prover, *pairs, k=1, **options):
     return [proofs for _, proofs in prover.prove_many(pairs, k, **options)]
 
 
+def prompt_ids(prover, asked):
+    return prover.frame(prover_prompt(asked, TEMPLATE))
+
+
 def length(text):
     return len(TOKENIZER.encode(text)) + 1  # the stop token counts
 
@@ -104,24 +108,6 @@ def test_equation_5_by_hand(monkeypatch):
     assert proof.select_by == "equation-5" and proof.ineligible is None
 
 
-def test_a_generic_proof_loses_to_a_specific_one(monkeypatch):
-    """The generic one is likelier given the pair, and as likely without it: its numerator alone would win."""
-    generic, specific = proof_of("A", "it is good"), proof_of("A", "it says six pears, as was asked")
-    given = {generic: -0.5, specific: -1.0}
-    blank = {generic: -0.6, specific: -6.0}
-    prover = scripted(
-        monkeypatch,
-        lambda question, label, number: [generic, specific][number],
-        lambda text, n: [given[text]] * n,
-        lambda front, text: blank[text],
-    )
-    (proofs,) = prove(prover, pair(), k=2)
-    assert [proof.score for proof in proofs] == [pytest.approx(-5 / 6), pytest.approx(-1 / 6)]
-    assert select(proofs).text == specific
-    (proofs,) = prove(prover, pair(), k=2, select_by="numerator")
-    assert select(proofs).text == generic
-
-
 def test_a_model_that_does_not_look_at_its_condition_scores_minus_one():
     """A decoder with its blocks silenced is a table of bigrams: both terms are sums read off it."""
     model = random_model("llama3")
@@ -133,7 +119,7 @@ def test_a_model_that_does_not_look_at_its_condition_scores_minus_one():
     prover = Anything(model, TOKENIZER, TEMPLATE)
     for proofs in prove(prover, pair(), pair("r"), k=3, max_new_tokens=16):
         for proof in proofs:
-            path = [prover.blank[-1], *proof.ids]
+            path = [prover.frame("")[-1], *proof.ids]
             by_hand = sum(float(table[one, other]) for one, other in itertools.pairwise(path))
             assert proof.logp_given == pytest.approx(by_hand, rel=1e-5)
             assert proof.logp_blank == pytest.approx(by_hand, rel=1e-5)
@@ -153,7 +139,7 @@ def test_the_sampler_and_the_packed_pass_give_the_same_numerator_and_pick_the_sa
     pairs = [pair(f"question {n}", "AB"[n % 2]) for n in range(100)]
     same = 0
     for asked, proofs in prover.prove_many(pairs, 4, max_new_tokens=20, temperature=0.7, progress=False):
-        front = prover._frame(asked)
+        front = prompt_ids(prover, asked)
         tails = logprobs(prover.model, [[*front, *proof.ids] for proof in proofs])
         packed = [float(tail[len(front) - 1 :].double().sum()) for tail in tails]
         for proof, value in zip(proofs, packed, strict=True):
@@ -172,17 +158,16 @@ def test_the_blank_frame_is_the_chat_frame_and_nothing_else(kind):
     tokenizer = gramr2.tokenizer.Tokenizer(tokenizer_files(kind), "test", date="2026-01-31")
     prover = Prover(random_model("llama3"), tokenizer, TEMPLATE)
     asked = pair("which pears?", "B")
-    frame = tokenizer.decode(prover._frame(asked), skip_special=False)
+    frame = tokenizer.decode(prompt_ids(prover, asked), skip_special=False)
     assert frame.count("which pears?|six pears|two pears|B") == 1
-    blank = tokenizer.decode(prover.blank, skip_special=False)
+    blank = tokenizer.decode(prover.frame(""), skip_special=False)
     assert frame.replace("which pears?|six pears|two pears|B", "") == blank
-    assert prover.condition(asked, "equation-5") == prover.blank
 
 
 # ---------------------------------------------------------------------------------- other scores
 
 
-def test_the_other_scores_and_the_conditions_that_they_are_computed_under(monkeypatch):
+def test_each_score_is_computed_after_its_own_user_turn(monkeypatch):
     """The contrast asks the same model for the other label; each proof says by what it was chosen."""
     texts = [proof_of("A", "one"), proof_of("A", "two"), proof_of("A", "three")]
     given = dict(zip(texts, (-1.0, -0.5, -2.0), strict=True))
@@ -194,30 +179,20 @@ def test_the_other_scores_and_the_conditions_that_they_are_computed_under(monkey
         lambda text, n: [given[text]] * n,
         lambda front, text: wrong[text] if "|B" in front else blank[text],
     )
-    picked = {}
     for name in SCORES:
         prover.scored.clear()
         (proofs,) = prove(prover, pair(), k=3, select_by=name)
-        picked[name] = texts.index(select(proofs).text)
         assert {proof.select_by for proof in proofs} == {name}
-        fronts = {front for front, _ in prover.scored}
-        assert len(fronts) == 1 and ("q|six pears|two pears|B" in fronts.pop()) == (name == "contrast")
+        assert len({front for front, _ in prover.scored}) == 1
+        assert ("q|six pears|two pears|B" in prover.scored[0][0]) == (name == "contrast")
         assert all((proof.logp_blank is None) == (name == "contrast") for proof in proofs)
-        if name == "contrast":
-            expected = [(given[text] - wrong[text]) * length(text) for text in texts]
-            assert [proof.score for proof in proofs] == pytest.approx(expected)
-    assert picked == {"equation-5": 0, "numerator": 1, "contrast": 2, "random": 0}
-    assert set(SCORES) == set(settings.SCORES)
+        second = wrong if name == "contrast" else blank
+        expected = [
+            SCORES[name].value(given[text] * length(text), second[text] * length(text)) for text in texts
+        ]
+        assert [proof.score for proof in proofs] == pytest.approx(expected)
     with pytest.raises(InputError, match="select_by: 'best' must be one of equation-5, numerator"):
         prove(prover, pair(), select_by="best")
-
-
-def test_a_random_proof_is_the_first_eligible_one(monkeypatch):
-    """The k proofs are drawn alike, so that the first needs no further draw. Only the eligible count."""
-    texts = ["no proof", proof_of("A", "one"), proof_of("A", "two")]
-    prover = scripted(monkeypatch, lambda question, label, number: texts[number])
-    (proofs,) = prove(prover, pair(), k=3, select_by="random")
-    assert select(proofs).text == texts[1]
 
 
 # ---------------------------------------------------------------------------------- what is not eligible
@@ -244,37 +219,13 @@ def test_what_is_no_proof_of_the_label_is_not_eligible_and_says_why(monkeypatch)
     ]  # fmt: skip
     assert [proof.score is None for proof in proofs] == [True] * 6 + [False]
     assert select(proofs) is proofs[6] and len(prover.scored) == 1  # the others cost no second pass
-    assert select(proofs[:6]) is None and select([]) is None
+    assert select(proofs[:6]) is None
 
 
 def test_no_eligible_proof_at_all_is_no_error(monkeypatch):
     prover = scripted(monkeypatch, lambda *_: "nothing")
     assert [select(proofs) for proofs in prove(prover, pair(), pair("r"), k=3)] == [None, None]
     assert list(prover.prove_many([], 3)) == []
-
-
-def test_a_proof_that_is_certain_without_a_condition_is_not_eligible(monkeypatch):
-    """The denominator is zero there: the score would be infinite, or not a number."""
-    prover = scripted(monkeypatch, lambda *_: proof_of("A"), 0.0, lambda *_: 0.0)
-    ((proof,),) = prove(prover, pair())
-    assert (proof.ineligible, proof.score) == ("certain without a condition", None)
-    assert select([proof]) is None
-    ((proof,),) = prove(prover, pair(), select_by="numerator")
-    assert proof.score == 0.0 and proof.ineligible is None
-
-
-@hypothesis_settings(deadline=None)
-@given(st.lists(st.tuples(st.floats(-1e4, 0), st.floats(-1e4, -1e-4)), min_size=1, max_size=8))
-def test_scores_are_at_most_zero_and_the_best_is_picked_the_earliest_among_equals(sums):
-    """A score above zero, or -0.0 below 0.0 in a file, would not be the paper's."""
-    proofs = [with_score(Proof("p", str(n), given), blank) for n, (given, blank) in enumerate(sums)]
-    scores = [proof.score for proof in proofs]
-    assert all(-math.inf < score <= 0 and str(score) != "-0.0" for score in scores)
-    assert [score * blank for score, (_, blank) in zip(scores, sums, strict=True)] == pytest.approx(
-        [-given for given, _ in sums]
-    )
-    best = select(proofs + [dataclasses.replace(proof, text="later") for proof in proofs])
-    assert best is proofs[scores.index(max(scores))]
 
 
 # ---------------------------------------------------------------------------------- pairs in and out
@@ -285,7 +236,7 @@ def test_a_pair_that_is_too_long_has_no_proofs_and_the_others_have_theirs(monkey
     prover = scripted(monkeypatch, lambda question, label, number: proof_of(label, question), positions=150)
     long = pair("pear " * 300)
     found = prove(prover, pair("one"), long, pair("two", "B"), k=2)
-    assert [len(proofs) for proofs in found] == [2, 0, 2] and prover.shards == [2]
+    assert [len(proofs) for proofs in found] == [2, 0, 2] and prover.per_call == [2]
     assert [proofs[0].pair_id for proofs in found if proofs] == [pair("one").id, pair("two").id]
     assert "two" in found[2][0].text and all(proof.ineligible is None for proof in found[2])
 
@@ -298,7 +249,7 @@ def test_a_proof_may_fill_the_model_to_its_last_position_and_not_beyond(monkeypa
         gramr2.prover, "generate", lambda *a, **named: asked.update(named) or inner(*a, **named)
     )
     prove(prover, pair("one"), max_new_tokens=10_000, temperature=0.9, seed=5)
-    assert asked["max_new_tokens"] == [150 - len(prover._frame(pair("one")))]
+    assert asked["max_new_tokens"] == [150 - len(prompt_ids(prover, pair("one")))]
     assert (asked["temperature"], asked["seed"]) == (0.9, 5)
 
 
@@ -337,7 +288,7 @@ def test_k_proofs_cost_one_prefill(monkeypatch):
 
     monkeypatch.setattr(type(model), "forward", counting)
     long = pair("pear " * 100)
-    prompt = len(prover._frame(long))
+    prompt = len(prompt_ids(prover, long))
     prove(prover, long, k=8, max_new_tokens=4, progress=False)
     assert computed["tokens"] < 2 * prompt + 8 * 8  # not 8 * prompt
 
@@ -362,10 +313,10 @@ def test_k_equal_proofs_are_refused(named):
 
 def test_a_prover_that_reasons_gives_itself_away_on_wrong_labels_and_a_parrot_does_not(monkeypatch):
     """Both look alike on right labels; only the count on wrong ones tells them apart."""
-    defaults = settings.SelfTrainSettings()
     pairs = [pair(f"q{n}", "AB"[n % 2], rationale="seen by nobody") for n in range(6)]
     true = {each.question: each.label for each in pairs}
-    objection = lambda pair, text: denoise.objection(pair, text, denoise.RATIONALE_FILTERS, defaults)  # noqa: E731
+    filters = {"rules": denoise.RATIONALE_FILTERS, "settings": SelfTrainSettings().filters()}
+    objection = partial(denoise.objection, **filters)
     parrot = scripted(monkeypatch, lambda question, label, number: proof_of(label))
     right = {"asked": 6, "passed": 6, "dropped": {}}
     assert label_coherence(parrot, pairs, objection) == {"right": right, "wrong": right}

@@ -6,13 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from gramr2.denoise import FILTERS
 from gramr2.files import InputError
+from gramr2.selection import SCORES
 from gramr2.settings import (
     STAGES,
     PolicySettings,
+    SelfTrainSettings,
     Sources,
     TrainSettings,
     add_flags,
+    check_names,
     given,
     read_recipe,
     resolve,
@@ -20,6 +24,7 @@ from gramr2.settings import (
 )
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
+REGISTRIES = {"select_by": SCORES, "without": FILTERS}
 
 
 @dataclass(frozen=True)
@@ -95,9 +100,42 @@ def test_a_budget_below_the_longest_example_is_refused():
         TrainSettings(max_length=200, token_budget=100)
 
 
+def test_the_loops_thresholds_hold_on_and_wrong_ones_are_refused(tmp_path):
+    path = recipe(tmp_path, "[selftrain]\nconfidence = 1\n")
+    assert resolve(SelfTrainSettings, path, ["selftrain"], {}).confidence == (1.0,)
+    settings = resolve(SelfTrainSettings, path, ["selftrain"], {"confidence": [0.75, 0.8]})
+    assert [settings.filters(number).confidence for number in (1, 2, 3)] == [0.75, 0.8, 0.8]
+    for value, message in [
+        ([], "confidence"),
+        ([0.5, 1.5], "confidence: .*1.5.* from 0 to 1"),
+        (["high"], "confidence: expected a number, got 'high'"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            resolve(SelfTrainSettings, path, ["selftrain"], {"confidence": value})
+
+
+def test_a_name_that_no_registry_has_is_refused_and_help_says_which_there_are():
+    """A misspelt filter would stay on, and the run would be reported as one without it."""
+    names = "agreement, confidence, softmax, length, structure, states_label, states_other, mentions, "
+    names += "repetition, quotes, coherence"
+    for settings, message in [
+        (SelfTrainSettings(without=("agreemnt",)), rf"^without: \('agreemnt',\) must be of {names}$"),
+        (SelfTrainSettings(select_by="best"), "^select_by: 'best' must be one of equation-5, numerator, "),
+    ]:
+        with pytest.raises(InputError, match=message):
+            check_names(settings, REGISTRIES)
+    check_names(SelfTrainSettings(without=FILTERS, select_by="contrast"), REGISTRIES)
+    parser = argparse.ArgumentParser()
+    add_flags(parser, SelfTrainSettings, REGISTRIES)
+    words = " ".join(parser.format_help().split())
+    assert f"filters that are switched off, of {names} [none]" in words
+    assert "is chosen: equation-5, numerator, contrast, random [equation-5]" in words
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_resolves_for_every_stage(path):
-    """A recipe that is refused, or a field that was renamed under it, is found here and not on a node."""
+    """A recipe that is refused, or a name that changed under it, is found here and not on a node."""
+    check_names(resolve(SelfTrainSettings, path, ["selftrain"], {}), REGISTRIES)
     for stage in (*STAGES, "finetune"):
         resolve(TrainSettings, path, ["train", f"train.{stage}"], {})
     resolve(PolicySettings, path, ["train", "train.policy"], {})

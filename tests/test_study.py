@@ -12,9 +12,10 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import toy  # noqa: E402
 
+import selftrain  # noqa: E402
 from gramr2.files import write_rows  # noqa: E402
 from gramr2.records import Pair, show, swap  # noqa: E402
-from gramr2.settings import SelfTrainSettings  # noqa: E402
+from gramr2.settings import SelfTrainSettings, check_names  # noqa: E402
 
 
 def test_a_difference_is_paired_and_counts_the_seeds_it_holds_on():
@@ -46,7 +47,8 @@ def test_a_claim_names_rows_that_exist():
     rows = {*toy.MAIN, *toy.LENGTHS, *toy.LOOPS, *toy.SINGLES}
     assert {row for _, one, other in toy.CLAIMS for row in (one, other)} <= rows
     for arm, loop in toy.LOOPS.items():
-        replace(SelfTrainSettings(), **(loop.changes or {}))  # refused by name where a filter is gone
+        changed = replace(SelfTrainSettings(), **(loop.changes or {}))
+        check_names(changed, selftrain.REGISTRIES)  # refused by name where a filter is gone
         assert any(arm in claim for claim in toy.CLAIMS), f"{arm} is run and compared with nothing"
 
 

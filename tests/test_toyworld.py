@@ -15,9 +15,10 @@ from gramr2.data import Store
 from gramr2.extras import toyworld
 from gramr2.files import InputError
 from gramr2.records import Pair, show
-from gramr2.settings import TrainSettings, read_recipe, resolve
+from gramr2.settings import SelfTrainSettings, TrainSettings, read_recipe, resolve
 
 ROOT = Path(__file__).parents[1]
+FILTER_SETTINGS = SelfTrainSettings().filters()
 SMALL = dict(human=20, labelled=30, unlabelled=60, dev=20, test=40, pretrain=200)
 
 
@@ -69,7 +70,7 @@ def test_unlabelled_pairs_carry_neither_label_nor_order(world):
 
 def test_human_rationales_are_coherent_and_their_proof_form_gives_them_back(world):
     for pair in pairs_of(world, "human"):
-        assert toyworld.coherent(pair, pair.rationale) is None
+        assert toyworld.coherent(pair, pair.rationale, FILTER_SETTINGS) is None
         for shown in (pair, pair.swapped()):
             proof = show(prompts.proof_from_rationale(shown.rationale, shown.label))
             back = prompts.rationale_from_proof(proof)
@@ -90,8 +91,9 @@ def test_the_rule_of_coherence_catches_each_kind_of_slip(world):
         "three parts": text.partition("Conclusion:")[0],
     }
     for what, slip in slips.items():
-        assert what in str(toyworld.coherent(pair, slip)), what
-    assert "conclusion" in toyworld.coherent(replace(pair, label="AB"[pair.label == "A"]), text)
+        assert what in str(toyworld.coherent(pair, slip, FILTER_SETTINGS)), what
+    other = replace(pair, label="AB"[pair.label == "A"])
+    assert "conclusion" in toyworld.coherent(other, text, FILTER_SETTINGS)
 
 
 def test_a_fragment_is_never_a_judgment():

@@ -33,11 +33,13 @@ import shutil
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from gramr2.denoise import RationaleFilter
 from gramr2.files import InputError, read_json, write_json, write_rows
 from gramr2.prompts import judge_prompt, label_target, parse_rationale, proof_from_rationale
 from gramr2.records import Pair, mark, show
-from gramr2.settings import resolve, setting
+from gramr2.settings import FilterSettings, resolve, setting
 
 Prices = dict[str, int]
 Goods = tuple[str, ...]
@@ -128,7 +130,7 @@ _LINE = re.compile(r"(\w+) costs (\d): Response ([AB]) (\d) (yes|no), Response (
 _COUNT = re.compile(r"Response ([AB]) (\d) right, Response ([AB]) (\d) right\.")
 
 
-def coherent(pair: Pair, written: str, settings: object = None) -> str | None:
+def coherent(pair: Pair, written: str, settings: FilterSettings) -> str | None:
     """The shop's own rule: flags follow from prices, counts from flags, the conclusion from counts.
 
     It reads the pair and the rationale alone and knows no price: a wrong price that is kept to throughout
@@ -164,9 +166,9 @@ def coherent(pair: Pair, written: str, settings: object = None) -> str | None:
     return None if stated and pair.label in (None, better) else "the conclusion contradicts the count"
 
 
-def world_rules(settings: dict) -> dict:
+def world_rules(plan: dict[str, Any]) -> dict[str, RationaleFilter]:
     """The rules that a run's plan asks for beside those of plain text."""
-    return {"coherence": coherent} if settings["coherence"] == "the shop's" else {}
+    return {"coherence": coherent} if plan["coherence"] == "the shop's" else {}
 
 
 def make_pair(goods: Goods, prices: Prices, rng: random.Random, split: str, told: Set = frozenset()) -> Pair:
