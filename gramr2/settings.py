@@ -34,6 +34,7 @@ REWARDS = ("pairwise", "tournament", "scalar")  # of the stage policy, see extra
 FILTERS = ("agreement", "confidence", "softmax", "length", "structure", "states_label", "states_other")
 FILTERS += ("mentions", "repetition", "quotes", "coherence")
 SCORES = ("equation-5", "numerator", "contrast", "random")
+PAIRS_PER_CALL = 64  # pairs of one generate call: enough to fill a batch, little to do again after a kill
 
 
 def setting(default: Any, text: str) -> Any:

@@ -47,10 +47,10 @@ from gramr2.files import (
     write_json,
     write_rows,
 )
-from gramr2.judge import PAIRS_PER_CALL, RewardModel
+from gramr2.judge import RewardModel
 from gramr2.prover import Prover, label_coherence, rationale_of, select
 from gramr2.records import Judgment, Pair
-from gramr2.settings import SelfTrainSettings, TrainSettings
+from gramr2.settings import PAIRS_PER_CALL, SelfTrainSettings, TrainSettings
 
 # Proofs of wrong labels that pass every rule, as a share of those of right ones: above it, a warning.
 DECEPTIVE = 0.5
