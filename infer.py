@@ -24,16 +24,25 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from gramr2.files import InputError, Parser, exit_status, finished_runs, read_json, write_rows
+from tqdm import tqdm
+
+from gramr2.data import RowLog, Store
+from gramr2.extras import evaluate
+from gramr2.files import InputError, JsonRow, Parser, exit_status, finished_runs, read_json, write_rows
+from gramr2.rankings import METHODS, Ranking
 from gramr2.records import Pair, messages_of, show
+from gramr2.settings import PAIRS_PER_CALL
 
 VOTES = {"pair": 16, "rank": 4, "pairs": 4, "bench": 1}  # 16 is what the paper's best figures use
-METHODS = ("linear", "knockout", "merge", "selection")
+
+Item = Pair | JsonRow  # of bulk work: a pair, or one of a benchmark's lists
+Made = TypeVar("Made")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -63,140 +72,163 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> int:
-    arguments = parse(argv)
-    if arguments.formats:
-        from gramr2.judge import FORMATS
-
-        readings = {name: each.reading for name, each in FORMATS.items()}
-        lines = (f"{name:9} {reading}" for name, reading in readings.items())
-        print(json.dumps(readings, indent=2) if arguments.json else "\n".join(lines))
-    elif arguments.score:
-        tell_score(arguments.score[0], [Path(each) for each in arguments.score[1:]], arguments.json)
-    elif arguments.calibrate:
-        from gramr2.extras.evaluate import calibrate
-
-        path, fitted = calibrate(arguments.calibrate, arguments.model or newest_model())
-        said = f"calibrated on {fitted['pairs']} pairs of {fitted['votes']} votes: {path}"
-        print(json.dumps(fitted) if arguments.json else said)
+    given = parse(argv)
+    if given.formats:
+        print_formats(given.json)
+    elif given.score:
+        name, *files = given.score
+        print_score(name, [Path(each) for each in files], given.json)
+    elif given.calibrate:
+        print_calibration(given.calibrate, given.model, given.json)
     else:
-        judge(arguments)
+        kind = next(name for name in VOTES if getattr(given, name) is not None)
+        if (kind in ("pairs", "bench")) != (given.out is not None):
+            raise InputError("--out OUT.jsonl goes with --pairs and with --bench, which both need it")
+        settings = judge_settings(kind, given)
+        if kind == "pair":
+            judge_pair(given.pair, settings, given.json)
+        elif kind == "rank":
+            judge_list(given.rank, given.method, settings, given.json)
+        elif kind == "pairs":
+            judge_file(given.pairs, given.out, settings, given.json)
+        else:
+            judge_benchmark(given.bench[0], Path(given.bench[1]), given.out, settings, given.json)
     return 0
 
 
-def judge(arguments: argparse.Namespace) -> None:
-    """--pair, --rank, --pairs and --bench. What goes in is read before the model, which takes its time."""
-    kind = next(name for name in VOTES if getattr(arguments, name) is not None)
-    if (kind in ("pairs", "bench")) != (arguments.out is not None):
-        raise InputError("--out OUT.jsonl goes with --pairs and with --bench, which both need it")
-    votes = VOTES[kind] if arguments.votes is None else arguments.votes
+@dataclass(frozen=True)
+class JudgeSettings:
+    """What the command line says of the judge. No model: the newest run's."""
+
+    model: Path | None
+    prompt: Path | None
+    format: str | None
+    device: str
+    dtype: str
+    votes: int
+    temperature: float
+    seed: int
+    max_new_tokens: int
+
+
+def judge_settings(kind: str, given: argparse.Namespace) -> JudgeSettings:
+    votes = VOTES[kind] if given.votes is None else given.votes
     if votes < 1 or (votes > 1 and votes % 2 and kind != "bench"):
         raise InputError(f"--votes {votes}: expected 1, or an even number (half in each order)")
-    if kind == "pair":
-        pair = read_one(arguments.pair, Pair.from_json)
-        (row,) = Judge(arguments, votes).rows([pair])
-        if "error" in row:
-            raise InputError(row["error"])
-        del row["pair"]
-        print(json.dumps(row, ensure_ascii=False, indent=2) if arguments.json else readable(pair, row))
-    elif kind == "rank":
-        asked = read_one(arguments.rank, as_list)
-        judge = Judge(arguments, votes)
-        ranking = judge.model.rank(*asked, arguments.method, **judge.sampling, progress=False)
-        tell_ranking(ranking, asked[1], arguments.json)
-    elif kind == "pairs":
-        from gramr2.data import Store
+    temperature = float(votes > 1)
+    votes *= 2 if kind == "bench" else 1  # given for each order
+    where = given.model, given.prompt, given.format, given.device, given.dtype
+    return JudgeSettings(*where, votes, temperature, given.seed, given.max_new_tokens)
 
-        counts = bulk(arguments, votes, Store(arguments.pairs, Pair.from_json))
-        said = "{judged} judged, {before} were there before, {failed} failed: {out}"
-        print(json.dumps(counts) if arguments.json else said.format(**counts, out=arguments.out))
-    else:
-        from gramr2.extras.evaluate import read_benchmark
 
-        name, path = arguments.bench
-        bulk(arguments, 2 * votes, list(read_benchmark(name, Path(path))))
-        tell_score(name, [arguments.out], arguments.json)
+# ---------------------------------------------------------------------------------- one pair, one list, many
+# What goes in is read before the model, which takes its time.
+
+
+def judge_pair(path: Path, settings: JudgeSettings, as_json: bool) -> None:
+    pair = read_one(path, Pair.from_json)
+    (row,) = Judge(settings).rows([pair])
+    if "error" in row:
+        raise InputError(row["error"])
+    del row["pair"]
+    print(json.dumps(row, ensure_ascii=False, indent=2) if as_json else readable(pair, row))
+
+
+def judge_list(path: Path, method: str, settings: JudgeSettings, as_json: bool) -> None:
+    question, responses = read_one(path, as_list)
+    judge = Judge(settings)
+    ranking = judge.model.rank(question, responses, method, **judge.sampling, progress=False)
+    print_ranking(ranking, responses, as_json)
+
+
+def judge_file(path: Path, out: Path, settings: JudgeSettings, as_json: bool) -> None:
+    counts = judge_into(out, settings, Store(path, Pair.from_json))
+    said = "{judged} judged, {before} were there before, {failed} failed: {out}"
+    print(json.dumps(counts) if as_json else said.format(**counts, out=out))
+
+
+def judge_benchmark(name: str, path: Path, out: Path, settings: JudgeSettings, as_json: bool) -> None:
+    judge_into(out, settings, list(evaluate.read_benchmark(name, path)))
+    print_score(name, [out], as_json)
 
 
 class Judge:
-    """The model that the command line names, with the settings that go into every row."""
+    """The model that the settings name, and what its rows say that they were judged with."""
 
-    def __init__(self, arguments: argparse.Namespace, votes: int):
-        directory = arguments.model or newest_model()
-        import torch
+    def __init__(self, settings: JudgeSettings):
+        directory = settings.model or newest_model()
+        import torch  # takes seconds, which --help and tables need not wait for
 
+        from gramr2.extras.formats import format_named
         from gramr2.judge import RewardModel
 
-        if arguments.device == "cuda" and not torch.cuda.is_available():
+        if settings.device == "cuda" and not torch.cuda.is_available():
             raise InputError("--device cuda: there is no CUDA device here")
-        cuda = arguments.device != "cpu" and torch.cuda.is_available()
-        dtype = arguments.dtype if arguments.dtype != "auto" else "bfloat16" if cuda else "float32"
-        device, prompt = "cuda" if cuda else "cpu", arguments.prompt
-        self.model = RewardModel.load(directory, device, dtype, prompt, arguments.format)
-        self.sampling = {"votes": votes, "seed": arguments.seed, "max_new_tokens": arguments.max_new_tokens}
-        self.sampling["temperature"] = float(votes > 1 and not (arguments.bench and votes == 2))
-        self.settings = {"model": str(directory), "format": self.model.format, **self.sampling}
-        calibrated = self.model.calibrates(votes, self.sampling["temperature"])
-        self.settings |= {"prompt": prompt and str(prompt), "calibrated": calibrated}
+        device = "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
+        automatic = "bfloat16" if device == "cuda" else "float32"
+        dtype = automatic if settings.dtype == "auto" else settings.dtype
+        format = format_named(settings.format) if settings.format is not None else None
+        self.model = RewardModel.load(directory, device, dtype, settings.prompt, format)
+        self.sampling: JsonRow = {
+            "votes": settings.votes,
+            "seed": settings.seed,
+            "max_new_tokens": settings.max_new_tokens,
+            "temperature": settings.temperature,
+        }
+        calibrated = self.model.calibrates(settings.votes, settings.temperature)
+        self.judged_with = {"model": str(directory), "format": self.model.format.name, **self.sampling}
+        self.judged_with |= {"prompt": settings.prompt and str(settings.prompt), "calibrated": calibrated}
         if self.model.calibration and not calibrated:
             fitted = "{votes} votes, greedy: {greedy}".format_map(self.model.calibration)
             print(f"warning: not calibrated: the calibration is for {fitted}", file=sys.stderr)
 
-    def rows(self, items: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    def rows(self, items: Sequence[Item]) -> Iterator[JsonRow]:
         """The row of each pair, or of each of a benchmark's lists: a failure is a row with the reason."""
-        if isinstance(items[0], Pair):
-            found = (each for _, each in self.model.judge_many(items, **self.sampling, progress=False))
-            about = ({"id": item.id, "pair": item.to_json()} for item in items)
-        else:
-            lists = [(item["question"], item["responses"]) for item in items]
-            found = self.model.contests(lists, "linear", False, **self.sampling, progress=False)
-            about = ({"id": item["id"], "scores": item["scores"]} for item in items)
-        for row, each in zip(about, found, strict=True):
-            failed = isinstance(each, InputError)
-            yield row | ({"error": str(each)} if failed else each.to_json() | {"judge": self.settings})
+        pairs = [item for item in items if isinstance(item, Pair)]
+        for pair, judgment in self.model.judge_many(pairs, **self.sampling, progress=False):
+            yield {"id": pair.id, "pair": pair.to_json()} | self._outcome(judgment)
+        lists = [item for item in items if not isinstance(item, Pair)]
+        contests = [(item["question"], item["responses"]) for item in lists]
+        rankings = self.model.contests(contests, "linear", False, **self.sampling, progress=False)
+        for item, ranking in zip(lists, rankings, strict=True):
+            yield {"id": item["id"], "scores": item["scores"]} | self._outcome(ranking)
+
+    def _outcome(self, found: Any) -> JsonRow:
+        if isinstance(found, InputError):
+            return {"error": str(found)}
+        return found.to_json() | {"judge": self.judged_with}
 
 
-def bulk(arguments: argparse.Namespace, votes: int, source: Sequence[Any]) -> dict[str, int]:
-    """Appends rows shard by shard. What succeeded before stays, what failed is tried again."""
-    from tqdm import tqdm
+# ---------------------------------------------------------------------------------- bulk work
 
-    from gramr2.data import RowLog
-    from gramr2.judge import PAIRS_PER_CALL
 
-    judge = Judge(arguments, votes)
-    done = keep_finished(arguments.out, judge.settings)
-    bad: list[dict[str, Any]] = []
-    waiting, counts = pending(source, done, bad), {"judged": 0, "before": done.total(), "failed": 0}
-    with RowLog(arguments.out) as out, tqdm(total=len(source), unit="pair", disable=None) as bar:
+def judge_into(out: Path, settings: JudgeSettings, source: Sequence[Item]) -> dict[str, int]:
+    """Appends rows call by call. What succeeded before stays, what failed is tried again."""
+    judge = Judge(settings)
+    done = keep_finished(out, judge.judged_with)
+    unreadable: list[JsonRow] = []
+    waiting = pending(source, done, unreadable)
+    counts = {"judged": 0, "before": done.total(), "failed": 0}
+    with RowLog(out) as log, tqdm(total=len(source), unit="pair", disable=None) as bar:
         bar.update(done.total())
-        while shard := list(islice(waiting, PAIRS_PER_CALL)):
-            rows = list(judge.rows(shard))
+        while together := list(islice(waiting, PAIRS_PER_CALL)):
+            rows = list(judge.rows(together))
             for row in rows:
-                out.write(row)
+                log.write(row)
                 counts["failed" if "error" in row else "judged"] += 1
-            out.sync()
+            log.sync()
             bar.update(len(rows))
-        for row in bad:
-            out.write(row)
-    return counts | {"failed": counts["failed"] + len(bad)}
+        for row in unreadable:
+            log.write(row)
+    return counts | {"failed": counts["failed"] + len(unreadable)}
 
 
-def key_of(item: Pair | dict) -> bytes:
-    """What makes an item the same in another call: a pair's whole row; a list's id."""
-    content = item.to_json() if isinstance(item, Pair) else item["id"]
-    try:
-        text = json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise InputError("text that is not Unicode (half of a surrogate pair)") from None
-    return hashlib.blake2b(text, digest_size=16).digest()
-
-
-def keep_finished(path: Path, settings: dict[str, Any]) -> Counter[bytes]:
+def keep_finished(path: Path, judged_with: JsonRow) -> Counter[bytes]:
     """How often an earlier call has judged each key; its failures are taken out, to be tried again."""
+    done: Counter[bytes] = Counter()
     if not path.exists():
-        return Counter()
-    from gramr2.data import Store
-
-    done, failed, rows = Counter(), False, Store(path)
+        return done
+    failed, rows = False, Store(path)
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not isinstance(row.get("judge", {}), dict):
             raise InputError(f"{path}: row {number} is not a judged row; give another --out")
@@ -204,7 +236,7 @@ def keep_finished(path: Path, settings: dict[str, Any]) -> Counter[bytes]:
             failed = True
             continue
         was = row.get("judge", {})
-        other = [f"{k} {was.get(k)}, now {settings[k]}" for k in settings if was.get(k) != settings[k]]
+        other = [f"{k} {was.get(k)}, now {now}" for k, now in judged_with.items() if was.get(k) != now]
         if other:
             raise InputError(f"{path}: row {number} was judged with {'; '.join(other)}; give another --out")
         done[key_of(Pair.from_json(row["pair"]) if "pair" in row else row)] += 1
@@ -213,26 +245,42 @@ def keep_finished(path: Path, settings: dict[str, Any]) -> Counter[bytes]:
     return done
 
 
-def pending(source: Sequence[Any], done: Counter[bytes], bad: list[dict[str, Any]]) -> Iterator[Any]:
-    """What is still to be judged, as often as it stands there; what is no pair goes to `bad`, with why."""
+def pending(source: Sequence[Item], done: Counter[bytes], unreadable: list[JsonRow]) -> Iterator[Item]:
+    """What is still to be judged, as often as it stands there; `unreadable` is given what is no pair."""
     met: Counter[bytes] = Counter()
     for place in range(len(source)):
         try:
             item = source[place]
             key = key_of(item)
         except InputError as error:
-            bad.append({"id": f"row {place + 1}", "error": str(error)})
+            unreadable.append({"id": f"row {place + 1}", "error": str(error)})
             continue
         met[key] += 1
         if met[key] > done[key]:
             yield item
 
 
-def read_one(path: Path, make) -> Any:
+def key_of(item: Item) -> bytes:
+    """What makes an item the same in another call: a pair's whole row; a list's id."""
+    content = item.to_json() if isinstance(item, Pair) else item["id"]
+    return hashlib.blake2b(json_bytes(content), digest_size=16).digest()
+
+
+def json_bytes(content: Any) -> bytes:
+    try:
+        return json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise InputError("text that is not Unicode (half of a surrogate pair)") from None
+
+
+# ---------------------------------------------------------------------------------- what goes in
+
+
+def read_one(path: Path, make: Callable[[Any], Made]) -> Made:
     row = read_json(path)
     try:
         item = make(row)
-        key_of(item if isinstance(item, Pair) else {"id": item})
+        json_bytes(item.to_json() if isinstance(item, Pair) else item)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return item
@@ -255,16 +303,31 @@ def newest_model() -> Path:
     raise InputError("no finished run under runs/; give --model DIR, or make one: python selftrain.py")
 
 
-def tell_score(name: str, paths: list[Path], as_json: bool) -> None:
-    from gramr2.extras import evaluate
+# ---------------------------------------------------------------------------------- what comes out
 
+
+def print_formats(as_json: bool) -> None:
+    from gramr2.extras.formats import FORMATS  # brings torch
+
+    readings = {name: each.reading for name, each in FORMATS.items()}
+    lines = (f"{name:9} {reading}" for name, reading in readings.items())
+    print(json.dumps(readings, indent=2) if as_json else "\n".join(lines))
+
+
+def print_calibration(judged: Path, model: Path | None, as_json: bool) -> None:
+    path, fitted = evaluate.calibrate(judged, model or newest_model())
+    said = f"calibrated on {fitted['pairs']} pairs of {fitted['votes']} votes: {path}"
+    print(json.dumps(fitted) if as_json else said)
+
+
+def print_score(name: str, paths: list[Path], as_json: bool) -> None:
     if not paths:
         raise InputError(f"--score {name}: give a judged file as well")
     result = evaluate.score(name, paths)
     print(json.dumps(result, indent=2) if as_json else evaluate.readable(result))
 
 
-def tell_ranking(ranking, responses: list[str], as_json: bool) -> None:
+def print_ranking(ranking: Ranking, responses: Sequence[str], as_json: bool) -> None:
     if as_json:
         names = ("best", "order", "comparisons", "rounds", "undecided", "overruled")
         print(json.dumps({name: getattr(ranking, name) for name in names}))
@@ -278,7 +341,7 @@ def tell_ranking(ranking, responses: list[str], as_json: bool) -> None:
         print(f"intransitive: {i + 1} was preferred to {j + 1} (p {p:.2f}), which surer answers overrule")
 
 
-def readable(pair: Pair, judgment: dict[str, Any]) -> str:
+def readable(pair: Pair, judgment: JsonRow) -> str:
     label, votes, sure = judgment["label"], judgment["votes"], max(judgment["p_a"], 1 - judgment["p_a"])
     if pair.response_a == pair.response_b:
         lines = ["No preference: the two responses are identical."]

@@ -32,7 +32,8 @@ from gramr2 import parallel
 from gramr2.extras import policy, policy_start
 from gramr2.extras.evaluate import average
 from gramr2.files import InputError, digest, exit_status, read_json, write_json
-from gramr2.judge import RewardModel, preference
+from gramr2.judge import RewardModel
+from gramr2.rankings import preference
 from gramr2.sampler import generate
 from gramr2.settings import PolicySettings, resolve
 from gramr2.weights import load
@@ -127,7 +128,7 @@ def best_of_n(shop: Shop, start: Path) -> dict[str, dict[str, list[float]]]:
         "scalar": "discriminative",
     }.items():
         judge = RewardModel.load(shop.place(step) / "model")
-        picks = [favourites, searched][judge.endings is not None](judge, questions, different)
+        picks = [favourites, searched][judge.format.endings is not None](judge, questions, different)
         curves[way] = {}
         for n in SIZES:
             best = [at[len(set(group[:n])) - 1] for at, group in zip(picks, drawn, strict=True)]

@@ -27,10 +27,10 @@ from gramr2.extras import toyworld
 from gramr2.extras.report import as_filtered
 from gramr2.extras.results import JudgedPair, RunReader, read_round
 from gramr2.files import InputError, exit_status, publish_file
-from gramr2.judge import RewardModel
 from gramr2.records import Judgment, Pair, Proof, Vote
 from gramr2.settings import SelfTrainSettings, TrainSettings
 from gramr2.tokenizer import Tokenizer
+from gramr2.votes import Voter
 
 PAGE = common.ROOT / "docs/walkthrough.md"
 SHOWN = 1200  # characters of a text that are shown
@@ -39,7 +39,7 @@ SHOWN = 1200  # characters of a text that are shown
 
 
 def code(function) -> str:
-    """`gramr2/judge.py:RewardModel._read`, of a function that exists."""
+    """`gramr2/votes.py:Voter.read`, of a function that exists."""
     path = Path(inspect.getsourcefile(function)).resolve().relative_to(common.ROOT)
     return f"`{path.as_posix()}:{function.__qualname__}`"
 
@@ -155,7 +155,7 @@ class Walk:
         template, _ = prompts.template_for(self.judge)
         pair = Pair.from_json(self.row("data", f"unlabelled-{self.found.round}.jsonl"))
         step = self.judge.parent.name.partition("-")[2]
-        functions = RewardModel._ask, prompts.judge_prompt, Tokenizer.chat
+        functions = Voter.ask, prompts.judge_prompt, Tokenizer.chat
         yield self.section("2. The judge is asked in both orders", step, "model/judge_prompt.txt", *functions)
         yield (
             "The prompt's template belongs to the model. It is filled with the question and the "
@@ -171,7 +171,7 @@ class Walk:
     def votes(self) -> Iterator[str]:
         row = self.row(self.name + "predict", "judged.jsonl")
         votes = [Vote.from_json(each) for each in row["details"]]
-        functions = steps.Run.judge, sampler.generate, RewardModel._read, Judgment.from_votes
+        functions = steps.Run.judge, sampler.generate, Voter.read, Judgment.from_votes
         yield self.section("3. Votes", self.name + "predict", "judged.jsonl", *functions)
         yield (
             f"{len(votes)} answers are sampled, half in each order. The sampler gets ids and gives back "

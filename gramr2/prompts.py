@@ -12,8 +12,10 @@ prover. A published checkpoint wants its own prompt byte for byte, so a template
 {label} stand for the data (or, as published, {user_input}, {response_1}, {response_2}); any other brace is
 itself. All are filled in one pass, so data may contain a placeholder's name.
 
+Verdicts are read strictly (`parse_verdict`): what cannot be read is an abstention, and never A or B.
+
 What it leaves out: the chat template around a prompt (tokenizer.py); rules on what a rationale says
-(denoise.py).
+(denoise.py); how other published judges write their verdicts (extras/formats.py).
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gramr2.files import InputError, read_text
-from gramr2.records import Pair, mark, show, swap, unmarked
+from gramr2.records import Pair, show
 
-__all__ = ["mark", "show", "swap", "unmarked"]  # slots live with the records; they are used from here too
+__all__ = ["show"]  # slots live with the records; `show` is used from here too
 
 # --- templates -------------------------------------------------------------------------------------------
 
@@ -116,53 +118,49 @@ The better response is: {{label}}"""
 
 HIDDEN_LABEL = "unknown"  # what a prover's prompt says where the label is hidden from it
 
-_SPELLINGS = {"user_input": "question", "response_1": "response_a", "response_2": "response_b"}
-_NEEDED = {"judge": ("question", "response_a", "response_b")}
-_NEEDED["prover"] = (*_NEEDED["judge"], "label")
 _PLACEHOLDER = re.compile(r"\{(question|user_input|response_[ab12]|label)\}")
+_AS_PUBLISHED = {"user_input": "question", "response_1": "response_a", "response_2": "response_b"}
+_NEEDED: dict[str, tuple[str, ...]] = {"judge": ("question", "response_a", "response_b")}
+_NEEDED["prover"] = (*_NEEDED["judge"], "label")
 
 
 def check_template(template: str, kind: str = "judge", where: str = "template") -> str:
     """The template itself, or an InputError that names the placeholder which it lacks."""
-    found = {_SPELLINGS.get(name, name) for name in _PLACEHOLDER.findall(template)}
+    found = {_AS_PUBLISHED.get(name, name) for name in _PLACEHOLDER.findall(template)}
     for name in _NEEDED[kind]:
         if name not in found:
             raise InputError(f"{where}: no {{{name}}}; a {kind} prompt must say where it belongs")
     return template
 
 
-def _fill(template: str, values: dict[str, str]) -> str:
-    def value(found: re.Match) -> str:
-        return values.get(_SPELLINGS.get(found[1], found[1]), found[0])
-
-    return _PLACEHOLDER.sub(value, template)
-
-
-def _data(pair: Pair) -> dict[str, str]:
-    return {"question": pair.question, "response_a": pair.response_a, "response_b": pair.response_b}
+def _filled(template: str, pair: Pair, label: str | None = None) -> str:
+    """The template with the data in their places; without a label, {label} stays as it is."""
+    values = {"question": pair.question, "response_a": pair.response_a, "response_b": pair.response_b}
+    values |= {published: values[name] for published, name in _AS_PUBLISHED.items()}
+    values["label"] = label or "{label}"
+    return _PLACEHOLDER.sub(lambda found: values[found[1]], template)
 
 
 def judge_prompt(pair: Pair, template: str = JUDGE_PROMPT) -> str:
     """What a judge is asked about a pair, in the pair's own order."""
-    return _fill(check_template(template), _data(pair))
+    return _filled(check_template(template), pair)
 
 
 def prover_prompt(pair: Pair, template: str = PROVER_PROMPT, hide_label: bool = False) -> str:
     """What a prover is asked; with `hide_label` it has to find the label itself."""
     if pair.label is None and not hide_label:
         raise InputError(f"pair {pair.id}: no label to prove")
-    label = HIDDEN_LABEL if hide_label else pair.label
-    return _fill(check_template(template, "prover"), _data(pair) | {"label": label})
+    return _filled(check_template(template, "prover"), pair, HIDDEN_LABEL if hide_label else pair.label)
 
 
 # --- which template a checkpoint wants -------------------------------------------------------------------
 
-_LITERAL = re.compile(r"(\"\"\"|''')(?:[^\\]|\\.)*?\1", re.DOTALL)
+_PYTHON_STRING = re.compile(r"(\"\"\"|''')(?:[^\\]|\\.)*?\1", re.DOTALL)
 
 
 def _template_in_card(card: str, kind: str) -> str | None:
     """The first Python string in a model card's code that has every placeholder which a prompt needs."""
-    for found in _LITERAL.finditer(card):
+    for found in _PYTHON_STRING.finditer(card):
         try:
             text = ast.literal_eval(found[0])
             check_template(text, kind)
@@ -172,7 +170,9 @@ def _template_in_card(card: str, kind: str) -> str | None:
     return None
 
 
-def template_for(directory: str | Path, prompt_file: str | Path | None = None, kind: str = "judge"):
+def template_for(
+    directory: str | Path, prompt_file: str | Path | None = None, kind: str = "judge"
+) -> tuple[str, str]:
     """→ (template, note): the prompt that a checkpoint's directory wants, and where it comes from.
 
     In this order: the file that was named; judge_prompt.txt (prover_prompt.txt) in the directory; the
@@ -227,7 +227,7 @@ class Verdict(NamedTuple):
     reason: str = ""
 
 
-def _letter(answer: str, note: str = "") -> Verdict:
+def parse_letter(answer: str, note: str = "") -> Verdict:
     """An answer that is a letter and nothing else, whatever its case."""
     answer = answer.strip()
     if answer.upper() in ("A", "B"):
@@ -238,7 +238,7 @@ def _letter(answer: str, note: str = "") -> Verdict:
     return Verdict(None, "answer names both" if both else "answer is neither A nor B")
 
 
-def _after_thinking(text: str, thinking_open: bool) -> str | None:
+def after_thinking(text: str, thinking_open: bool) -> str | None:
     """What follows the last "</think>"; None where the thinking was open and has not closed.
 
     The last, because the thinking may quote a "</think>"; one that is quoted after the answer then costs an
@@ -250,20 +250,19 @@ def _after_thinking(text: str, thinking_open: bool) -> str | None:
     return None if cut else after
 
 
-def _read_answer(text: str, thinking_open: bool, pattern: str) -> Verdict:
-    """Reads `pattern`'s group in the last closed answer after the thinking."""
-    after = _after_thinking(text, thinking_open)
+def tagged_answer(text: str, thinking_open: bool) -> tuple[str | None, str]:
+    """→ (what stands in the last closed <answer>…</answer> after the thinking, or None; a note, or why)."""
+    after = after_thinking(text, thinking_open)
     if after is None:
-        return Verdict(None, "unfinished thinking")
+        return None, "unfinished thinking"
     start = after.rfind("<answer>", 0, max(after.rfind("</answer>"), 0))
     if start < 0:
-        return Verdict(None, "unclosed answer" if "<answer>" in after else "no answer")
+        return None, "unclosed answer" if "<answer>" in after else "no answer"
     answer, _, rest = after[start + len("<answer>") :].partition("</answer>")
     # Thinking that quotes "<think>…</think><answer>B</answer>" and is then cut looks finished, but for this.
     if rest.strip() and text.count("<think>") + thinking_open > text.count("</think>") > 0:
-        return Verdict(None, "unfinished thinking")
-    found = re.fullmatch(pattern, answer.strip(), re.DOTALL)
-    return _letter(found[1] if found else "no match", "text after the answer" if rest.strip() else "")
+        return None, "unfinished thinking"
+    return answer.strip(), "text after the answer" if rest.strip() else ""
 
 
 def parse_verdict(text: str, opened: bool = False) -> Verdict:
@@ -272,37 +271,9 @@ def parse_verdict(text: str, opened: bool = False) -> Verdict:
     `opened`: the chat template had already opened <think>. What follows the answer is ignored, and noted. A
     text that was cut by its length limit is the caller's to refuse: nothing in it need show that.
     """
-    return _read_answer(text, opened, "(.*)")
+    answer, note = tagged_answer(text, opened)
+    return Verdict(None, note) if answer is None else parse_letter(answer, note)
 
-
-def _read_last(text: str, thinking_open: bool, pattern: str) -> Verdict:
-    """Reads the last match of `pattern`'s group after any thinking; 1 and 2 are A and B."""
-    after = _after_thinking(text, thinking_open)
-    if after is None:
-        return Verdict(None, "unfinished thinking")
-    found = re.findall(pattern, after, re.DOTALL)
-    return _letter({"1": "A", "2": "B"}.get(found[-1], found[-1])) if found else Verdict(None, "no answer")
-
-
-def _format(read: Callable[[str, bool, str], Verdict], pattern: str) -> Callable[..., Verdict]:
-    return lambda text, thinking_open=False: read(text, thinking_open, pattern)
-
-
-# How published judges write their verdicts. All may think first.
-VERDICTS: dict[str, Callable[..., Verdict]] = {
-    # GRAM-R²: <answer>A</answer>
-    "think": parse_verdict,
-    # GRAM: the letter and nothing else; asked in both orders
-    "label": _format(_read_last, r"\A(.*)\Z"),
-    # LLM-as-a-judge: the last [[A]] or [[B]]; [[C]] is a tie
-    "brackets": _format(_read_last, r"\[\[([^\[\]]*)\]\]"),
-    # RM-R1: <answer>[[A]]</answer>
-    "rm-r1": _format(_read_answer, r"\[\[([^\[\]]*)\]\]"),
-    # RRM: the last \boxed{A} or \boxed{Assistant 1}
-    "boxed": _format(_read_last, r"\\boxed\{(?:\\text\{)?(?:Assistant )?([^{}]*)\}"),
-    # Arena: the last [[A>>B]], [[A>B]], [[A=B]], [[B>A]] or [[B>>A]], or one of them boxed
-    "arena": _format(_read_last, r"(?:\[\[|\\boxed\{)([AB](?=>)|[AB]=[AB])>{0,2}[AB]?(?:\]\]|\})"),
-}
 
 # --- rationales and proofs -------------------------------------------------------------------------------
 
@@ -319,9 +290,8 @@ class Rationale:
     conclusion: str
 
     def __str__(self) -> str:
-        return (
-            f"Feedback:\n{self.feedback}\n\nComparison:\n{self.comparison}\n\nConclusion:\n{self.conclusion}"
-        )
+        feedback, comparison = f"Feedback:\n{self.feedback}", f"Comparison:\n{self.comparison}"
+        return f"{feedback}\n\n{comparison}\n\nConclusion:\n{self.conclusion}"
 
 
 class Reading(NamedTuple):
@@ -333,7 +303,7 @@ class Reading(NamedTuple):
 
 
 # The frame of z: a part begins below its heading. "Comparision" is what the published prompt says.
-_Z = {
+_RATIONALE_FRAME = {
     "Feedback": re.compile(r"^Feedback:[ \t]*(?:\n|\Z)", re.MULTILINE),
     "Comparison": re.compile(r"^Comparisi?on:[ \t]*(?:\n|\Z)", re.MULTILINE),
     "Conclusion": re.compile(r"^Conclusion:[ \t]*(?:\n|\Z)", re.MULTILINE),
@@ -343,48 +313,45 @@ _Z = {
 _OPENING = re.compile(rf"^This argument justifies the choice of {_NAME}\.[ \t]*$", re.MULTILINE)
 _FIRST = re.compile(rf"^First, {_NAME}\. ?", re.MULTILINE)
 _SECOND = re.compile(rf"^Second, {_NAME}\. ?", re.MULTILINE)
-_WHOLE = re.compile(r"^The responses in turn: ?", re.MULTILINE)
-_CLOSE = {
+_IN_TURN = re.compile(r"^The responses in turn: ?", re.MULTILINE)
+_LAST_TWO = {
     "Comparison": re.compile(r"^Comparing the two: ?", re.MULTILINE),
     "Conclusion": re.compile(r"^Therefore: ?", re.MULTILINE),
 }
-_PROOF = {"opening": _OPENING, "first response": _FIRST, "second response": _SECOND} | _CLOSE
-_PROOF_WHOLE = {"opening": _OPENING, "Feedback": _WHOLE} | _CLOSE
+_PROOF_FRAME = {"opening": _OPENING, "first response": _FIRST, "second response": _SECOND} | _LAST_TWO
+_PROOF_FRAME_IN_TURN = {"opening": _OPENING, "Feedback": _IN_TURN} | _LAST_TWO
 _TAGS = re.compile(r"</?(?:think|answer)>")
 
 
-def _split(text: str, frame: dict[str, re.Pattern]) -> tuple[list[re.Match], list[str], str]:
-    """→ (heads, parts, what is wrong or ""): every head once, in order, no part empty."""
-    heads = []
-    for name, head in frame.items():
-        found = list(head.finditer(text))
+def _split_by(text: str, frame: dict[str, re.Pattern]) -> tuple[list[re.Match], list[str], str]:
+    """→ (headings, parts, what is wrong or ""): every heading once, in order, no part empty."""
+    headings = []
+    for name, heading in frame.items():
+        found = list(heading.finditer(text))
         if len(found) != 1:
             return [], [], f"{name} stands {len(found)} times" if found else f"{name} is missing"
-        heads.append(found[0])
-    starts = [head.start() for head in heads]
+        headings.append(found[0])
+    starts = [heading.start() for heading in headings]
     if starts != sorted(starts):
         return [], [], "parts out of order"
     if text[: starts[0]].strip():
         return [], [], f"text before {next(iter(frame))}"
     ends = [*starts[1:], len(text)]
-    parts = [text[head.end() : end].strip() for head, end in zip(heads, ends, strict=True)]
+    parts = [text[heading.end() : end].strip() for heading, end in zip(headings, ends, strict=True)]
     empty = [name for name, part in zip(frame, parts, strict=True) if not part and name != "opening"]
-    return heads, parts, f"{empty[0]} is empty" if empty else ""
+    return headings, parts, f"{empty[0]} is empty" if empty else ""
 
 
-def _ill_formed(rationale: Rationale) -> str:
-    """Why z could not be told from its frame, or from that of ẑ, or from a verdict; "" where it can."""
+def _checked(rationale: Rationale, label: str | None = None) -> Reading:
+    """The rationale, where z can be told from its frame, from that of ẑ and from a verdict; else why not."""
     z = str(rationale)
+    _, parts, reason = _split_by(z, _RATIONALE_FRAME)
     if tag := _TAGS.search(z):
-        return f"{tag[0]} inside the rationale"
-    if any(head.search(z) for head in (*_PROOF.values(), _WHOLE)):
-        return "words of the proof's frame at the beginning of a line"
-    _, parts, reason = _split(z, _Z)
-    return reason or ("" if Rationale(*parts) == rationale else "parts run into each other")
-
-
-def _read(rationale: Rationale, label: str | None = None) -> Reading:
-    reason = _ill_formed(rationale)
+        reason = f"{tag[0]} inside the rationale"
+    elif any(heading.search(z) for heading in (*_PROOF_FRAME.values(), _IN_TURN)):
+        reason = "words of the proof's frame at the beginning of a line"
+    elif not reason and Rationale(*parts) != rationale:
+        reason = "parts run into each other"
     return Reading(None if reason else rationale, reason, label)
 
 
@@ -395,8 +362,8 @@ def parse_rationale(text: str, thinking_open: bool = False) -> Reading:
         z, closed, _ = z.removeprefix("<think>").rpartition("</think>")
         if not closed:
             return Reading(None, "unfinished thinking")
-    _, parts, reason = _split(z.strip(), _Z)
-    return Reading(None, reason) if reason else _read(Rationale(*parts))
+    _, parts, reason = _split_by(z.strip(), _RATIONALE_FRAME)
+    return Reading(None, reason) if reason else _checked(Rationale(*parts))
 
 
 def proof_from_rationale(rationale: Rationale | str, label: str) -> str:
@@ -405,7 +372,7 @@ def proof_from_rationale(rationale: Rationale | str, label: str) -> str:
     Exact for every z that `parse_rationale` accepts. Slots inside z stay slots; the opening is plain, so a
     proof is never swapped: swap the rationale, and make the proof anew.
     """
-    reading = parse_rationale(rationale) if isinstance(rationale, str) else _read(rationale)
+    reading = parse_rationale(rationale) if isinstance(rationale, str) else _checked(rationale)
     if reading.rationale is None:
         raise InputError(f"not a well-formed rationale: {reading.reason}")
     z = reading.rationale
@@ -422,20 +389,20 @@ def rationale_from_proof(text: str, thinking_open: bool = False) -> Reading:
 
     Thinking before the proof is passed over.
     """
-    proof = _after_thinking(text, thinking_open)
+    proof = after_thinking(text, thinking_open)
     if proof is None:
         return Reading(None, "unfinished thinking")
-    whole = _WHOLE.search(proof) is not None
-    heads, parts, reason = _split(proof.strip(), _PROOF_WHOLE if whole else _PROOF)
+    in_turn = _IN_TURN.search(proof) is not None
+    headings, parts, reason = _split_by(proof.strip(), _PROOF_FRAME_IN_TURN if in_turn else _PROOF_FRAME)
     if reason:
         return Reading(None, reason)
-    label = heads[0][1].strip("⟦⟧")
+    label = headings[0][1].strip("⟦⟧")
     if parts[0]:
         return Reading(None, "text between the opening and the first response", label)
-    if whole:
-        return _read(Rationale(*parts[1:]), label)
-    one, two = heads[1][1], heads[2][1]
+    if in_turn:
+        return _checked(Rationale(*parts[1:]), label)
+    one, two = headings[1][1], headings[2][1]
     if one.strip("⟦⟧") == two.strip("⟦⟧"):
         return Reading(None, f"Response {'B' if 'A' in one else 'A'} is missing", label)
     feedback = f"Response {one}: {parts[1]}\nResponse {two}: {parts[2]}"
-    return _read(Rationale(feedback, *parts[3:]), label)
+    return _checked(Rationale(feedback, *parts[3:]), label)

@@ -30,10 +30,10 @@ from gramr2.records import OTHER, Pair, Proof, mark
 from gramr2.sampler import Sample, generate
 from gramr2.scoring import logprobs
 from gramr2.selection import SCORES, with_score
+from gramr2.settings import PAIRS_PER_CALL
 from gramr2.tokenizer import Tokenizer
 from gramr2.weights import load
 
-PAIRS_PER_CALL = 64  # pairs of one generate call
 MAX_NEW_TOKENS = 2048
 
 

@@ -31,6 +31,7 @@ STAGES = ("prover", "reward", "generative", "discriminative", "pretrain")
 TABLES = ("train", *(f"train.{stage}" for stage in (*STAGES, "finetune", "policy")))
 TABLES += ("selftrain", "world", "models", "data")
 REWARDS = ("pairwise", "tournament", "scalar")  # of the stage policy, see extras/policy.py
+PAIRS_PER_CALL = 64  # pairs of one generate call: enough to fill a batch, little to do again after a kill
 
 
 def setting(default: Any, text: str) -> Any:

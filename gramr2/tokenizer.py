@@ -29,8 +29,10 @@ import tokenizers
 
 from gramr2.files import InputError, read_json
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-FILES += ("generation_config.json", "vocab.json", "merges.txt")
+FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "generation_config.json", "vocab.json", "merges.txt",
+)  # fmt: skip
 Message = Mapping[str, str]  # {"role": …, "content": …}
 
 

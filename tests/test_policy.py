@@ -25,6 +25,7 @@ from gramr2.judge import RewardModel
 from gramr2.loss import Example, PolicyGradient, Trainee, collate
 from gramr2.records import Judgment, Vote
 from gramr2.settings import PolicySettings, TrainSettings
+from gramr2.votes import SCALAR, THINK
 from gramr2.weights import load
 
 ROOT = Path(__file__).parents[1]
@@ -225,7 +226,7 @@ def test_resumed_equals_uninterrupted(world, tmp_path, killed):
 class Verdicts:
     """Stands for a judge: says which it was asked, and prefers the longer."""
 
-    endings, format = ("A", "B"), "think"
+    format = THINK
 
     def __init__(self, silent: bool = False):
         self.silent, self.asked = silent, []
@@ -269,9 +270,9 @@ def test_tournament_is_the_share_won_among_the_rollouts_of_a_prompt():
 
 
 def test_a_source_that_does_not_suit_its_judge_is_refused():
-    for kind, endings in (("scalar", ("A", "B")), ("tournament", None), ("pairwise", None)):
+    for kind, format in (("scalar", THINK), ("tournament", SCALAR), ("pairwise", SCALAR)):
         with pytest.raises(InputError, match=f"reward: {kind} cannot come from"):
-            policy.Judged(SimpleNamespace(endings=endings), PolicySettings(**CONFIG | {"reward": kind}))
+            policy.Judged(SimpleNamespace(format=format), PolicySettings(**CONFIG | {"reward": kind}))
 
 
 def stream(tmp_path, reward, **config) -> policy.Rollouts:

@@ -16,9 +16,8 @@ from selfruns import ROOT, Forks, finished_micro, same_results, small_world
 from gramr2 import fit, prompts
 from gramr2.extras import datasets
 from gramr2.extras.toyworld import SHIPPED, WorldSettings, good_names, make_pair
-from gramr2.judge import PAIRS_PER_CALL
 from gramr2.records import Pair
-from gramr2.settings import TrainSettings
+from gramr2.settings import PAIRS_PER_CALL, TrainSettings
 from gramr2.steps import SHOWN
 from gramr2.tokenizer import Tokenizer
 

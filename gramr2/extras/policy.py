@@ -42,9 +42,10 @@ import numpy as np
 from gramr2 import fit, parallel
 from gramr2.data import RowLog, Store
 from gramr2.files import InputError
-from gramr2.judge import RewardModel, preference
+from gramr2.judge import RewardModel
 from gramr2.loss import Example, PolicyGradient
 from gramr2.model import Decoder
+from gramr2.rankings import preference
 from gramr2.records import Judgment, Pair, Tokens, messages_of, show
 from gramr2.sampler import generate
 from gramr2.settings import PolicySettings
@@ -62,8 +63,8 @@ class Judged:
     """
 
     def __init__(self, judge: RewardModel, settings: PolicySettings):
-        if (settings.reward == "scalar") != (judge.endings is None):
-            kind = "a judge that writes verdicts" if judge.endings else "a discriminative model"
+        if (settings.reward == "scalar") != (judge.format.endings is None):
+            kind = "a judge that writes verdicts" if judge.format.endings else "a discriminative model"
             raise InputError(f"reward: {settings.reward} cannot come from {kind}; give another --judge")
         self.judge, self.log = judge, []
         self.options = {

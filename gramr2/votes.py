@@ -1,0 +1,190 @@
+"""Votes: pairs asked in both orders, one generate call, and each sampled answer read into a `Vote`.
+
+Half of a pair's votes are asked with the responses exchanged, and turned back when they are read. A verdict
+comes with a probability, the softmax over the two letters at the place where its letter stands among the
+sampled ids. Where a sample writes its verdict in another way than the canonical one, the canonical ending is
+scored after its rationale instead. What cannot be read is an abstention, counted, and never A or B.
+
+`Format` is all that tells one kind of judge from another. Two kinds stand here: `THINK`, the paper's, and
+`SCALAR`, the discriminative baseline, which casts no votes.
+
+It leaves out: what votes come to (records.Judgment), how a verdict is parsed (prompts.py), sampling itself
+(sampler.py), other published judges (extras/formats.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from gramr2 import prompts
+from gramr2.files import InputError
+from gramr2.model import Decoder
+from gramr2.records import OTHER, UNDECIDED, Pair, Vote
+from gramr2.sampler import Sample, generate, stream
+from gramr2.scoring import logprobs
+from gramr2.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of judge: all that tells it from the others.
+
+    Without `endings` it writes nothing, and scores each response by itself. With `endings` and without
+    `parse` it writes its letter at once: the likelier one is the verdict, and nothing need be sampled.
+    """
+
+    name: str
+    verdict: str  # whose kind it is, and how its verdict is read, in words
+    endings: tuple[str, str] | None = None  # its canonical verdicts, for A and for B
+    openings: tuple[str, ...] = ()  # how the verdicts that `parse` reads may begin
+    parse: Callable[[str, bool], prompts.Verdict] | None = None  # (text, thinking_open) → the verdict
+    prompt: str = prompts.JUDGE_PROMPT  # asked where the checkpoint brings none
+
+    @property
+    def reading(self) -> str:
+        """How verdict and probability are read, in words."""
+        p = "the softmax over the two letters there, mean over votes, then over orders"
+        if self.endings is None:
+            p = "the sigmoid of the difference of the two (Bradley-Terry)"
+        elif self.parse is None:
+            p = "the softmax over A and B at the first token, mean over both orders; nothing is sampled"
+        return f"{self.verdict}; p is {p}"
+
+
+THINK = Format(
+    "think",
+    "GRAM-R²: <answer>A</answer> after the thinking",
+    endings=(prompts.label_target("A"), prompts.label_target("B")),
+    openings=("<answer>",),
+    parse=prompts.parse_verdict,
+)
+SCALAR = Format("scalar", "a discriminative model: the response with the higher scalar")
+
+
+class Question(NamedTuple):
+    """A pair as it is asked in one order."""
+
+    key: str  # names it to the sampler's noise
+    order: str  # "AB" as given, "BA" exchanged
+    ids: list[int]
+
+
+class Voter:
+    """A model that is asked about pairs, and the reader of its answers."""
+
+    def __init__(self, model: Decoder, tokenizer: Tokenizer, template: str, format: Format):
+        assert format.endings is not None, "a judge that writes nothing has no votes"
+        self.model, self.tokenizer, self.template = model, tokenizer, template
+        self.format, self.endings = format, format.endings
+        a, b = map(tokenizer.encode, self.endings)
+        differ = _first_difference(a, b)
+        # The ids that tell the two verdicts apart, and the text that stands before them.
+        self.letters, self.verdict_prefix = (a[differ], b[differ]), tokenizer.decode(a[:differ])
+        self.thinking_open = tokenizer.opens_thinking([{"role": "user", "content": ""}])
+
+    def ask(self, pair: Pair, order: str) -> Question:
+        """A pair's prompt; neither label nor rationale is shown to a judge."""
+        first, second = pair.response_a, pair.response_b
+        if order == "BA":
+            first, second = second, first
+        content = prompts.judge_prompt(Pair(pair.messages, first, second), self.template)
+        ids = self.tokenizer.chat([{"role": "user", "content": content}])
+        return Question(f"{pair.id} {order}", order, ids)
+
+    def votes(
+        self, pairs: Sequence[Pair], count: int, seed: int,
+        temperature: float, max_new_tokens: int, progress: bool,
+    ) -> list[list[Vote] | InputError]:  # fmt: skip
+        """`count` votes on each pair, from one generate call; none on identical responses."""
+        found: list[list[Vote] | InputError] = []
+        asked: list[tuple[Question, list[Vote]]] = []  # with the list that its votes go to
+        room = self.model.config.max_positions
+        for pair in pairs:
+            ballot: list[Vote] = []
+            questions: list[Question] = []
+            if pair.response_a != pair.response_b:
+                questions = [self.ask(pair, order) for order in ("AB", "BA")[: 1 + (count > 1)]]
+            tokens = max((len(question.ids) for question in questions), default=0)
+            if tokens < room:
+                found.append(ballot)
+                asked += [(question, ballot) for question in questions]
+            else:
+                found.append(too_long(pair, tokens, room))
+        answers = generate(
+            self.model,
+            [question.ids for question, _ in asked],
+            n=max(1, count // 2),
+            max_new_tokens=[min(max_new_tokens, room - len(question.ids)) for question, _ in asked],
+            temperature=temperature,
+            watch=self.letters,
+            seed=seed,
+            keys=[question.key for question, _ in asked],
+            progress=progress,
+        )
+        for (question, ballot), samples in zip(asked, answers, strict=True):
+            for number, sample in enumerate(samples):
+                ballot.append(self.read(question, sample, stream(seed, question.key, number)))
+        return found
+
+    def read(self, question: Question, sample: Sample, noise_seed: int) -> Vote:
+        """One sampled answer as a vote in the pair's own order."""
+        text, p_a = self.tokenizer.decode(sample.ids), None
+        if self.format.parse is not None and sample.finish == "stop":
+            label, reason = self.format.parse(text, self.thinking_open)
+            if label is not None:
+                start = max(map(text.rfind, self.format.openings))  # of the verdict that was read
+                p_a = self._softmax_at_letter(sample, text, start)
+                if p_a is None:
+                    p_a = self._softmax_after(question.ids, text[:start])
+                if p_a is None:
+                    label, reason = None, "no room to score the verdict"
+        elif self.format.parse is None and sample.watched:
+            p_a = _softmax(*sample.watched[0])
+            label, reason = "A" if p_a > UNDECIDED else "B", ""
+        else:
+            label, reason = None, {"length": "cut at the length limit"}.get(sample.finish, "no finite logits")
+        if question.order == "BA":
+            label, p_a = OTHER[label], None if p_a is None else 1 - p_a
+        return Vote(label, question.order, p_a, reason, text, noise_seed, len(sample.ids))
+
+    def _softmax_at_letter(self, sample: Sample, text: str, start: int) -> float | None:
+        """p(A) among {A, B} where the verdict at `start` was sampled in its canonical form."""
+        for place in range(len(sample.ids) - 1, -1, -1):
+            if sample.ids[place] in self.letters:
+                before = self.tokenizer.decode(sample.ids[:place])
+                ending = self.endings[self.letters.index(sample.ids[place])]
+                if before == text[:start] + self.verdict_prefix and text.startswith(ending, start):
+                    return _softmax(*sample.watched[place])
+        return None
+
+    def _softmax_after(self, prompt_ids: list[int], written: str) -> float | None:
+        """p(A) among {A, B} in the canonical ending, scored after what was written before the verdict.
+
+        A pass of its own: what else is judged beside it must not change its last bits.
+        """
+        a, b = (self.tokenizer.encode(written + ending) for ending in self.endings)
+        differ = _first_difference(a, b)
+        if len(prompt_ids) + differ >= self.model.config.max_positions:
+            return None
+        scored = logprobs(self.model, [prompt_ids + ending[: differ + 1] for ending in (a, b)])
+        return sigmoid(float(scored[0][-1] - scored[1][-1]))
+
+
+def _first_difference(a: Sequence[int], b: Sequence[int]) -> int:
+    return next(i for i, (one, two) in enumerate(zip(a, b, strict=False)) if one != two)
+
+
+def _softmax(logp_a: float, logp_b: float) -> float:
+    """Of A among {A, B}."""
+    return sigmoid(logp_a - logp_b)
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(min(-x, 700)))
+
+
+def too_long(pair: Pair, tokens: int, room: int) -> InputError:
+    return InputError(f"pair {pair.id}: {tokens} tokens are too many for the model's {room} positions")
