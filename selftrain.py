@@ -26,7 +26,8 @@ from statistics import fmean
 from typing import Any
 
 from gramr2.files import InputError, Parser, disk_errors_as_input_errors, exit_status, write_json
-from gramr2.settings import SelfTrainSettings, Sources, TrainSettings, add_flags, given, read_recipe, resolve
+from gramr2.recipes import read_recipe, resolve
+from gramr2.settings import SelfTrainSettings, Sources, TrainSettings, add_flags, given
 
 HERE = Path(__file__).resolve().parent
 

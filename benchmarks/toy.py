@@ -36,8 +36,9 @@ from gramr2.data import Store
 from gramr2.extras.evaluate import is_right
 from gramr2.extras.toyworld import coherent
 from gramr2.files import read_json, steps_of, write_json, write_rows
+from gramr2.recipes import read_recipe
 from gramr2.records import Pair
-from gramr2.settings import FILTERS, SelfTrainSettings, TrainSettings, read_recipe
+from gramr2.settings import FILTERS, SelfTrainSettings, TrainSettings
 from gramr2.steps import Books, NothingKept, Run, StoppedAsAsked, read_rows
 
 RUNS = Path("runs/toy-seeds")

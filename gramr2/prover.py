@@ -12,7 +12,7 @@ from 0). The paper leaves open what exactly is scored; here:
 - every token that the prover sampled counts, its stop token included, and nothing that was prefilled;
 - both terms are untempered sums, without further normalisation by length;
 - π(ẑ) is taken in the same chat frame with an exactly empty user turn: no task, no question, no label.
-  Training drops the condition in a tenth of the examples (fit.py), so that this means something;
+  Training drops the condition in a tenth of the examples (stages.py), so that this means something;
 - unfinished and malformed proofs, and those that justify the other label, are not eligible.
 
 Scores rank the proofs of one pair. They are not compared across pairs. Other ways to pick a proof stand

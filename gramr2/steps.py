@@ -50,7 +50,7 @@ from gramr2.files import (
 from gramr2.judge import PAIRS_PER_CALL, RewardModel
 from gramr2.prover import Prover, label_coherence, rationale_of, select
 from gramr2.records import Judgment, Pair
-from gramr2.settings import SelfTrainSettings, TrainSettings
+from gramr2.settings import FREE, SelfTrainSettings, TrainSettings, check_identity
 
 # Proofs of wrong labels that pass every rule, as a share of those of right ones: above it, a warning.
 DECEPTIVE = 0.5
@@ -105,7 +105,7 @@ class Books:
                 write_json(written, now)
         before = read_json(written)
         identities = (held(plan["settings"] | plan["inputs"]) for plan in (before, now))
-        fit.check_identity(*identities, self.root, "--name")
+        check_identity(*identities, self.root, "--name")
         if before["code"] != now["code"]:
             self.say(f"warning: {self.root} was begun by another version of the code")
 
@@ -148,7 +148,7 @@ class Books:
 def held(plan: JsonRow) -> JsonRow:
     """What may not change between starts, by name: not a training's memory and device."""
     parts = {name: value if isinstance(value, dict) else {"": value} for name, value in plan.items()}
-    names = ((name, field) for name, part in parts.items() for field in part if field not in fit.FREE)
+    names = ((name, field) for name, part in parts.items() for field in part if field not in FREE)
     return {f"{name} {field}".strip(): parts[name][field] for name, field in names}
 
 

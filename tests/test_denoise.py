@@ -12,9 +12,9 @@ from gramr2 import denoise
 from gramr2.denoise import COHERENCE, LABEL_FILTERS, RATIONALE_FILTERS, apply, balance, only_coherent
 from gramr2.files import InputError
 from gramr2.prompts import Rationale, judge_target
+from gramr2.recipes import resolve as resolve_settings
 from gramr2.records import OTHER, Judgment, Pair, Vote, mark, show, swap
 from gramr2.settings import FILTERS, SelfTrainSettings
-from gramr2.settings import resolve as resolve_settings
 
 SETTINGS = SelfTrainSettings()
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))

@@ -36,8 +36,9 @@ from pathlib import Path
 
 from gramr2.files import InputError, read_json, write_json, write_rows
 from gramr2.prompts import judge_prompt, label_target, parse_rationale, proof_from_rationale
+from gramr2.recipes import resolve
 from gramr2.records import Pair, mark, show
-from gramr2.settings import resolve, setting
+from gramr2.settings import setting
 
 Prices = dict[str, int]
 Goods = tuple[str, ...]

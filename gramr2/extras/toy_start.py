@@ -1,0 +1,44 @@
+"""What `train.py` starts from in the toy: its world, and a backbone that knows no price.
+
+Both are made where they are not there yet. The backbone that is shipped is one of `--stage pretrain`.
+
+It leaves out: what a world is (toyworld.py), and what the stage policy needs beside it (policy_start.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from gramr2 import fit
+from gramr2.extras import toyworld
+from gramr2.files import InputError
+from gramr2.parallel import Ranks
+from gramr2.recipes import read_recipe, resolve
+from gramr2.settings import Sources, TrainSettings
+
+
+def make_toy(arguments: argparse.Namespace, sources: Sources, ranks: Ranks) -> Path | None:
+    """Makes the toy's files; → the model to start from: `--model`, or None for the one that the recipe names.
+
+    The untrained one takes its place for pretrain, and in a dry run that would train the backbone first.
+    """
+    sizes = dict(read_recipe(arguments.recipe)["world"])
+    if "directory" not in sizes:
+        raise InputError("the recipe's [world] names no directory, where the toy's files are to lie")
+    directory = Path(sizes.pop("directory"))
+    untrained = directory / "backbone_init"
+    if ranks.is_first:
+        toyworld.make_world(directory, **sizes)
+        if arguments.stage == "pretrain" and not (untrained / "config.json").exists():
+            toyworld.write_untrained(directory, **sizes)  # the shipped backbone is made from this
+    ranks.all_gather(None)  # the others wait for the files
+    if arguments.model or arguments.stage == "pretrain":
+        return arguments.model or untrained
+    if not (Path(sources.backbone) / "config.json").exists():
+        if arguments.dry_run:
+            return untrained  # of the same shape, which is all that a plan asks
+        settings = resolve(TrainSettings, arguments.recipe, ["train", "train.pretrain"], {"threads": 1})
+        data = [Path(path) for path in sources.pretrain]
+        fit.train("pretrain", settings, data, untrained, Path(sources.backbone).parent)
+    return None
