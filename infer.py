@@ -34,9 +34,10 @@ from tqdm import tqdm
 
 from gramr2.data import RowLog, Store
 from gramr2.extras import evaluate
-from gramr2.files import InputError, JsonRow, Parser, exit_status, finished_runs, read_json, write_rows
+from gramr2.files import InputError, JsonRow, Parser, exit_status, read_json, write_rows
 from gramr2.rankings import METHODS, Ranking
 from gramr2.records import Pair, messages_of, show
+from gramr2.run_directory import finished_runs
 from gramr2.settings import PAIRS_PER_CALL
 
 VOTES = {"pair": 16, "rank": 4, "pairs": 4, "bench": 1}  # 16 is what the paper's best figures use

@@ -18,26 +18,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gramr2.stages import STAGES, training_settings
-
 from gramr2.denoise import FILTERS
 from gramr2.extras.report import write_report
 from gramr2.extras.results import Results, show
 from gramr2.extras.toyworld import SHIPPED, world_rules
 from gramr2.files import InputError, JsonRow, Parser, disk_errors_as_input_errors, exit_status
 from gramr2.inputs import KINDS, RunInputs, prepare
+from gramr2.recipes import read_recipe, resolve
 from gramr2.run_directory import RunDirectory, StoppedAsAsked
 from gramr2.selection import SCORES
-from gramr2.settings import (
-    SelfTrainSettings,
-    Sources,
-    TrainSettings,
-    add_flags,
-    check_names,
-    given,
-    read_recipe,
-    resolve,
-)
+from gramr2.settings import SelfTrainSettings, Sources, TrainSettings, add_flags, check_names, given
+from gramr2.stages import STAGES
 
 if TYPE_CHECKING:  # torch takes its seconds only for a run
     from gramr2.steps import Run
@@ -113,7 +104,10 @@ def resolved(recipe: Path, overrides: dict[str, Any]) -> tuple[SelfTrainSettings
     """The settings of the loop, and those of each stage, which share its seed."""
     settings = resolve(SelfTrainSettings, recipe, ["selftrain"], overrides)
     check_names(settings, REGISTRIES)
-    return settings, {name: training_settings(name, recipe, {"seed": settings.seed}) for name in STAGES}
+    seed = {"seed": settings.seed}
+    return settings, {
+        name: resolve(TrainSettings, recipe, ["train", *stage.tables], seed) for name, stage in STAGES.items()
+    }
 
 
 def named_sources(arguments: argparse.Namespace) -> Sources | None:

@@ -35,7 +35,7 @@ import torch
 
 from gramr2.extras import toyworld
 from gramr2.files import read_json, write_json
-from gramr2.settings import read_recipe
+from gramr2.recipes import read_recipe
 
 BENCHMARKS, TESTS = common.ROOT / "benchmarks", common.ROOT / "tests"
 MICRO = common.ROOT / "recipes/micro.toml"

@@ -31,11 +31,12 @@ import common
 from gramr2 import parallel
 from gramr2.extras import policy, policy_start
 from gramr2.extras.evaluate import average
+from gramr2.extras.policy_settings import PolicySettings
 from gramr2.files import InputError, digest, exit_status, read_json, write_json
 from gramr2.judge import RewardModel
 from gramr2.rankings import preference
+from gramr2.recipes import resolve
 from gramr2.sampler import generate
-from gramr2.settings import PolicySettings, resolve
 from gramr2.weights import load
 
 RECIPE = common.ROOT / "recipes/toy.toml"

@@ -22,11 +22,11 @@ from pathlib import Path
 import common
 import tables
 
-from gramr2 import fit, sampler
-from gramr2.loss import Example
+from gramr2 import cost, sampler
 from gramr2.model import ModelConfig
-from gramr2.records import Tokens
-from gramr2.settings import SelfTrainSettings, TrainSettings, resolve
+from gramr2.recipes import resolve
+from gramr2.records import Example, Tokens
+from gramr2.settings import SelfTrainSettings, TrainSettings
 
 PAGE = common.ROOT / "docs/scale.md"
 RECIPES = common.ROOT / "recipes"
@@ -135,7 +135,7 @@ def per_token(model: ModelConfig) -> int:
 
 @cache
 def parameters(model: ModelConfig) -> int:
-    return fit.count_parameters(model)
+    return cost.count_parameters(model)
 
 
 def weight_bytes(model: ModelConfig) -> int:
@@ -152,7 +152,7 @@ def decode_floor(model: ModelConfig, groups: int, samples: int, shared: float, o
 
 def sampling(model: ModelConfig, prompts: float, samples: int, run: Run, rate: Speed) -> float:
     """Seconds of one GPU that reads `prompts` and writes `samples` rationales for each."""
-    forward = fit.step_flops(model, [Example((Tokens((0,) * run.prompt, run.prompt),))]) / 3
+    forward = cost.step_flops(model, [Example((Tokens((0,) * run.prompt, run.prompt),))]) / 3
     share = (run.prompt + samples * run.rationale) * per_token(
         model
     )  # of the cache, for one prompt's samples
@@ -169,7 +169,7 @@ def sampling(model: ModelConfig, prompts: float, samples: int, run: Run, rate: S
 def prove(name: str, pairs: float, run: Run, rate: Speed) -> Step:
     """k proofs of each pair, and one pass for equation 5's denominator."""
     scored = pairs * run.k * run.rationale
-    forward = fit.step_flops(PROVER, [Example((Tokens((0,) * run.rationale, 0),))]) / 3
+    forward = cost.step_flops(PROVER, [Example((Tokens((0,) * run.rationale, 0),))]) / 3
     seconds = sampling(PROVER, pairs, run.k, run, rate) + pairs * run.k * forward / rate.dense
     return Step(name, "prover", pairs, pairs * run.prompt + scored, pairs * run.k * run.rationale, seconds)
 
@@ -183,7 +183,7 @@ def judge(name: str, model: ModelConfig, pairs: float, votes: int, run: Run, rat
 
 def train(name: str, who: str, model: ModelConfig, examples: float, run: Run, rate: Speed) -> Step:
     length = run.prompt + run.rationale
-    flops = fit.step_flops(model, [Example((Tokens((0,) * length, run.prompt),))])
+    flops = cost.step_flops(model, [Example((Tokens((0,) * length, run.prompt),))])
     return Step(name, who, examples, examples * length, 0, examples * flops / rate.train)
 
 
@@ -326,7 +326,7 @@ def nodes(rows: list[Step], model: ModelConfig, recipe: str, rate: Speed) -> str
     written = by_kind["the prover writes"] + by_kind["the judge votes"]
     trained = sum(by_kind.values()) - written
     length = Run().prompt + Run().rationale
-    example = fit.step_flops(model, [Example((Tokens((0,) * length, Run().prompt),))])
+    example = cost.step_flops(model, [Example((Tokens((0,) * length, Run().prompt),))])
     pack = settings.token_budget / length * example / rate.train
     whole = 2 * 2 * weights + 4 * weights  # bf16 weights in both passes, fp32 gradients
     halves = 2 * 4 * weights / GPUS  # an all-reduce of each GPU's share of the gradients
@@ -343,7 +343,7 @@ def nodes(rows: list[Step], model: ModelConfig, recipe: str, rate: Speed) -> str
         "both, h",
         "a pack computes, s",
         "sends, s",
-        "sends with `shard = 8`, s",
+        "sends with `fsdp_size = 8`, s",
     )
     return tables.grid(header, lines)
 
@@ -416,7 +416,7 @@ training is done.
 
 Sampling takes its pairs in shards and needs no talk between nodes, so its hours divide. Training sends the
 weights and the gradients of every pack: fully sharded over all nodes that is the second-last column, which
-hides behind the computing only while it is well below it. `shard = 8` in the recipe keeps one copy of the
+hides behind the computing only while it is well below it. `fsdp_size = 8` in the recipe keeps one copy of the
 model on each node and sends gradients alone. What does not divide is the order of things: a round starts
 when the one before has ended, and a step's batch stays at {batch} examples, fewer for each GPU.
 """

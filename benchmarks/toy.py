@@ -39,9 +39,10 @@ from gramr2.extras.results import Results
 from gramr2.extras.toy_start import toy_inputs
 from gramr2.extras.toyworld import coherent
 from gramr2.files import read_json, read_rows, write_json, write_rows
+from gramr2.recipes import read_recipe
 from gramr2.records import Pair
 from gramr2.run_directory import RunDirectory, StoppedAsAsked, step_paths
-from gramr2.settings import SelfTrainSettings, TrainSettings, check_names, read_recipe
+from gramr2.settings import SelfTrainSettings, TrainSettings, check_names
 from gramr2.steps import NothingKept, Run
 
 RUNS = Path("runs/toy-seeds")

@@ -31,10 +31,10 @@ import common
 import torch
 from torch import nn
 
-from gramr2 import fit, loss, parallel, weights
-from gramr2.loss import Example, Trainee
+from gramr2 import cost, fit, loss, parallel, weights
+from gramr2.loss import Trainee
 from gramr2.model import Decoder, ModelConfig
-from gramr2.records import Tokens
+from gramr2.records import Example, Tokens
 from gramr2.settings import TrainSettings
 
 SMALL = ModelConfig(
@@ -125,7 +125,7 @@ def on_cpu() -> dict:
                     peak = pool.submit(peak_rss, name, case, model_dir).result()
                 speed = {"tokens_per_second": useful / timing["seconds"], "speedup": 1 / timing["ratio"]}
                 rows.append({"case": case, "way": name, **timing, **speed, "peak_mib": peak})
-    parameters = fit.count_parameters(SMALL)
+    parameters = cost.count_parameters(SMALL)
     return {"rows": rows, "repeats": REPEATS, "parameters": parameters, "dtype": "float32"}
 
 
@@ -140,7 +140,7 @@ def at_published_shapes(device: str, shapes: dict, tokens: int, compile_blocks: 
     """A row for each shape and length, written as it comes; `tokens` of a step, in two packs."""
     name = "training_cuda" if shapes is not MICRO else "training_quick"
     with parallel.join_ranks(TrainSettings(device=device)) as ranks:
-        rate = fit.matmul_rate(ranks.device) if device == "cuda" else 1e12
+        rate = cost.matmul_rate(ranks.device) if device == "cuda" else 1e12
         result = {"rows": [], "matmul_tflops": rate / 1e12, "compiled": compile_blocks, "tokens": tokens}
         result["dtype"] = str(parallel.compute_dtype(CONFIG, ranks.device)).removeprefix("torch.")
         for shape in shapes:
@@ -186,7 +186,7 @@ def measure(
     return {
         "seconds": median,
         "tokens_per_second": tokens / median,
-        "of_matmul": fit.step_flops(model, rows) / median / rate,
+        "of_matmul": cost.step_flops(model, rows) / median / rate,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
     }
 

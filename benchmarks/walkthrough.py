@@ -23,10 +23,12 @@ from pathlib import Path
 import common
 
 from gramr2 import denoise, fit, inputs, parallel, prompts, prover, sampler, selection, steps
+from gramr2.examples import ExampleBuilder
 from gramr2.extras import toyworld
 from gramr2.extras.report import as_filtered
 from gramr2.extras.results import JudgedPair, RunReader, read_round
 from gramr2.files import InputError, exit_status, publish_file
+from gramr2.plan import make_plan
 from gramr2.records import Judgment, Pair, Proof, Vote
 from gramr2.settings import SelfTrainSettings, TrainSettings
 from gramr2.tokenizer import Tokenizer
@@ -310,11 +312,11 @@ class Walk:
         data = [*human, self.path("filter-labelled", "kept.jsonl"), *kept]
         step = self.name + "train"
         model = self.path(step, "model")
-        curriculum = fit.ExampleBuilder("reward", self.training, data, model)
-        plan = fit.make_plan(curriculum, self.training, parallel.Ranks(0, 1, "cpu"))
+        curriculum = ExampleBuilder("reward", self.training, data, model)
+        plan = make_plan(curriculum, self.training, parallel.Ranks(0, 1, "cpu"))
         number = next(i for i in range(curriculum.size) if curriculum.record(i).id == self.found.id)
         met = [(n, *each[1:]) for n in range(plan.steps) for each in plan.step(n) if each[0] == number]
-        functions = fit.train, fit.make_plan, fit.ExampleBuilder.__call__, Tokenizer.example
+        functions = fit.train, make_plan, ExampleBuilder.__call__, Tokenizer.example
         yield self.section("7. A training example", step, "metrics.jsonl", *functions)
         names = ", ".join(f"`{path.relative_to(self.run.root).as_posix()}`" for path in data)
         yield (

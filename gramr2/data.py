@@ -4,7 +4,7 @@
 memory; `RowLog` appends rows so that a kill loses at most the row it cut; `pack` and `order` turn example
 lengths into the packed batches of an epoch. Examples are never cut: the label is their tail.
 
-What it leaves out: what a row means (records.py), and which examples are dropped as too long (fit.py).
+What it leaves out: what a row means (records.py), and which examples are dropped as too long (plan.py).
 """
 
 from __future__ import annotations

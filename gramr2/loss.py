@@ -2,13 +2,14 @@
 
 Equations (1) label only, (2) rationale then label and (4) the prover's are one function, `token_loss`:
 the negative log-likelihood of target tokens, each with a coefficient. What differs is the target, which is
-data. Beside it stand GRAM's label smoothing between the two letters, Bradley-Terry on a scalar head,
-and the clipped policy gradient (`PolicyGradient`), whose coefficients are the advantages.
+data. Beside it stand GRAM's label smoothing between the two letters, and Bradley-Terry on a scalar head.
+stages.py says which stage minimises which.
 
 Every loss is a sum. Coefficients carry the normalisation, one over the units of the whole step on all ranks
 (target tokens; pairs for Bradley-Terry), so that packs, accumulation and ranks add up to the same gradient.
 
-It leaves out: equation (5), which scores and does not train (prover.py), and building the targets (fit.py).
+It leaves out: equation (5), which scores and does not train (prover.py), building the targets (stages.py),
+and the policy gradient (extras/policy_loss.py), whose coefficients are advantages.
 
 Shapes: T tokens of a pack, S its sequences, P its pairs, N target tokens in it, D model width, V vocabulary.
 """
@@ -24,30 +25,9 @@ from torch import Tensor, nn
 
 import kernels
 from gramr2.model import Decoder, packed_causal, packed_positions
-from gramr2.records import Tokens
+from gramr2.records import Example
 
-NO_RIVAL = -1
-
-
-@dataclass(frozen=True)
-class Example:
-    """One training example: the sequences that share its loss, and what else the loss needs to know."""
-
-    sequences: tuple[Tokens, ...]  # one; or the better and the worse response's, for Bradley-Terry
-    coefficients: tuple[float, ...] = ()  # of the target tokens; empty: 1 for each
-    old: tuple[float, ...] = ()  # a rollout's log-probs under the policy that drew it
-    rival: tuple[int, int] | None = None  # (place of the label's letter in ids, the other letter's id)
-    margin: float = 0.0
-
-    @property
-    def length(self) -> int:
-        return sum(len(sequence.ids) for sequence in self.sequences)
-
-    @property
-    def units(self) -> int:
-        """What the loss is averaged over: target tokens; a pair of scores counts once."""
-        first = self.sequences[0]
-        return 1 if len(self.sequences) == 2 else len(first.ids) - first.start
+NO_LETTER = -1  # at targets that are not the label's letter
 
 
 @dataclass(frozen=True)
@@ -60,8 +40,8 @@ class Batch:
     places_N: Tensor
     targets_N: Tensor
     coefficients_N: Tensor
-    old_N: Tensor
-    rivals_N: Tensor
+    old_logp_N: Tensor
+    other_letters_N: Tensor
     margins_P: Tensor
     scale: float
 
@@ -71,15 +51,16 @@ def collate(rows: Sequence[Example], scale: float, device: torch.device | str) -
     sequences = [sequence for row in rows for sequence in row.sequences]
     lengths = [len(sequence.ids) for sequence in sequences] or [1]
     ids = [i for sequence in sequences for i in sequence.ids] or [0]
-    places, targets, coefficients, old, rivals, offset = [], [], [], [], [], 0
+    places, targets, coefficients, old_logprobs, other_letters, offset = [], [], [], [], [], 0
     for row in rows:
         for sequence in row.sequences:
             wanted = range(sequence.start, len(sequence.ids))
             places += [offset + place - 1 for place in wanted]
             targets += sequence.ids[sequence.start :]
             coefficients += row.coefficients or (1.0,) * len(wanted)
-            old += row.old or (0.0,) * len(wanted)
-            rivals += [row.rival[1] if row.rival and place == row.rival[0] else NO_RIVAL for place in wanted]
+            old_logprobs += row.old_logprobs or (0.0,) * len(wanted)
+            letter_place, letter = row.other_letter or (None, NO_LETTER)
+            other_letters += [letter if place == letter_place else NO_LETTER for place in wanted]
             offset += len(sequence.ids)
     long = {"dtype": torch.int64, "device": device}
     real = {"dtype": torch.float32, "device": device}
@@ -90,8 +71,8 @@ def collate(rows: Sequence[Example], scale: float, device: torch.device | str) -
         places_N=torch.tensor(places, **long),
         targets_N=torch.tensor(targets, **long),
         coefficients_N=torch.tensor(coefficients, **real) * scale,
-        old_N=torch.tensor(old, **real),
-        rivals_N=torch.tensor(rivals, **long),
+        old_logp_N=torch.tensor(old_logprobs, **real),
+        other_letters_N=torch.tensor(other_letters, **long),
         margins_P=torch.tensor([row.margin for row in rows if len(row.sequences) == 2], **real),
         scale=scale,
     )
@@ -103,24 +84,6 @@ def collate(rows: Sequence[Example], scale: float, device: torch.device | str) -
 def token_loss(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, coefficients_N: Tensor) -> Tensor:
     """- sum of coefficient x log p(target): equations (1), (2) and (4), and language modelling."""
     return -kernels.sequence_logprob_sum(hidden_ND, weight_VD, targets_N, coefficients_N)[0]
-
-
-def clipped_loss(logp_N: Tensor, old_N: Tensor, advantages_N: Tensor, clip: float) -> Tensor:
-    """- min(ratio x advantage, the ratio kept within 1 - clip ... 1 + clip, x advantage), for each token."""
-    ratio_N = torch.exp(logp_N - old_N)
-    return -torch.minimum(ratio_N * advantages_N, ratio_N.clamp(1 - clip, 1 + clip) * advantages_N)
-
-
-def k3(logp_N: Tensor, reference_N: Tensor) -> Tensor:
-    """The estimator k3 of KL(policy || reference): q - log q - 1 with q = p_reference / p of a drawn token.
-
-    Its mean over the policy's tokens is the divergence, and unlike the plain - log q it is never negative.
-    Where the two models agree, value and gradient are 0 for every token and not only on average, so that a
-    reward which says nothing moves nothing. Differentiated as it stands it pulls along the gradient of
-    KL(reference || policy), whose minimum is the same.
-    """
-    gap_N = reference_N - logp_N
-    return torch.expm1(gap_N) - gap_N
 
 
 def bradley_terry(better_P: Tensor, worse_P: Tensor, margins_P: Tensor) -> Tensor:
@@ -150,8 +113,10 @@ def smoothed_label(smoothing: float) -> Objective:
     def objective(decoder: Decoder, hidden_TD: Tensor, batch: Batch) -> Tensor:
         hidden_ND, weight_VD = hidden_TD.index_select(0, batch.places_N), decoder.head_weight
         loss = token_loss(hidden_ND, weight_VD, batch.targets_N, batch.coefficients_N)
-        letter_N = batch.rivals_N != NO_RIVAL
-        towards = weight_VD[batch.targets_N[letter_N]].float() - weight_VD[batch.rivals_N[letter_N]].float()
+        letter_N = batch.other_letters_N != NO_LETTER
+        towards = (
+            weight_VD[batch.targets_N[letter_N]].float() - weight_VD[batch.other_letters_N[letter_N]].float()
+        )
         gap = (hidden_ND[letter_N].float() * towards).sum(-1)  # log p(right) - log p(other)
         return loss + smoothing * (batch.coefficients_N[letter_N] * gap).sum()
 
@@ -165,34 +130,6 @@ def preference(decoder: Decoder, hidden_TD: Tensor, batch: Batch) -> Tensor:
         return scores_S.sum() * 0
     better_P, worse_P = scores_S.unflatten(0, (-1, 2)).unbind(-1)
     return batch.scale * bradley_terry(better_P, worse_P, batch.margins_P).sum()
-
-
-class PolicyGradient:
-    """Clipped policy gradient with a pull to the reference model, which reads the same pack beside it.
-
-    (In the same pack, because another packing rounds differently: at the start the divergence is exactly 0.)
-    `seen` sums over this rank's packs since it was last emptied: k3, tokens beyond the clip, tokens.
-    """
-
-    def __init__(self, reference: Decoder, clip: float, kl: float):
-        self.reference, self.clip, self.kl, self.seen = reference, clip, kl, [0.0, 0, 0]
-
-    def __call__(self, decoder: Decoder, hidden_TD: Tensor, batch: Batch) -> Tensor:
-        logp_N = self._logp(decoder, hidden_TD, batch)
-        with torch.no_grad():
-            positions_T = packed_positions(batch.lengths, batch.ids_T.device)
-            attend = packed_causal(batch.lengths, batch.ids_T.device)
-            reference_N = self._logp(self.reference, self.reference(batch.ids_T, positions_T, attend), batch)
-        kl_N = k3(logp_N, reference_N)
-        outside_N = (torch.exp(logp_N.detach() - batch.old_N) - 1).abs() > self.clip
-        figures = float(kl_N.detach().sum()), int(outside_N.sum()), len(outside_N)
-        self.seen = [total + figure for total, figure in zip(self.seen, figures, strict=True)]
-        policy_N = clipped_loss(logp_N, batch.old_N, batch.coefficients_N, self.clip)
-        return policy_N.sum() + self.kl * batch.scale * kl_N.sum()
-
-    def _logp(self, decoder: Decoder, hidden_TD: Tensor, batch: Batch) -> Tensor:
-        hidden_ND = hidden_TD.index_select(0, batch.places_N)
-        return kernels.sequence_logprob(hidden_ND, decoder.head_weight, batch.targets_N)
 
 
 class Trainee(nn.Module):

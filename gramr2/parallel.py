@@ -6,7 +6,7 @@ bf16 or fp32, gradients are reduced in fp32. `load_weights` reads a checkpoint t
 keeps its own part. `ResumePoints` writes and reads the state of a run with torch.distributed.checkpoint, so
 that it may be resumed on another number of ranks.
 
-One CPU process is the same code without the wrapping: there is nothing to shard and nothing to cast.
+One CPU process is the same code without the wrapping: there is nothing to split and nothing to cast.
 
 It leaves out: tensor, pipeline and context parallelism. An 8B model on one node needs none of them.
 """
@@ -135,14 +135,14 @@ def join_ranks(settings: TrainSettings) -> Iterator[Ranks]:
 
 
 def _mesh(settings: TrainSettings, device: torch.device) -> DeviceMesh:
-    """All ranks share one copy, or (hybrid sharding) each `shard` neighbours share a copy of their own."""
+    """All ranks share one copy, or (hybrid FSDP) each `fsdp_size` neighbours share a copy of their own."""
     size = dist.get_world_size()
-    shards = settings.shard or size
-    if size % shards:
-        raise InputError(f"shard: {shards} does not divide the {size} ranks")
-    if shards == size:
-        return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
-    return init_device_mesh(device.type, (size // shards, shards), mesh_dim_names=("replicate", "shard"))
+    split = settings.fsdp_size or size
+    if size % split:
+        raise InputError(f"fsdp_size: {split} does not divide the {size} ranks")
+    if split == size:
+        return init_device_mesh(device.type, (size,), mesh_dim_names=("fsdp",))
+    return init_device_mesh(device.type, (size // split, split), mesh_dim_names=("replicate", "fsdp"))
 
 
 # ---------------------------------------------------------------------------------- the model

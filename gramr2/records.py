@@ -358,3 +358,24 @@ class Tokens(_Record):
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Tokens:
         return cls(tuple(row["ids"]), row["start"])
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training example: the sequences that share its loss, and what else the loss needs to know."""
+
+    sequences: tuple[Tokens, ...]  # one; or the better and the worse response's, for Bradley-Terry
+    coefficients: tuple[float, ...] = ()  # of the target tokens; empty: 1 for each
+    old_logprobs: tuple[float, ...] = ()  # a rollout's, under the policy that drew it
+    other_letter: tuple[int, int] | None = None  # (place of the label's letter in ids, the other letter's id)
+    margin: float = 0.0
+
+    @property
+    def length(self) -> int:
+        return sum(len(sequence.ids) for sequence in self.sequences)
+
+    @property
+    def units(self) -> int:
+        """What the loss is averaged over: target tokens; a pair of scores counts once."""
+        first = self.sequences[0]
+        return 1 if len(self.sequences) == 2 else len(first.ids) - first.start

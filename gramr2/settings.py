@@ -1,36 +1,31 @@
-"""Settings: frozen dataclasses, filled from their defaults, a TOML recipe, and the command line.
+"""Settings: frozen dataclasses with a default and a line of help for every field.
 
-`resolve` merges the three in that order and refuses what it does not know, by name; `add_flags` gives
-every field of a dataclass its `--field-name`, with the help text that stands beside the field. Defaults
-are for small models; recipes/toy.toml holds the toy's settings, the large recipes those for the paper's
-models. The paper publishes hardly any setting of training: every value here is a choice of ours.
+`add_flags` gives every field of a dataclass its `--field-name`; recipes.py merges the defaults, a TOML recipe
+and the command line. Defaults are for small models; recipes/toy.toml holds the toy's settings, the large
+recipes those for the paper's models. The paper publishes hardly any setting of training: every value here is
+a choice of ours. `check_identity` holds a run that goes on against what it was begun with.
 
-A recipe's tables: [train] and, over it, [train.STAGE] ([train.finetune] is the loop's last training);
-[selftrain]; [world], the toy world's sizes; [models], where the backbone and the prover's base stand;
-[data], the files of each kind.
-
-It leaves out: environment variables, settings that change while a run is going, and which names of filters
-and of scores there are: `check_names` holds settings against the registries that define them.
+It leaves out: recipes (recipes.py), environment variables, settings that change while a run is going, and
+which names of filters and of scores there are: `check_names` holds settings against the registries that
+define them.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import tomllib
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from gramr2.files import InputError, read_text
+from gramr2.files import InputError
 
-Settings = TypeVar("Settings")
-STAGES = ("prover", "reward", "generative", "discriminative", "pretrain")
-TABLES = ("train", *(f"train.{stage}" for stage in (*STAGES, "finetune", "policy")))
-TABLES += ("selftrain", "world", "models", "data")
-REWARDS = ("pairwise", "tournament", "scalar")  # of the stage policy, see extras/policy.py
+# Settings that a run may be continued under with other values: they change how, not what, it computes.
+FREE = {"device", "dtype", "threads", "fsdp_size", "checkpointing", "compile", "token_budget"}
+FREE |= {"save_steps", "save_minutes"}
+FREE |= {"shard"}  # what fsdp_size is called in the plan.json of older runs, which still go on
 PAIRS_PER_CALL = 64  # pairs of one generate call: enough to fill a batch, little to do again after a kill
 
 
@@ -67,7 +62,7 @@ class TrainSettings:
     dtype: str = setting("auto", "compute in bfloat16 or float32 (as weights are); auto: bfloat16 on CUDA")
     save_dtype: str = setting("auto", "the saved model: float32, bfloat16, or auto, as the one it began from")
     threads: int = setting(1, "CPU threads per rank; the same number gives the same bits")
-    shard: int = setting(0, "ranks that one copy of the model is split over; 0: all (fewer: hybrid sharding)")
+    fsdp_size: int = setting(0, "ranks that one copy of the model is split over; 0: all (fewer: hybrid FSDP)")
     checkpointing: bool = setting(False, "compute activations again in the backward pass; saves memory")
     compile: bool = setting(False, "compile each block")
 
@@ -77,48 +72,20 @@ class TrainSettings:
 
     def __post_init__(self):
         positive = ("batch_size", "max_length", "token_budget", "threads", "lr")
-        not_negative = ("epochs", "steps", "limit", "seed", "shard", "save_steps", "save_minutes", "clip")
+        not_negative = ("epochs", "steps", "limit", "seed", "fsdp_size", "save_steps", "save_minutes", "clip")
         shares = ("warmup", "final_lr", "drop_condition", "hide_label", "label_smoothing", "beta1", "beta2")
         _require(self, positive, lambda value: value > 0, "must be above 0")
         _require(self, (*not_negative, "weight_decay"), lambda value: value >= 0, "must not be negative")
         _require(self, shares, _share, "must be from 0 to 1")
         _require(self, ("device",), ("auto", "cpu", "cuda").__contains__, "must be auto, cpu or cuda")
-        kinds = ("auto", "float32", "bfloat16")
-        _require(self, ("dtype", "save_dtype"), kinds.__contains__, f"must be one of {', '.join(kinds)}")
+        for name in ("dtype", "save_dtype"):
+            kinds = ("auto", "float32", "bfloat16")
+            _require(self, (name,), kinds.__contains__, f"must be one of {', '.join(kinds)}")
         if self.token_budget < self.max_length:
             raise InputError(
                 f"token_budget: {self.token_budget} is less than max_length {self.max_length}, so that the "
                 "longest examples would fit nowhere; raise token_budget or lower max_length"
             )
-
-
-@dataclass(frozen=True)
-class PolicySettings(TrainSettings):
-    """The stage policy: a training stage whose examples the model draws itself. batch_size counts rollouts.
-
-    Its fields stand in [train.policy] beside those of every stage.
-    """
-
-    group: int = setting(8, "policy: rollouts of each prompt; their rewards are compared with each other")
-    inner: int = setting(2, "policy: optimizer steps on each batch of rollouts")
-    reward: str = setting("pairwise", f"policy: where rewards come from: {', '.join(REWARDS)}")
-    votes: int = setting(2, "policy: votes per comparison, half in each order; 2 are greedy, more are drawn")
-    clip_ratio: float = setting(0.2, "policy: share by which a token's probability may move on one batch")
-    kl: float = setting(0.02, "policy: weight of the KL divergence from the starting model (estimator k3)")
-    max_new_tokens: int = setting(256, "policy: most tokens of a rollout")
-    judge_tokens: int = setting(1024, "policy: most tokens of a judge's answer")
-    max_abstained: float = setting(0.5, "policy: share of a batch's comparisons without a verdict that stops")
-
-    def __post_init__(self):
-        super().__post_init__()
-        _require(self, ("group",), lambda value: value > 1, "is too few: a reward is relative to its group's")
-        positive = ("inner", "max_new_tokens", "judge_tokens")
-        _require(self, positive, lambda value: value > 0, "must be above 0")
-        _require(self, ("votes",), lambda value: value > 0 and value % 2 == 0, "must be even, and above 0")
-        _require(self, ("clip_ratio", "max_abstained"), _share, "must be from 0 to 1")
-        _require(self, ("kl",), lambda value: value >= 0, "must not be negative")
-        _require(self, ("reward",), REWARDS.__contains__, f"must be one of {', '.join(REWARDS)}")
-        _require(self, ("batch_size",), lambda n: n % self.group == 0, f"is not whole groups of {self.group}")
 
 
 @dataclass(frozen=True)
@@ -183,6 +150,16 @@ class SelfTrainSettings:
         return FilterSettings(confidence, self.softmax, self.max_words, self.without)
 
 
+def check_identity(found: dict[str, Any], now: dict[str, Any], out: Path, flag: str = "--out") -> None:
+    """Refuses to go on with another run, naming each field in which what was found differs from now."""
+    names = [name for name in {**found, **now} if found.get(name) != now.get(name)]
+    if names:
+        differ = ", ".join(f"{name} ({found.get(name)}, now {now.get(name)})" for name in names)
+        raise InputError(
+            f"{out} holds another run; it differs in {differ}; name another {flag}, or remove it"
+        )
+
+
 def _share(value: float) -> bool:
     return 0 <= value <= 1
 
@@ -200,55 +177,6 @@ def check_names(settings: Any, registries: Mapping[str, Collection[str]]) -> Non
             _require(settings, (field_name,), set(known).issuperset, f"must be of {', '.join(known)}")
         else:
             _require(settings, (field_name,), set(known).__contains__, f"must be one of {', '.join(known)}")
-
-
-# ---------------------------------------------------------------------------------- recipes
-
-
-def read_recipe(path: str | Path) -> dict[str, dict[str, Any]]:
-    """A recipe's tables by their dotted names; a table that no recipe has is refused."""
-    try:
-        raw = tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: not a TOML recipe ({error})") from None
-    tables: dict[str, dict[str, Any]] = {}
-    for name, table in raw.items():
-        if not isinstance(table, dict):
-            raise InputError(f"{path}: {name} stands outside a table; tables are {', '.join(TABLES)}")
-        tables[name] = {key: value for key, value in table.items() if not isinstance(value, dict)}
-        tables |= {f"{name}.{key}": value for key, value in table.items() if isinstance(value, dict)}
-    for name in (name for name in tables if name not in TABLES):
-        raise InputError(f"{path}: unknown table [{name}]; tables are {', '.join(TABLES)}")
-    return tables
-
-
-def resolve(
-    cls: type[Settings], recipe: str | Path | None, tables: Sequence[str], overrides: dict[str, Any]
-) -> Settings:
-    """Defaults, then the recipe's tables in this order, then what the command line says."""
-    found = read_recipe(recipe) if recipe is not None else {}
-    layers = [(f"{recipe} [{name}]", found.get(name, {})) for name in tables]
-    kinds = typing.get_type_hints(cls)
-    merged: dict[str, Any] = {}
-    for where, values in (*layers, ("command line", overrides)):
-        for name, value in values.items():
-            if name not in kinds:
-                raise InputError(f"{where}: unknown setting {name}; there are {', '.join(kinds)}")
-            merged[name] = _coerce(value, kinds[name], f"{where} {name}")
-    return cls(**merged)
-
-
-def _coerce(value: Any, kind: Any, where: str) -> Any:
-    """A TOML value as its field's type. One value will do as a list, and a whole number as a float."""
-    if typing.get_origin(kind) is tuple:
-        values = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(_coerce(each, typing.get_args(kind)[0], where) for each in values)
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-        raise InputError(f"{where}: expected {names[kind]}, got {value!r}")
-    return value
 
 
 # ---------------------------------------------------------------------------------- command line

@@ -53,15 +53,15 @@ def count_publications(kill, written: Path) -> None:
 def patch_steps(job: dict, rank: int) -> None:
     original = fit.Loop.step
 
-    def step(self, rows):
-        if job.get("die_at") == [rank, self.at.step]:
+    def step(self, examples):
+        if job.get("die_at") == [rank, self.cursor.step]:
             os.kill(os.getpid(), signal.SIGKILL)
-        bad = self.at.step in job.get("nan_at", ())
+        bad = self.cursor.step in job.get("nan_at", ())
         objective = self.trainee.objective
         if bad:
             self.trainee.objective = lambda *arguments: objective(*arguments) * float("nan")
         try:
-            return original(self, rows)
+            return original(self, examples)
         finally:
             self.trainee.objective = objective
 

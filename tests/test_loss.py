@@ -9,9 +9,9 @@ import torch
 from checkpoints import random_model
 
 from gramr2 import loss
-from gramr2.loss import Example, Trainee, collate
+from gramr2.loss import Trainee, collate
 from gramr2.model import packed_causal
-from gramr2.records import Tokens
+from gramr2.records import Example, Tokens
 
 
 def examples(seed: int = 0, sizes=((9, 4), (23, 2), (5, 5), (23, 20))) -> list[Tokens]:
@@ -91,12 +91,12 @@ def test_per_token_coefficients_weigh_the_tokens_they_stand_for():
 @pytest.mark.parametrize("smoothing", [0.1, 0.3])
 def test_smoothed_label_gives_the_other_letter_its_share(smoothing):
     """GRAM: the wrong letter gets `smoothing` itself, not half of it; the frame's tokens stay as they are."""
-    rows = [Example((e,), rival=(e.start + 1, (e.ids[e.start + 1] + 7) % 300)) for e in examples()]
+    rows = [Example((e,), other_letter=(e.start + 1, (e.ids[e.start + 1] + 7) % 300)) for e in examples()]
 
     def oracle(model):
         total = 0
         for row in rows:
-            example, (place, other) = row.sequences[0], row.rival
+            example, (place, other) = row.sequences[0], row.other_letter
             values = log_p(model, example)
             total = total - sum(values[:1]) - sum(values[2:])
             logp = (model.head_weight @ states_alone(model, example)[place - 1]).log_softmax(0)

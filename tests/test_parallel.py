@@ -40,7 +40,7 @@ def test_adamw_curves_agree_over_ranks_with_recomputation_hybrid_sharding_and_ti
         "one": (1, {}),
         "two": (2, {"checkpointing": True}),
         "three": (3, {}),
-        "hybrid": (4, {"shard": 2}),
+        "hybrid": (4, {"fsdp_size": 2}),
         "half": (2, {"dtype": "bfloat16"}),
     }
     (tmp_path / "free").mkdir()

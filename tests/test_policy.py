@@ -18,13 +18,15 @@ from hypothesis import strategies as st
 from test_loss import compare, examples, log_p
 from trainings import same_bits, weights_of, write_rows
 
-from gramr2 import fit, loss, parallel
+from gramr2 import fit, parallel
 from gramr2.extras import policy, policy_start
+from gramr2.extras.policy_loss import PolicyGradient, k3
+from gramr2.extras.policy_settings import PolicySettings
 from gramr2.files import InputError, write_json
 from gramr2.judge import RewardModel
-from gramr2.loss import Example, PolicyGradient, Trainee, collate
-from gramr2.records import Judgment, Vote
-from gramr2.settings import PolicySettings, TrainSettings
+from gramr2.loss import Trainee, collate
+from gramr2.records import Example, Judgment, Vote
+from gramr2.settings import TrainSettings
 from gramr2.votes import SCALAR, THINK
 from gramr2.weights import load
 
@@ -85,7 +87,7 @@ def test_the_objective_is_its_naive_form_by_value_and_gradient(family):
         total, reference64 = 0, reference.double()
         for row in rows:
             here, there = log_p(model, row.sequences[0]), log_p(reference64, row.sequences[0])
-            for advantage, old, p, q in zip(row.coefficients, row.old, here, there, strict=True):
+            for advantage, old, p, q in zip(row.coefficients, row.old_logprobs, here, there, strict=True):
                 ratio = torch.exp(p - old)
                 kept = min(max(ratio.item(), 0.8), 1.2)
                 clipped.append((advantage > 0, ratio.item() > kept, ratio.item() < kept))
@@ -105,10 +107,10 @@ def test_the_objective_is_its_naive_form_by_value_and_gradient(family):
 def test_k3_is_the_divergence_on_average_and_nothing_where_the_models_agree():
     """Its mean under the policy is KL(policy || reference), its value never below 0."""
     p, q = (torch.randn(7, generator=torch.Generator().manual_seed(n)).log_softmax(0) for n in (1, 2))
-    assert float((p.exp() * loss.k3(p, q)).sum()) == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-5)
-    assert (loss.k3(p, q) >= 0).all()
+    assert float((p.exp() * k3(p, q)).sum()) == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-5)
+    assert (k3(p, q) >= 0).all()
     p.requires_grad_()
-    value = loss.k3(p, p.detach()).sum()
+    value = k3(p, p.detach()).sum()
     value.backward()
     assert value.item() == 0 and not p.grad.any()
 
@@ -173,10 +175,10 @@ def test_targets_are_the_rollout_and_its_stop_token_and_nothing_else(world, tmp_
     stopped = 0
     for row in rows:
         rollout = policy.Rollout(**row)
-        made = policy.Rollouts.row(SimpleNamespace(prompts=prompts), rollout)
+        made = policy.Rollouts.example(SimpleNamespace(prompts=prompts), rollout)
         (example,) = made.sequences
         assert list(example.ids[: example.start]) == prompts[row["prompt"]].ids
-        assert list(example.ids[example.start :]) == row["ids"] and len(made.old) == len(row["ids"])
+        assert list(example.ids[example.start :]) == row["ids"] and len(made.old_logprobs) == len(row["ids"])
         ends = [i for i, token in enumerate(row["ids"]) if token in tokenizer.stop_ids]
         assert ends == ([len(row["ids"]) - 1] if row["finish"] == "stop" else [])
         stopped += bool(ends)

@@ -13,7 +13,8 @@ import pytest
 from checkpoints import make_checkpoint
 from selfruns import ROOT, Forks, finished_micro, same_results, small_world
 
-from gramr2 import fit, prompts
+from gramr2 import prompts
+from gramr2.examples import ExampleBuilder
 from gramr2.extras import datasets
 from gramr2.extras.toyworld import SHIPPED, WorldSettings, good_names, make_pair
 from gramr2.records import Pair
@@ -424,9 +425,7 @@ def test_published_data_and_two_tokenizers_run_from_end_to_end(forks, tmp_path):
         path for name in ("filter-labelled", "round-1-rationales") for path in root.glob(f"steps/*-{name}")
     ]
     config = TrainSettings(max_length=300)
-    curriculum = fit.ExampleBuilder(
-        "reward", config, [path / "kept.jsonl" for path in kept], tmp_path / "judge"
-    )
+    curriculum = ExampleBuilder("reward", config, [path / "kept.jsonl" for path in kept], tmp_path / "judge")
     assert curriculum.size > 0
     for i in range(curriculum.size):
         pair, (example,) = curriculum.record(i), curriculum.plain(i).sequences

@@ -14,8 +14,9 @@ from gramr2 import prompts
 from gramr2.data import Store
 from gramr2.extras import toyworld
 from gramr2.files import InputError
+from gramr2.recipes import read_recipe, resolve
 from gramr2.records import Pair, show
-from gramr2.settings import SelfTrainSettings, TrainSettings, read_recipe, resolve
+from gramr2.settings import SelfTrainSettings, TrainSettings
 
 ROOT = Path(__file__).parents[1]
 FILTER_SETTINGS = SelfTrainSettings().filters()

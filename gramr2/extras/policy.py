@@ -11,7 +11,7 @@ of `RewardModel.reward`, (prompts, completions, references=None) -> a number for
 Any Python callable with that signature serves; `references` are the greedy answers where the setting is
 pairwise, and None otherwise. A batch is `group` rollouts of each of some prompts, drawn from the policy as it
 stands (at temperature 1: their log-probs are the sampler's own) and judged in one batch. Rewards become
-advantages within each group; `inner` steps of the clipped objective follow (loss.PolicyGradient), in the loop
+advantages within each group; `inner` steps of the clipped objective follow (policy_loss.py), in the loop
 that trains everything else (fit.Loop). Targets are the rollout's tokens, its stop token the last.
 
 Nothing is silent. Equal rewards are no advantage. A rollout that was cut at the length limit is not judged
@@ -22,9 +22,9 @@ logits were not finite is left out, and counted. What has no verdict counts one 
 OUT/rollouts.jsonl has a row for each rollout: response, reward, advantage, and what the judge wrote about it.
 From these rows a run that was cut between two inner steps goes on, to the same bits.
 
-Each rank holds the policy whole beside its shard, to sample from, and the starting model and the judge; it
-draws and judges its share of the prompts. It leaves out: a value model, rewards within a rollout, and policy
-and judge on different machines.
+Each rank holds the policy whole, to sample from, beside its part of the one that is trained, the model that
+it began from, and the judge; it draws and judges its share of the prompts. It leaves out: a value model,
+rewards within a rollout, and policy and judge on different machines.
 """
 
 from __future__ import annotations
@@ -41,14 +41,15 @@ import numpy as np
 
 from gramr2 import fit, parallel
 from gramr2.data import RowLog, Store
+from gramr2.extras.policy_loss import PolicyGradient
+from gramr2.extras.policy_settings import PolicySettings
 from gramr2.files import InputError
 from gramr2.judge import RewardModel
-from gramr2.loss import Example, PolicyGradient
 from gramr2.model import Decoder
+from gramr2.plan import Plan, read_model_config
 from gramr2.rankings import preference
-from gramr2.records import Judgment, Pair, Tokens, messages_of, show
+from gramr2.records import Example, Judgment, Pair, Tokens, messages_of, show
 from gramr2.sampler import generate
-from gramr2.settings import PolicySettings
 from gramr2.tokenizer import Tokenizer
 from gramr2.weights import load_model
 
@@ -139,7 +140,7 @@ class Rollouts:
 
     settings: PolicySettings
     prompts: list[Prompt]
-    plan: fit.Plan
+    plan: Plan
     loop: fit.Loop
     actor: Decoder
     reward: Reward
@@ -148,19 +149,19 @@ class Rollouts:
     def __post_init__(self):
         self.path, self.ranks = self.loop.out / "rollouts.jsonl", self.loop.ranks
 
-    def stream(self, first: int) -> Iterator[list[Example]]:
+    def global_batches(self, first: int) -> Iterator[list[Example]]:
         for step in range(first, self.loop.steps):
             number, again = divmod(step, self.settings.inner)
             if not again:
                 self.draw(number, step + 1)
             elif step == first:  # cut between two inner steps: the rollouts that the first one used
                 self.batch = [Rollout(**row) for row in Store(self.path) if row["step"] == step - again + 1]
-            yield list(map(self.row, self.batch))
+            yield list(map(self.example, self.batch))
 
-    def row(self, rollout: Rollout) -> Example:
+    def example(self, rollout: Rollout) -> Example:
         asked, count = self.prompts[rollout.prompt].ids, len(rollout.ids)
-        example = Tokens((*asked, *rollout.ids), len(asked))
-        return Example((example,), (rollout.advantage,) * count, tuple(rollout.logprobs))
+        tokens = Tokens((*asked, *rollout.ids), len(asked))
+        return Example((tokens,), (rollout.advantage,) * count, tuple(rollout.logprobs))
 
     def draw(self, number: int, step: int) -> None:
         """A batch, in the plan's order whatever the number of ranks. The first rank writes it down."""
@@ -286,7 +287,7 @@ def train(
     data, model_dir, out = [Path(path) for path in data], Path(model_dir), Path(out)
     with parallel.join_ranks(settings) as ranks, fit.stop_on_signals() as stop:
         tokenizer = Tokenizer.load(model_dir, date=settings.date)
-        config = fit.read_model_config("policy", settings, model_dir, tokenizer)
+        config = read_model_config("policy", "vocabulary", settings, model_dir, tokenizer)
         files = [*data, *(sorted(Path(judge_dir).glob("*.safetensors")) if judge_dir else ())]
         now = ranks.on_rank_0(lambda: fit.identity("policy", settings, files, model_dir))
         if (figures := fit.finished(out, now)) is not None:
@@ -306,19 +307,19 @@ def train(
         trainee = fit.make_trainee(objective, settings, config, model_dir, ranks)
         loop = fit.Loop(trainee, settings, ranks, out, steps, tokenizer.decode)
         rollouts = Rollouts(settings, prompts, plan, loop, actor, reward)
-        loop.more = rollouts.figures
+        loop.extra_figures = rollouts.figures
         loop.restore()
-        ranks.on_rank_0(lambda: fit.keep_metrics(rollouts.path, loop.at.step))  # the others read what is left
-        fit.run_loop(loop, rollouts.stream(loop.at.step), "policy", config, progress, stop)
-        figures = asdict(loop.at)
+        ranks.on_rank_0(
+            lambda: fit.keep_metrics(rollouts.path, loop.cursor.step)
+        )  # the others read what is left
+        loop.run(rollouts.global_batches(loop.cursor.step), stop, "policy", progress)
+        figures = asdict(loop.cursor)
         fit.publish_model(loop, tokenizer, config, model_dir, {"run": now, "figures": figures}, {})
         return figures
 
 
-def make_plan(settings: PolicySettings, prompts: int) -> tuple[fit.Plan, int]:
+def make_plan(settings: PolicySettings, prompts: int) -> tuple[Plan, int]:
     """Which prompts each batch takes, and how many optimizer steps there are."""
     each, rows = settings.batch_size // settings.group, np.arange(prompts)
     steps = settings.steps or math.ceil(settings.epochs * prompts / each) * settings.inner
-    return fit.Plan(
-        rows, rows, rows, {}, each, math.ceil(steps / settings.inner) * each, settings.seed
-    ), steps
+    return Plan(rows, rows, rows, {}, each, math.ceil(steps / settings.inner) * each, settings.seed), steps

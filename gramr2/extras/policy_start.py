@@ -10,6 +10,7 @@ It leaves out: what is then done with them (policy.py).
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,23 +18,33 @@ from typing import Any
 from gramr2 import fit, parallel
 from gramr2.data import Store
 from gramr2.extras.policy import Judged, train
-from gramr2.files import InputError, finished_runs, read_json, write_rows
+from gramr2.extras.policy_settings import PolicySettings
+from gramr2.extras.toy_start import make_toy
+from gramr2.files import InputError, read_json, write_rows
 from gramr2.judge import RewardModel
+from gramr2.recipes import read_recipe, resolve
 from gramr2.records import Pair
-from gramr2.settings import PolicySettings, TrainSettings, read_recipe, resolve
+from gramr2.run_directory import finished_runs
+from gramr2.settings import Sources, TrainSettings
 
 IMITATED = 600  # unlabelled pairs whose lists the toy's policy has read, both of each
 IMITATION = {"batch_size": 64, "steps": 100, "max_length": 64, "lr": 3e-3}
 
 
-def command(arguments, settings: PolicySettings, sources, make_toy, ranks: parallel.Ranks) -> Path:
-    """`train.py --stage policy`: finds or makes what was not named, and trains; -> its directory.
+def command(
+    arguments: argparse.Namespace,
+    settings: PolicySettings,
+    sources: Sources,
+    out: Path,
+    ranks: parallel.Ranks,
+) -> None:
+    """`train.py --stage policy`: finds or makes what was not named, and trains into `out`.
 
     In the toy, world and backbone are those of the judge's run, for it knows the prices of its own world
     only; where no judge of a run is named, the newest run's.
     """
-    out, judge = arguments.out or Path("runs/train-policy"), arguments.judge
-    data, model = arguments.data or [Path(path) for path in sources.unlabelled], arguments.model
+    judge, model = arguments.judge, arguments.model
+    data = arguments.data or [Path(path) for path in sources.unlabelled]
     world = dict(read_recipe(arguments.recipe).get("world", {}))
     place = Path(world.pop("directory", ""))
     run = run_of(world, judge)
@@ -43,7 +54,7 @@ def command(arguments, settings: PolicySettings, sources, make_toy, ranks: paral
             place = next(run.glob("steps/*-world"))
             backbone = next(run.glob("steps/*-backbone/model"), place / "backbone" / "model")
         elif not arguments.dry_run:
-            make_toy()
+            make_toy(arguments, sources, ranks)
             judge = judge or make_judge(arguments.recipe, settings, place, backbone, out, ranks)
         data = arguments.data or [place / "unlabelled.jsonl"]
     judge = judge or (judge_of(run, settings) if run else None)
@@ -51,7 +62,7 @@ def command(arguments, settings: PolicySettings, sources, make_toy, ranks: paral
         found = {"judge": judge, "policy": model, "prompts": ", ".join(map(str, data)), "out": out}
         lines = [f"{name:8} {path or 'none yet; it would be made'}" for name, path in found.items()]
         print(*lines, *(f"{name:8} {value}" for name, value in asdict(settings).items()), sep="\n")
-        return out
+        return
     if judge is None or not (model or world):
         what, flag = ("judge", "--judge") if judge is None else ("policy to start from", "--model")
         raise InputError(f"no {what}; give {flag} DIR (`python selftrain.py` makes a judge under runs/)")
@@ -59,7 +70,6 @@ def command(arguments, settings: PolicySettings, sources, make_toy, ranks: paral
     dtype = str(parallel.compute_dtype(settings, ranks.device)).removeprefix("torch.")
     reward = Judged(RewardModel.load(judge, ranks.device, dtype), settings)
     train(settings, data, model, out, reward, judge)
-    return out
 
 
 def run_of(world: dict[str, Any], judge: Path | None = None) -> Path | None:
@@ -85,15 +95,18 @@ def judge_of(run: Path, settings: PolicySettings) -> Path:
     return found
 
 
-def make_judge(recipe, settings: PolicySettings, world: Path, backbone: Path, out: Path, ranks) -> Path:
+def make_judge(
+    recipe: Path, settings: PolicySettings, world: Path, backbone: Path, out: Path, ranks: parallel.Ranks
+) -> Path:
     """Where no run has finished: a judge from the toy's few annotated pairs, which knows few prices."""
     kind, pairs = ("discriminative", "labelled") if settings.reward == "scalar" else ("reward", "human")
     if ranks.is_first:
         fit.say([f"no finished run in runs/: a judge is trained on {pairs}.jsonl; selftrain.py makes better"])
     same = {name: getattr(settings, name) for name in ("seed", "device", "threads")}
-    settings, place = resolve(TrainSettings, recipe, ["train", f"train.{kind}"], same), f"{out.name}-judge"
-    fit.train(kind, settings, [world / f"{pairs}.jsonl"], backbone, out.with_name(place))
-    return out.with_name(place) / "model"
+    training = resolve(TrainSettings, recipe, ["train", f"train.{kind}"], same)
+    place = out.with_name(f"{out.name}-judge")
+    fit.train(kind, training, [world / f"{pairs}.jsonl"], backbone, place)
+    return place / "model"
 
 
 def imitate(world: Path, backbone: Path, out: Path, ranks: parallel.Ranks, settings: TrainSettings) -> Path:

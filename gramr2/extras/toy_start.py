@@ -1,11 +1,23 @@
-"""What a command starts from in the toy world: its files, and a backbone made where none is shipped."""
+"""What a command starts from in the toy: its world, and a backbone that knows no price.
+
+Both are made where they are not there yet; the backbone that is shipped is one of `--stage pretrain`.
+`toy_inputs` makes them as steps of a self-training run, which keeps a world of its own, and `make_toy` for
+train.py, in the directory that the recipe names.
+
+It leaves out: what a world is (toyworld.py), and what the stage policy needs beside it (policy_start.py).
+"""
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
+
 from gramr2 import fit
 from gramr2.extras import toyworld
-from gramr2.files import JsonRow
+from gramr2.files import InputError, JsonRow
 from gramr2.inputs import KINDS, RunInputs, prepare
+from gramr2.parallel import Ranks
+from gramr2.recipes import read_recipe, resolve
 from gramr2.run_directory import RunDirectory
 from gramr2.settings import SelfTrainSettings, Sources, TrainSettings
 
@@ -29,3 +41,29 @@ def toy_inputs(
         backbone = step.path / "model"
     files = {name: (str(place / f"{name}.jsonl"),) for name in KINDS}
     return prepare(directory, settings, Sources(str(backbone), **files))
+
+
+def make_toy(arguments: argparse.Namespace, sources: Sources, ranks: Ranks) -> Path | None:
+    """Makes the toy's files; → the model to start from: `--model`, or None for the one that the recipe names.
+
+    The untrained one takes its place for pretrain, and in a dry run that would train the backbone first.
+    """
+    sizes = dict(read_recipe(arguments.recipe)["world"])
+    if "directory" not in sizes:
+        raise InputError("the recipe's [world] names no directory, where the toy's files are to lie")
+    directory = Path(sizes.pop("directory"))
+    untrained = directory / "backbone_init"
+    if ranks.is_first:
+        toyworld.make_world(directory, **sizes)
+        if arguments.stage == "pretrain" and not (untrained / "config.json").exists():
+            toyworld.write_untrained(directory, **sizes)  # the shipped backbone is made from this
+    ranks.all_gather(None)  # the others wait for the files
+    if arguments.model or arguments.stage == "pretrain":
+        return arguments.model or untrained
+    if not (Path(sources.backbone) / "config.json").exists():
+        if arguments.dry_run:
+            return untrained  # of the same shape, which is all that a plan asks
+        settings = resolve(TrainSettings, arguments.recipe, ["train", "train.pretrain"], {"threads": 1})
+        data = [Path(path) for path in sources.pretrain]
+        fit.train("pretrain", settings, data, untrained, Path(sources.backbone).parent)
+    return None

@@ -38,8 +38,9 @@ from typing import Any
 from gramr2.denoise import RationaleFilter
 from gramr2.files import InputError, read_json, write_json, write_rows
 from gramr2.prompts import judge_prompt, label_target, parse_rationale, proof_from_rationale
+from gramr2.recipes import resolve
 from gramr2.records import Pair, mark, show
-from gramr2.settings import FilterSettings, resolve, setting
+from gramr2.settings import FilterSettings, setting
 
 Prices = dict[str, int]
 Goods = tuple[str, ...]

@@ -1,0 +1,77 @@
+"""The rows of a stage's data as training examples, each a function of its number alone.
+
+No generator's state is carried along: which letter is the better one's, and what the prover is not shown,
+are functions of (seed, epoch, row). So the number of a step says all about where a run stands in its data.
+
+It leaves out: what each stage makes of a record (stages.py), and the order of the rows (plan.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gramr2 import prompts
+from gramr2.data import Store
+from gramr2.files import InputError
+from gramr2.records import Example
+from gramr2.settings import TrainSettings
+from gramr2.stages import STAGES, Draws, Frame, Unusable
+from gramr2.tokenizer import Tokenizer
+
+
+class ExampleBuilder:
+    """A stage's data as examples: row `i`, in epoch `e`, at a letter, is always the same ids.
+
+    A pair whose rationale cannot be swapped keeps its own order, whatever letter is asked for.
+    """
+
+    def __init__(self, stage: str, settings: TrainSettings, data: Sequence[Path], model_dir: Path):
+        self.stage, self.settings = STAGES[stage], settings
+        self.stores = [Store(path, self.stage.record) for path in data]
+        self.starts = np.cumsum([0, *map(len, self.stores)])
+        self.size = min(int(self.starts[-1]), settings.limit or int(self.starts[-1]))
+        if not self.size:
+            raise InputError(f"{self.names}: no rows to train on")
+        self.tokenizer = Tokenizer.load(model_dir, date=settings.date)
+        template, self.notes = "", []
+        if self.stage.template:
+            template, note = prompts.template_for(model_dir, kind=self.stage.template)
+            self.notes = [note] if note.startswith("warning") else []
+            if self.stage.own_prompt and template == prompts.JUDGE_PROMPT:
+                template = self.stage.own_prompt
+        self.frame = Frame(self.tokenizer, template, settings)
+
+    @property
+    def names(self) -> str:
+        return ", ".join(str(store.path) for store in self.stores)
+
+    def record(self, i: int) -> Any:
+        file = int(np.searchsorted(self.starts, i, side="right")) - 1
+        return self.stores[file][i - int(self.starts[file])]
+
+    def plain(self, i: int) -> Example:
+        """Example i in its own order, with nothing hidden: what decides whether it is used at all."""
+        record = self.record(i)
+        try:
+            example = self.stage.example(record, self.frame, Draws())
+        except InputError as error:  # of its text
+            raise Unusable(str(error)) from None
+        if example.length > self.settings.max_length:
+            raise Unusable("longer than max_length")
+        return example
+
+    def __call__(self, i: int, epoch: int, letter: str) -> Example:
+        record = self.record(i)
+        if self.stage.template is None:  # no prompt that shows both responses, in an order
+            return self.stage.example(record, self.frame, Draws())
+        turned = record.swapped() if record.label != letter and record.swappable else record
+        draws = Draws(*np.random.default_rng([self.settings.seed, epoch, i]).random(2))
+        example = self.stage.example(turned, self.frame, draws)
+        if example.length <= self.settings.max_length:
+            return example
+        # The other order may be a token longer. Nothing is cut: the row stands as it was measured.
+        return self.stage.example(record, self.frame, Draws())
