@@ -168,9 +168,9 @@ def coherence(pair: Pair, rationale: str, settings: FilterSettings) -> str | Non
     return None
 
 
-_OF_ITSELF = (length, structure, states_label, states_other, mentions, repetition)
-COHERENCE: dict[str, RationaleFilter] = {rule.__name__: rule for rule in (quotes, coherence)}
-RATIONALE_FILTERS: dict[str, RationaleFilter] = {rule.__name__: rule for rule in _OF_ITSELF} | COHERENCE
+_RULES = (length, structure, states_label, states_other, mentions, repetition, quotes, coherence)
+RATIONALE_FILTERS: dict[str, RationaleFilter] = {rule.__name__: rule for rule in _RULES}
+COHERENCE = {name: RATIONALE_FILTERS[name] for name in ("quotes", "coherence")}
 FILTERS: tuple[str, ...] = (*LABEL_FILTERS, *RATIONALE_FILTERS)
 
 # ---------------------------------------------------------------------------------- applying them

@@ -8,7 +8,7 @@ stages.py says which stage minimises which.
 Every loss is a sum. Coefficients carry the normalisation, one over the units of the whole step on all ranks
 (target tokens; pairs for Bradley-Terry), so that packs, accumulation and ranks add up to the same gradient.
 
-It leaves out: equation (5), which scores and does not train (prover.py), building the targets (stages.py),
+It leaves out: equation (5), which scores and does not train (selection.py), building the targets (stages.py),
 and the policy gradient (extras/policy_loss.py), whose coefficients are advantages.
 
 Shapes: T tokens of a pack, S its sequences, P its pairs, N target tokens in it, D model width, V vocabulary.

@@ -7,21 +7,20 @@ from pathlib import Path
 import pytest
 
 from gramr2.denoise import FILTERS
+from gramr2.extras.policy_settings import PolicySettings
 from gramr2.files import InputError
+from gramr2.recipes import read_recipe, resolve
 from gramr2.selection import SCORES
 from gramr2.settings import (
-    STAGES,
-    PolicySettings,
     SelfTrainSettings,
     Sources,
     TrainSettings,
     add_flags,
     check_names,
     given,
-    read_recipe,
-    resolve,
     setting,
 )
+from gramr2.stages import STAGES
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 REGISTRIES = {"select_by": SCORES, "without": FILTERS}
