@@ -12,6 +12,7 @@ from checkpoints import make_checkpoint
 
 import infer
 from gramr2.extras import evaluate
+from gramr2.extras.results import accuracy_row
 from gramr2.files import InputError, exit_status
 from gramr2.judge import RewardModel
 from gramr2.records import OTHER, Judgment, Pair, Vote
@@ -221,7 +222,7 @@ def test_failures_and_unread_verdicts_are_wrong_and_counted(tmp_path):
     rows[2]["error"] = "too long"
     result = evaluate.score("pairs", [write(tmp_path / "judged.jsonl", rows)])
     assert values(result)["mean over pairs"] == pytest.approx(33.33) and result["failed"] == 1
-    assert evaluate.accuracy_row("x", rows)["accuracy"] == pytest.approx(33.33)
+    assert accuracy_row("x", rows)["accuracy"] == pytest.approx(33.33)
 
 
 @pytest.mark.parametrize("bad", ['{"id": 1}', "[]", "no json", '{"id": "x", "pair": {"question": "q"}}'])
