@@ -36,7 +36,7 @@ from gramr2.data import RowLog, Store
 from gramr2.extras import evaluate
 from gramr2.files import InputError, JsonRow, Parser, exit_status, finished_runs, read_json, write_rows
 from gramr2.rankings import METHODS, Ranking
-from gramr2.records import Pair, messages_of, show
+from gramr2.records import Judgment, Pair, messages_of, show
 from gramr2.settings import PAIRS_PER_CALL
 
 VOTES = {"pair": 16, "rank": 4, "pairs": 4, "bench": 1}  # 16 is what the paper's best figures use
@@ -162,19 +162,15 @@ class Judge:
         from gramr2.extras.formats import format_named
         from gramr2.judge import RewardModel
 
-        if settings.device == "cuda" and not torch.cuda.is_available():
+        cuda = settings.device != "cpu" and torch.cuda.is_available()
+        if settings.device == "cuda" and not cuda:
             raise InputError("--device cuda: there is no CUDA device here")
-        device = "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
-        automatic = "bfloat16" if device == "cuda" else "float32"
-        dtype = automatic if settings.dtype == "auto" else settings.dtype
-        format = format_named(settings.format) if settings.format is not None else None
+        device, dtype = ("cuda", "bfloat16") if cuda else ("cpu", "float32")
+        dtype = dtype if settings.dtype == "auto" else settings.dtype
+        format = None if settings.format is None else format_named(settings.format)
         self.model = RewardModel.load(directory, device, dtype, settings.prompt, format)
-        self.sampling: JsonRow = {
-            "votes": settings.votes,
-            "seed": settings.seed,
-            "max_new_tokens": settings.max_new_tokens,
-            "temperature": settings.temperature,
-        }
+        names = ("votes", "seed", "max_new_tokens", "temperature")
+        self.sampling: JsonRow = {name: getattr(settings, name) for name in names}
         calibrated = self.model.calibrates(settings.votes, settings.temperature)
         self.judged_with = {"model": str(directory), "format": self.model.format.name, **self.sampling}
         self.judged_with |= {"prompt": settings.prompt and str(settings.prompt), "calibrated": calibrated}
@@ -186,14 +182,14 @@ class Judge:
         """The row of each pair, or of each of a benchmark's lists: a failure is a row with the reason."""
         pairs = [item for item in items if isinstance(item, Pair)]
         for pair, judgment in self.model.judge_many(pairs, **self.sampling, progress=False):
-            yield {"id": pair.id, "pair": pair.to_json()} | self._outcome(judgment)
+            yield {"id": pair.id, "pair": pair.to_json()} | self.outcome(judgment)
         lists = [item for item in items if not isinstance(item, Pair)]
         contests = [(item["question"], item["responses"]) for item in lists]
         rankings = self.model.contests(contests, "linear", False, **self.sampling, progress=False)
         for item, ranking in zip(lists, rankings, strict=True):
-            yield {"id": item["id"], "scores": item["scores"]} | self._outcome(ranking)
+            yield {"id": item["id"], "scores": item["scores"]} | self.outcome(ranking)
 
-    def _outcome(self, found: Any) -> JsonRow:
+    def outcome(self, found: Judgment | Ranking | InputError) -> JsonRow:
         if isinstance(found, InputError):
             return {"error": str(found)}
         return found.to_json() | {"judge": self.judged_with}
@@ -202,7 +198,7 @@ class Judge:
 # ---------------------------------------------------------------------------------- bulk work
 
 
-def judge_into(out: Path, settings: JudgeSettings, source: Sequence[Item]) -> dict[str, int]:
+def judge_into(out: Path, settings: JudgeSettings, source: Store | list[Item]) -> dict[str, int]:
     """Appends rows call by call. What succeeded before stays, what failed is tried again."""
     judge = Judge(settings)
     done = keep_finished(out, judge.judged_with)
@@ -245,7 +241,7 @@ def keep_finished(path: Path, judged_with: JsonRow) -> Counter[bytes]:
     return done
 
 
-def pending(source: Sequence[Item], done: Counter[bytes], unreadable: list[JsonRow]) -> Iterator[Item]:
+def pending(source: Store | list[Item], done: Counter[bytes], unreadable: list[JsonRow]) -> Iterator[Item]:
     """What is still to be judged, as often as it stands there; `unreadable` is given what is no pair."""
     met: Counter[bytes] = Counter()
     for place in range(len(source)):

@@ -43,8 +43,8 @@ import numpy as np
 from tqdm import tqdm
 
 from gramr2.files import InputError, JsonRow, Parser, exit_status, publish_file
-from gramr2.prompts import Rationale, mark, parse_rationale, parse_verdict
-from gramr2.records import OTHER, Pair, as_messages, content_id
+from gramr2.prompts import Rationale, parse_rationale, parse_verdict
+from gramr2.records import OTHER, Pair, as_messages, content_id, mark
 
 MALFORMED_LIMIT = 0.01  # an input with a larger share of malformed rows is refused; one row is let pass
 DRAWS = 2  # pairs drawn from one unlabelled question's answers, at most; no answer is in two
