@@ -36,7 +36,7 @@ from gramr2.data import RowLog, Store
 from gramr2.extras import evaluate
 from gramr2.files import InputError, JsonRow, Parser, exit_status, finished_runs, read_json, write_rows
 from gramr2.rankings import METHODS, Ranking
-from gramr2.records import Judgment, Pair, messages_of, show
+from gramr2.records import Judgment, Messages, Pair, messages_of, show
 from gramr2.settings import PAIRS_PER_CALL
 
 VOTES = {"pair": 16, "rank": 4, "pairs": 4, "bench": 1}  # 16 is what the paper's best figures use
@@ -282,7 +282,7 @@ def read_one(path: Path, make: Callable[[Any], Made]) -> Made:
     return item
 
 
-def as_list(row: Any) -> tuple[tuple[tuple[str, str], ...], list[str]]:
+def as_list(row: Any) -> tuple[Messages, list[str]]:
     """A list file's conversation and responses: a pair file's fields, with "responses"."""
     responses = row.get("responses") if isinstance(row, dict) else None
     if not isinstance(responses, list) or len(responses) < 2 or {*map(type, responses)} != {str}:

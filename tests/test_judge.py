@@ -48,7 +48,7 @@ def test_voting_gains_what_the_binomial_says(monkeypatch):
 
 
 def test_the_comparisons_of_a_policy_step_are_one_batch_for_the_sampler(monkeypatch):
-    """Cut into shards, a step would wait for each shard's longest answer; a file of pairs is cut."""
+    """Cut into calls, a step would wait for each call's longest answer; a file of pairs is cut."""
     judge = planted(monkeypatch, lambda question, a, b, draw: 0.9 if a == "good" else 0.1)
     count = PAIRS_PER_CALL + 6
     assert len(judge.reward(["q"] * count, ["good"] * count, ["bad"] * count)) == count

@@ -19,7 +19,7 @@ def test_every_vote_has_a_seed_of_its_own_and_the_same_one_again(monkeypatch):
     assert all(vote.tokens == len(TOKENIZER.encode(vote.text)) for vote in first.details)
 
 
-def test_a_pair_and_its_exchange_in_one_shard_keep_their_own_order(monkeypatch):
+def test_a_pair_and_its_exchange_in_one_call_keep_their_own_order(monkeypatch):
     """They share an id; a ballot kept by id would give one of them the other's label."""
     judge = planted(monkeypatch, lambda question, a, b, draw: 0.9 if a == "good" else 0.1)
     pairs = [pair("q", "good", "bad"), pair("q", "bad", "good"), pair("q", "good", "bad")]
