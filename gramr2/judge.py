@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations, islice
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ from gramr2.weights import load
 
 MAX_NEW_TOKENS = 4096
 CALIBRATION = "calibration.json"  # in the model directory
+Found = TypeVar("Found")
 
 
 class RewardModel:
@@ -245,7 +246,7 @@ def _shares_won(duels: Sequence[Duel], preferences: Sequence[float], count: int)
     return [fmean(each) if each else UNDECIDED for each in won]
 
 
-def raise_if_error(found: Any) -> Any:
+def raise_if_error(found: Found | InputError) -> Found:
     if isinstance(found, InputError):
         raise found
     return found
