@@ -36,7 +36,7 @@ from gramr2.data import RowLog, Store
 from gramr2.extras import evaluate
 from gramr2.files import InputError, JsonRow, Parser, exit_status, read_json, write_rows
 from gramr2.rankings import METHODS, Ranking
-from gramr2.records import Pair, messages_of, show
+from gramr2.records import Judgment, Messages, Pair, messages_of, show
 from gramr2.run_directory import finished_runs
 from gramr2.settings import PAIRS_PER_CALL
 
@@ -163,19 +163,15 @@ class Judge:
         from gramr2.extras.formats import format_named
         from gramr2.judge import RewardModel
 
-        if settings.device == "cuda" and not torch.cuda.is_available():
+        cuda = settings.device != "cpu" and torch.cuda.is_available()
+        if settings.device == "cuda" and not cuda:
             raise InputError("--device cuda: there is no CUDA device here")
-        device = "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
-        automatic = "bfloat16" if device == "cuda" else "float32"
-        dtype = automatic if settings.dtype == "auto" else settings.dtype
-        format = format_named(settings.format) if settings.format is not None else None
+        device, dtype = ("cuda", "bfloat16") if cuda else ("cpu", "float32")
+        dtype = dtype if settings.dtype == "auto" else settings.dtype
+        format = None if settings.format is None else format_named(settings.format)
         self.model = RewardModel.load(directory, device, dtype, settings.prompt, format)
-        self.sampling: JsonRow = {
-            "votes": settings.votes,
-            "seed": settings.seed,
-            "max_new_tokens": settings.max_new_tokens,
-            "temperature": settings.temperature,
-        }
+        names = ("votes", "seed", "max_new_tokens", "temperature")
+        self.sampling: JsonRow = {name: getattr(settings, name) for name in names}
         calibrated = self.model.calibrates(settings.votes, settings.temperature)
         self.judged_with = {"model": str(directory), "format": self.model.format.name, **self.sampling}
         self.judged_with |= {"prompt": settings.prompt and str(settings.prompt), "calibrated": calibrated}
@@ -187,14 +183,14 @@ class Judge:
         """The row of each pair, or of each of a benchmark's lists: a failure is a row with the reason."""
         pairs = [item for item in items if isinstance(item, Pair)]
         for pair, judgment in self.model.judge_many(pairs, **self.sampling, progress=False):
-            yield {"id": pair.id, "pair": pair.to_json()} | self._outcome(judgment)
+            yield {"id": pair.id, "pair": pair.to_json()} | self.outcome(judgment)
         lists = [item for item in items if not isinstance(item, Pair)]
         contests = [(item["question"], item["responses"]) for item in lists]
         rankings = self.model.contests(contests, "linear", False, **self.sampling, progress=False)
         for item, ranking in zip(lists, rankings, strict=True):
-            yield {"id": item["id"], "scores": item["scores"]} | self._outcome(ranking)
+            yield {"id": item["id"], "scores": item["scores"]} | self.outcome(ranking)
 
-    def _outcome(self, found: Any) -> JsonRow:
+    def outcome(self, found: Judgment | Ranking | InputError) -> JsonRow:
         if isinstance(found, InputError):
             return {"error": str(found)}
         return found.to_json() | {"judge": self.judged_with}
@@ -203,7 +199,7 @@ class Judge:
 # ---------------------------------------------------------------------------------- bulk work
 
 
-def judge_into(out: Path, settings: JudgeSettings, source: Sequence[Item]) -> dict[str, int]:
+def judge_into(out: Path, settings: JudgeSettings, source: Store | list[Item]) -> dict[str, int]:
     """Appends rows call by call. What succeeded before stays, what failed is tried again."""
     judge = Judge(settings)
     done = keep_finished(out, judge.judged_with)
@@ -246,7 +242,7 @@ def keep_finished(path: Path, judged_with: JsonRow) -> Counter[bytes]:
     return done
 
 
-def pending(source: Sequence[Item], done: Counter[bytes], unreadable: list[JsonRow]) -> Iterator[Item]:
+def pending(source: Store | list[Item], done: Counter[bytes], unreadable: list[JsonRow]) -> Iterator[Item]:
     """What is still to be judged, as often as it stands there; `unreadable` is given what is no pair."""
     met: Counter[bytes] = Counter()
     for place in range(len(source)):
@@ -287,7 +283,7 @@ def read_one(path: Path, make: Callable[[Any], Made]) -> Made:
     return item
 
 
-def as_list(row: Any) -> tuple[tuple[tuple[str, str], ...], list[str]]:
+def as_list(row: Any) -> tuple[Messages, list[str]]:
     """A list file's conversation and responses: a pair file's fields, with "responses"."""
     responses = row.get("responses") if isinstance(row, dict) else None
     if not isinstance(responses, list) or len(responses) < 2 or {*map(type, responses)} != {str}:

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations, islice
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from gramr2 import prompts
 from gramr2.files import InputError, JsonRow, read_json
 from gramr2.model import Decoder, packed_causal, packed_positions
 from gramr2.rankings import Contest, Duel, Ranking, preference
-from gramr2.records import UNDECIDED, Judgment, Pair
+from gramr2.records import UNDECIDED, Judgment, Messages, Pair
 from gramr2.settings import PAIRS_PER_CALL
 from gramr2.tokenizer import Tokenizer
 from gramr2.votes import SCALAR, THINK, Format, Voter, sigmoid, too_long
@@ -38,8 +38,7 @@ from gramr2.weights import load
 
 MAX_NEW_TOKENS = 4096
 CALIBRATION = "calibration.json"  # in the model directory
-
-Turns = tuple[tuple[str, str], ...]  # (role, content)
+Found = TypeVar("Found")
 
 
 class RewardModel:
@@ -169,13 +168,13 @@ class RewardModel:
         return raise_if_error(self.contests([(question, responses)], method, full=False, **sampling)[0])
 
     def rank(
-        self, question: str | Turns, responses: Sequence[str], method: str = "merge", **sampling: Any
+        self, question: str | Messages, responses: Sequence[str], method: str = "merge", **sampling: Any
     ) -> Ranking:
         """All n in order. "linear" and "knockout" find the best first, and merge the others."""
         return raise_if_error(self.contests([(question, responses)], method, **sampling)[0])
 
     def contests(
-        self, lists: Sequence[tuple[str | Turns, Sequence[str]]], method: str, full: bool = True,
+        self, lists: Sequence[tuple[str | Messages, Sequence[str]]], method: str, full: bool = True,
         votes: int = 4, seed: int = 0, **sampling: Any,
     ) -> list[Ranking | InputError]:  # fmt: skip
         """A ranking of each (question, or its turns; responses).
@@ -247,12 +246,12 @@ def _shares_won(duels: Sequence[Duel], preferences: Sequence[float], count: int)
     return [fmean(each) if each else UNDECIDED for each in won]
 
 
-def raise_if_error(found: Any) -> Any:
+def raise_if_error(found: Found | InputError) -> Found:
     if isinstance(found, InputError):
         raise found
     return found
 
 
-def _as_pair(question: str | Turns, responses: Sequence[str], i: int, j: int) -> Pair:
+def _as_pair(question: str | Messages, responses: Sequence[str], i: int, j: int) -> Pair:
     messages = (("user", question),) if isinstance(question, str) else tuple(question)
     return Pair(messages, responses[i], responses[j])

@@ -1,4 +1,4 @@
-"""The records that pass between the parts: what a pair, a vote, a judgment, a proof and an example are.
+"""The records that pass between the parts: what a pair, a vote, a judgment and a proof are.
 
 Frozen dataclasses, JSON both ways, and no behaviour beyond that but for two things: what votes come to
 (`Judgment.from_votes`), and *slots*, the way in which a rationale names the two responses. The paper's
@@ -24,8 +24,9 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from gramr2.files import InputError
+from gramr2.files import InputError, JsonRow
 
+Messages = tuple[tuple[str, str], ...]  # (role, content) of each turn
 OTHER = {"A": "B", "B": "A", None: None}
 UNDECIDED = 0.5
 
@@ -91,21 +92,22 @@ def _is_stored(text: str) -> bool:
 # --- records ---------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class _Record:
     """JSON both ways for the flat records: every field by its name; unknown names are refused."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonRow:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, row: dict[str, Any]):
+    def from_json(cls, row: JsonRow):
         try:
             return cls(**row)
         except TypeError as error:
             raise InputError(f"not a {cls.__name__} record: {error}") from None
 
 
-def content_id(messages: tuple[tuple[str, str], ...], response_a: str, response_b: str) -> str:
+def content_id(messages: Messages, response_a: str, response_b: str) -> str:
     """A hash of the content: the same for both orders of the responses, and whatever the label."""
     content = json.dumps([messages, sorted((response_a, response_b))])
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
@@ -120,7 +122,7 @@ class Pair:
     label keep it.
     """
 
-    messages: tuple[tuple[str, str], ...]  # (role, content)
+    messages: Messages
     response_a: str
     response_b: str
     label: str | None = None  # the better one: "A", "B", or None where it is not known
@@ -163,18 +165,18 @@ class Pair:
             rationale=self.rationale and swap(self.rationale),
         )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonRow:
         row = {name: value for name, value in vars(self).items() if value not in (None, "", {})}
         del row["messages"]
         if len(self.messages) == 1 and self.messages[0][0] == "user":
-            asked = {"question": self.messages[0][1]}
+            asked: JsonRow = {"question": self.messages[0][1]}
         else:
             asked = {"messages": [{"role": role, "content": text} for role, text in self.messages]}
         both = {"response_a": self.response_a, "response_b": self.response_b}
         return {"id": self.id} | asked | both | row
 
     @classmethod
-    def from_json(cls, row: dict[str, Any]) -> Pair:
+    def from_json(cls, row: JsonRow) -> Pair:
         """A row of a pair file, in any of the common spellings (`SPELLINGS`)."""
         if not isinstance(row, dict):
             raise InputError("not an object with named fields")
@@ -209,7 +211,7 @@ SPELLINGS = {
 }
 
 
-def _text(row: dict[str, Any], field_name: str) -> str:
+def _text(row: JsonRow, field_name: str) -> str:
     for name in SPELLINGS[field_name]:
         if name in row:
             if isinstance(row[name], str):
@@ -218,7 +220,7 @@ def _text(row: dict[str, Any], field_name: str) -> str:
     raise InputError(f'no field "{field_name}" (nor {", ".join(SPELLINGS[field_name][1:])})')
 
 
-def _optional(row: dict[str, Any], name: str, kind) -> Any:
+def _optional(row: JsonRow, name: str, kind: type | tuple[type, ...]) -> Any:
     value = row.get(name)
     fits = isinstance(value, kind) and not isinstance(value, bool) and value == value  # NaN is not itself
     if value is None or fits:
@@ -226,7 +228,7 @@ def _optional(row: dict[str, Any], name: str, kind) -> Any:
     raise InputError(f'field "{name}" is {value!r:.40}, of another type than expected')
 
 
-def as_messages(turns: Any, name: str = "messages") -> tuple[tuple[str, str], ...]:
+def as_messages(turns: Any, name: str = "messages") -> Messages:
     """[{"role": …, "content": …}, …] → the frozen form, or says what is not as it must be."""
     if not isinstance(turns, list) or not turns:
         raise InputError(f'field "{name}" is not a list of turns')
@@ -238,7 +240,7 @@ def as_messages(turns: Any, name: str = "messages") -> tuple[tuple[str, str], ..
     return tuple((turn["role"], turn["content"]) for turn in turns)
 
 
-def messages_of(row: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+def messages_of(row: JsonRow) -> Messages:
     """A row's conversation, or its one question."""
     if not isinstance(row, dict):
         raise InputError("not an object with named fields")
@@ -302,27 +304,27 @@ class Judgment(_Record):
             p_a=UNDECIDED if agree is False else mean,
             votes={"A": given.count("A"), "B": given.count("B"), "none": given.count(None)},
             abstained=given.count(None),
-            rationale=_reason(label, votes),
+            rationale=_surest_rationale(label, votes),
             orders_agree=agree,
             details=tuple(votes),
         )
 
     @classmethod
-    def from_json(cls, row: dict[str, Any]) -> Judgment:
+    def from_json(cls, row: JsonRow) -> Judgment:
         votes = tuple(Vote.from_json(vote) for vote in row.get("details", ()))
         return super().from_json(row | {"details": votes})
 
     @classmethod
-    def from_row(cls, row: dict[str, Any]) -> Judgment:
+    def from_row(cls, row: JsonRow) -> Judgment:
         """The judgment in a row of a judged file, without what says which pair it is of, and whose it is."""
         return cls.from_json({key: row[key] for key in row if key not in ("id", "pair", "judge")})
 
 
-def _reason(label: str | None, votes: Sequence[Vote]) -> str | None:
+def _surest_rationale(label: str | None, votes: Sequence[Vote]) -> str | None:
     """The rationale of the surest vote for the label, in the pair's own order, as stored."""
     sign = 1 if label == "A" else -1
     given = [vote for vote in votes if vote.label == label and vote.p_a is not None and vote.thinking]
-    for vote in sorted(given, key=lambda vote: -sign * vote.p_a):
+    for vote in sorted(given, key=lambda vote: -sign * (vote.p_a or 0.0)):
         written = mark(vote.thinking)
         if vote.order == "AB" or not unmarked(written):
             return written if vote.order == "AB" else swap(written)
@@ -344,7 +346,7 @@ class Proof(_Record):
     select_by: str | None = None  # the score's name; equation-5: - logp_given / logp_blank, in (-inf, 0]
 
     @classmethod
-    def from_json(cls, row: dict[str, Any]) -> Proof:
+    def from_json(cls, row: JsonRow) -> Proof:
         return super().from_json(row | {"ids": tuple(row.get("ids", ()))})
 
 
@@ -356,7 +358,7 @@ class Tokens(_Record):
     start: int
 
     @classmethod
-    def from_json(cls, row: dict[str, Any]) -> Tokens:
+    def from_json(cls, row: JsonRow) -> Tokens:
         return cls(tuple(row["ids"]), row["start"])
 
 

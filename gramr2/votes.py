@@ -54,13 +54,9 @@ class Format:
         return f"{self.verdict}; p is {p}"
 
 
-THINK = Format(
-    "think",
-    "GRAM-R²: <answer>A</answer> after the thinking",
-    endings=(prompts.label_target("A"), prompts.label_target("B")),
-    openings=("<answer>",),
-    parse=prompts.parse_verdict,
-)
+_CANONICAL = (prompts.label_target("A"), prompts.label_target("B"))
+_AFTER_THINKING = "GRAM-R²: <answer>A</answer> after the thinking"
+THINK = Format("think", _AFTER_THINKING, _CANONICAL, ("<answer>",), prompts.parse_verdict)
 SCALAR = Format("scalar", "a discriminative model: the response with the higher scalar")
 
 
@@ -142,7 +138,7 @@ class Voter:
                 if p_a is None:
                     label, reason = None, "no room to score the verdict"
         elif self.format.parse is None and sample.watched:
-            p_a = _softmax(*sample.watched[0])
+            p_a = sigmoid(sample.watched[0][0] - sample.watched[0][1])
             label, reason = "A" if p_a > UNDECIDED else "B", ""
         else:
             label, reason = None, {"length": "cut at the length limit"}.get(sample.finish, "no finite logits")
@@ -157,7 +153,7 @@ class Voter:
                 before = self.tokenizer.decode(sample.ids[:place])
                 ending = self.endings[self.letters.index(sample.ids[place])]
                 if before == text[:start] + self.verdict_prefix and text.startswith(ending, start):
-                    return _softmax(*sample.watched[place])
+                    return sigmoid(sample.watched[place][0] - sample.watched[place][1])
         return None
 
     def _softmax_after(self, prompt_ids: list[int], written: str) -> float | None:
@@ -177,12 +173,8 @@ def _first_difference(a: Sequence[int], b: Sequence[int]) -> int:
     return next(i for i, (one, two) in enumerate(zip(a, b, strict=False)) if one != two)
 
 
-def _softmax(logp_a: float, logp_b: float) -> float:
-    """Of A among {A, B}."""
-    return sigmoid(logp_a - logp_b)
-
-
 def sigmoid(x: float) -> float:
+    """Of the difference of two log-probabilities: the softmax over the two."""
     return 1 / (1 + math.exp(min(-x, 700)))
 
 

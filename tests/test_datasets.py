@@ -19,8 +19,8 @@ import pytest
 from gramr2.extras import datasets
 from gramr2.extras.datasets import FORMATS, Source, convert, main, plain
 from gramr2.files import InputError, exit_status
-from gramr2.prompts import parse_rationale, show
-from gramr2.records import Pair
+from gramr2.prompts import parse_rationale
+from gramr2.records import Pair, show
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("GRAMR2_TEST_DATA", ROOT.parent / "shared/data"))

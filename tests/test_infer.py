@@ -1,24 +1,19 @@
 """infer.py as a user types it: bad input, resumed bulk runs, kills, rankings, calibration."""
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from checkpoints import make_checkpoint
+from inferruns import Forks
 
-import gramr2.judge
 import infer
+from gramr2.extras.formats import FORMATS
 from gramr2.files import exit_status
+from gramr2.rankings import METHODS
 from gramr2.records import Pair
 
-ROOT = Path(__file__).parents[1]
 PROMPT = "Q {question} A {response_a} B {response_b} Better:"
 BULK = ["--format", "label", "--json"]
 
@@ -134,7 +129,7 @@ def test_identical_responses_are_said_to_be_so(model, tmp_path, capsys):
     assert "identical" in run(capsys, "--pair", tmp_path / "a.json", "--model", model, *BULK[:2])[1]
 
 
-@pytest.mark.parametrize("method", gramr2.judge.METHODS)  # each is offered by the command
+@pytest.mark.parametrize("method", METHODS)
 def test_a_list_is_ranked_with_its_comparisons_counted(method, model, tmp_path, capsys):
     responses = ["one", "two", "", "four", "five"]
     write(tmp_path / "b.json", [{"question": "q", "responses": responses}])
@@ -150,7 +145,7 @@ def test_a_list_is_ranked_with_its_comparisons_counted(method, model, tmp_path, 
 
 def test_every_format_is_listed_with_its_reading(capsys):
     status, out, _ = run(capsys, "--formats")
-    assert status == 0 and len(out.splitlines()) == len(gramr2.judge.FORMATS)
+    assert status == 0 and len(out.splitlines()) == len(FORMATS)
     assert all("; p is the" in line for line in out.splitlines())
 
 
@@ -213,66 +208,12 @@ def test_a_calibration_travels_with_the_model_and_the_table_says_so(tmp_path, ca
 
 # ---------------------------------------------------------------------------------- kills
 
-FORKS = """
-import os, sys, torch, torch._dynamo  # the last is imported late, in every fork anew
-sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-import infer, gramr2.judge
-from gramr2.files import exit_status
-gramr2.judge.PAIRS_PER_CALL = 4
-for line in sys.stdin:
-    pid = os.fork()
-    if not pid:
-        os.dup2(2, 1)
-        status = exit_status(infer.main, line.split("\\t")[:-1])
-        os._exit(status)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-class Forks:
-    """Runs infer.py in forks of a process that has imported torch, with shards of four pairs."""
-
-    def __init__(self):
-        code = FORKS.format(root=str(ROOT))
-        self.parent = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def run(self, words, out: Path, kill_at: int | None = None) -> int:
-        """The exit status; with `kill_at`, SIGKILL as soon as so many rows are in `out`."""
-        self.parent.stdin.write("".join(f"{word}\t" for word in words) + "\n")
-        self.parent.stdin.flush()
-        pid, latest = int(self.parent.stdout.readline()), time.monotonic() + 60
-        while kill_at is not None and not (out.exists() and out.read_bytes().count(b"\n") >= kill_at):
-            assert time.monotonic() < latest, "no such number of rows in a minute"
-            time.sleep(0.001)
-        if kill_at is not None:
-            with contextlib.suppress(ProcessLookupError):  # it may have come to its end
-                os.kill(pid, signal.SIGKILL)
-        return int(self.parent.stdout.readline())
-
-    def close(self):
-        self.parent.stdin.close()
-        self.parent.wait()
-
 
 def test_killed_three_times_and_continued_every_pair_is_judged_once(model, tmp_path):
     """Level 1: the same file as an uninterrupted run's."""
     source = write(tmp_path / "in.jsonl", [pair(n) for n in range(40)])
-    words = [
-        "--pairs",
-        source,
-        "--model",
-        model,
-        "--format",
-        "think",
-        "--votes",
-        4,
-        "--max-new-tokens",
-        16,
-        "--out",
-    ]
+    words = ["--pairs", source, "--model", model, "--format", "think", "--votes", 4]
+    words += ["--max-new-tokens", 16, "--out"]
     forks, out, whole = Forks(), tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
     try:
         assert forks.run([*words, whole], whole) == 0

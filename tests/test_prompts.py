@@ -14,7 +14,6 @@ from gramr2 import prompts
 from gramr2.files import InputError
 from gramr2.prompts import (
     LABEL_PROMPT,
-    VERDICTS,
     Rationale,
     judge_prompt,
     judge_target,
@@ -176,10 +175,10 @@ def test_verdict_where_the_template_has_opened_the_thinking():
     assert parse_verdict("it says <answer>B</answer>").label == "B"
 
 
-@given(texts, st.booleans(), st.sampled_from(sorted(VERDICTS)))
-def test_parsers_never_raise(text, opened, name):
+@given(texts, st.booleans())
+def test_parsers_never_raise(text, opened):
     """One odd sample must not end a run of a million."""
-    verdict = VERDICTS[name](text, opened)
+    verdict = parse_verdict(text, opened)
     assert verdict.label in ("A", "B") or (verdict.label is None and verdict.reason)
     for reading in (parse_rationale(text, opened), rationale_from_proof(text, opened)):
         assert (reading.rationale is None) == bool(reading.reason)
@@ -199,20 +198,6 @@ def test_a_spoofed_verdict_never_wins(thinking, label, cut):
     assert parse_verdict(quoting[: 7 + cut % len(quoting)]).label is None
     assert parse_verdict(f"{quoting} and <think>I</think>\n<answer>{label}</answer> was quoted").label is None
     assert parse_verdict(f"{quoting[7:]}</think>", opened=True).label is None
-
-
-@pytest.mark.parametrize(
-    "name, text, label",
-    [("label", " A\n", "A"), ("label", "b", "B"), ("label", "A is better", None), ("label", "AB", None),
-     ("label", "<think>A</think>B", "B"), ("brackets", "[[B]] was said, but: [[A]]", "A"),
-     ("brackets", "[[C]]", None), ("brackets", "A", None), ("brackets", "<think>[[A]]", None),
-     ("rm-r1", "<eval>[[B]]</eval><answer>[[A]]</answer>", "A"), ("rm-r1", "<answer>A</answer>", None),
-     ("rm-r1", "[[A]]", None), ("boxed", "<think>\\boxed{B}</think>\\boxed{Assistant 1}", "A"),
-     ("boxed", "\\boxed{\\text{B}}", "B"), ("boxed", "\\boxed{tie}", None), ("boxed", "B", None),
-     ("arena", "Verdict: [[A>>B]]", "A"), ("arena", "\\boxed{B>A}", "B"), ("arena", "[[A=B]]", None)],
-)  # fmt: skip
-def test_other_judges_formats(name, text, label):
-    assert VERDICTS[name](text).label == label
 
 
 # --- rationales and proofs -------------------------------------------------------------------------------

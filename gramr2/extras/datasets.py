@@ -33,7 +33,7 @@ import time
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
 from pathlib import Path
@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from gramr2.files import InputError, JsonRow, Parser, exit_status, publish_file
 from gramr2.prompts import Rationale, parse_rationale, parse_verdict
-from gramr2.records import OTHER, Pair, as_messages, content_id, mark
+from gramr2.records import OTHER, Messages, Pair, as_messages, content_id, mark
 
 MALFORMED_LIMIT = 0.01  # an input with a larger share of malformed rows is refused; one row is let pass
 DRAWS = 2  # pairs drawn from one unlabelled question's answers, at most; no answer is in two
@@ -64,8 +64,8 @@ class Source:
 
     def __init__(self, path: Path, seed: int = 0):
         self.path, self.seed, self.done = path, seed, 0  # done: bytes of the file that were read
-        self.kind = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
-        if self.kind is None:
+        self.kind = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), "")
+        if not self.kind:
             raise self.error(f"the name should end in one of {', '.join(SUFFIXES)}")
         try:
             self.size = path.stat().st_size
@@ -202,8 +202,8 @@ def text(row: Any, name: str) -> str:
     return get(row, name, str, "text")
 
 
-def texts(row: Any, *names: str) -> list[str]:
-    return [text(row, name) for name in names]
+def two_texts(row: Any, one: str, two: str) -> tuple[str, str]:
+    return text(row, one), text(row, two)
 
 
 def items(row: Any, name: str, length: int = 0) -> list:
@@ -233,11 +233,11 @@ def choice(row: Any, name: str, values: dict[Any, Any]) -> Any:
     return values[value]
 
 
-def asked(row: Any, name: str) -> tuple[tuple[str, str], ...]:
+def asked(row: Any, name: str) -> Messages:
     return (("user", text(row, name)),)
 
 
-def conversations(row: JsonRow, a: str, b: str) -> tuple | None:
+def conversations(row: JsonRow, a: str, b: str) -> tuple[Messages, str, str] | None:
     """Two conversations that differ in their last turn → (messages, response a, response b), or None."""
     one, two = as_messages(get(row, a), a), as_messages(get(row, b), b)
     if min(len(one), len(two)) < 2 or not one[-1][0] == two[-1][0] == "assistant":
@@ -245,7 +245,7 @@ def conversations(row: JsonRow, a: str, b: str) -> tuple | None:
     return (one[:-1], one[-1][1], two[-1][1]) if one[:-1] == two[:-1] else None
 
 
-def by_margin(messages: tuple, a: str, b: str, margin: float, source: str, **more) -> Pair | str:
+def by_margin(messages: Messages, a: str, b: str, margin: float, source: str, **more: Any) -> Pair | str:
     """The pair with the label that a margin above 0 (A is better) or below it gives; 0 is a tie."""
     label = "A" if margin > 0 else "B"
     return Pair(messages, a, b, label, source=source, margin=abs(margin), **more) if margin else "tie"
@@ -295,7 +295,8 @@ def pairs(row: JsonRow, source: Source) -> Iterator[Item]:
 def helpsteer3(row: JsonRow, source: Source) -> Iterator[Item]:
     """labels and human rationales"""
     overall, messages = number(row, "overall_preference"), as_messages(get(row, "context"), "context")
-    responses, more = texts(row, "response1", "response2"), {"domain": text(row, "domain")}
+    responses = two_texts(row, "response1", "response2")
+    more: dict[str, Any] = {"domain": text(row, "domain")}
     if overall:
         more["rationale"] = _human_rationale(items(row, "individual_preference"), overall)
     yield by_margin(messages, *responses, -overall, "helpsteer3", **more)
@@ -317,7 +318,7 @@ def _human_rationale(annotations: list, overall: float) -> str | None:
         return None
     first, second, reasoning = map(mark, min(agreeing, key=lambda one: one[0])[1])
     label = "A" if overall < 0 else "B"
-    better = {1: "slightly better", 3: "much better"}.get(abs(overall), "better")
+    better = {1.0: "slightly better", 3.0: "much better"}.get(abs(overall), "better")
     z = Rationale(
         feedback=f"Response ⟦A⟧: {first}\nResponse ⟦B⟧: {second}",
         comparison=reasoning,
@@ -336,7 +337,7 @@ def multipref(row: JsonRow, source: Source) -> Iterator[Item]:
     """labels: the sum of all annotators' preferences"""
     votes = items(row, "normal_worker_annotations") + items(row, "expert_worker_annotations")
     total = sum(choice(vote, "overall_pref", MULTIPREF) for vote in votes)
-    responses = texts(row, "completion_a", "completion_b")
+    responses = two_texts(row, "completion_a", "completion_b")
     yield by_margin(asked(row, "text"), *responses, total / max(len(votes), 1), "multipref")
 
 
@@ -345,7 +346,7 @@ def codeultrafeedback(row: JsonRow, source: Source) -> Iterator[Item]:
     """labels: every two responses of an instruction whose ratings differ"""
     ratings = {text(one, "model"): str(get(one, "rating")) for one in items(row, "annotations")}
     rated = {model: float(each) for model, each in ratings.items() if re.fullmatch(r"\d+(\.\d+)?", each)}
-    answers = [texts(one, "model", "response") for one in items(row, "responses")]
+    answers = [two_texts(one, "model", "response") for one in items(row, "responses")]
     question = asked(row, "instruction")
     for (model_a, a), (model_b, b) in combinations(answers, 2):
         if {model_a, model_b} <= rated.keys():
@@ -368,22 +369,26 @@ def preference_collection(row: JsonRow, source: Source) -> Iterator[Item]:
     """labels: the original preference"""
     label = choice(row, "orig_preference", {"A": "A", "B": "B"})
     margin = abs(number(row, "orig_score_A") - number(row, "orig_score_B"))
-    question, responses = asked(row, "orig_instruction"), texts(row, "orig_response_A", "orig_response_B")
+    question, responses = asked(row, "orig_instruction"), two_texts(row, "orig_response_A", "orig_response_B")
     yield Pair(question, *responses, label, source="preference-collection", margin=margin)
 
 
-@reader("safe-rlhf-better", "PKU-Alignment/PKU-SafeRLHF")
-def safe_rlhf_better(row: JsonRow, source: Source, which: str = "better") -> Iterator[Item]:
-    """labels: the more helpful response (better_response_id)"""
+def _safe_rlhf(row: JsonRow, which: str) -> Pair:
     label = choice(row, f"{which}_response_id", {0: "A", 1: "B"})
-    responses = texts(row, "response_0", "response_1")
-    yield Pair(asked(row, "prompt"), *responses, label, source=f"safe-rlhf-{which}")
+    responses = two_texts(row, "response_0", "response_1")
+    return Pair(asked(row, "prompt"), *responses, label, source=f"safe-rlhf-{which}")
+
+
+@reader("safe-rlhf-better", "PKU-Alignment/PKU-SafeRLHF")
+def safe_rlhf_better(row: JsonRow, source: Source) -> Iterator[Item]:
+    """labels: the more helpful response (better_response_id)"""
+    yield _safe_rlhf(row, "better")
 
 
 @reader("safe-rlhf-safer", "PKU-Alignment/PKU-SafeRLHF")
 def safe_rlhf_safer(row: JsonRow, source: Source) -> Iterator[Item]:
     """labels: the safer response (safer_response_id)"""
-    yield from safe_rlhf_better(row, source, "safer")
+    yield _safe_rlhf(row, "safer")
 
 
 @reader("skywork-80k", "Skywork/Skywork-Reward-Preference-80K-v0.2")
@@ -479,7 +484,7 @@ def gram_rr(row: JsonRow, source: Source) -> Iterator[Item]:
     elif label is None:
         yield "no verdict"
     else:
-        yield Pair((("user", found[1]),), found[2], found[3], label, z and mark(str(z)), "gram-rr")
+        yield Pair((("user", found[1]),), found[2], found[3], label, mark(str(z)) if z else None, "gram-rr")
 
 
 RM_BENCH = {"chat": "chat", "math": "math", "code": "code"}
@@ -508,23 +513,27 @@ JUDGEBENCH = {"mmlu-pro": "knowledge", "livebench-reasoning": "reasoning"}
 JUDGEBENCH |= {"livebench-math": "math", "livecodebench": "coding"}
 
 
-@reader("judgebench", "ScalerLab/JudgeBench", benchmark=True)
-def judgebench(row: JsonRow, source: Source) -> Iterator[Item]:
-    """benchmark: pairs of one model's responses"""
+def judgebench_pair(row: JsonRow) -> Pair:
     label = choice(row, "label", {"A>B": "A", "B>A": "B"})
-    question, responses = asked(row, "question"), texts(row, "response_A", "response_B")
+    question, responses = asked(row, "question"), two_texts(row, "response_A", "response_B")
     subset = text(row, "source")
     name = next((name for name in JUDGEBENCH if subset.startswith(name)), subset)
     domain = choice({"source": name}, "source", JUDGEBENCH)
     meta = {"pair_id": text(row, "pair_id"), "subset": subset, "model": row.get("response_model", "")}
-    yield Pair(question, *responses, label, None, "judgebench", domain, None, meta)
+    return Pair(question, *responses, label, None, "judgebench", domain, None, meta)
+
+
+@reader("judgebench", "ScalerLab/JudgeBench", benchmark=True)
+def judgebench(row: JsonRow, source: Source) -> Iterator[Item]:
+    """benchmark: pairs of one model's responses"""
+    yield judgebench_pair(row)
 
 
 @reader("ppe", "lmarena-ai/PPE-*-Best-of-K", benchmark=True)
 def ppe(row: JsonRow, source: Source) -> Iterator[Item]:
     """benchmark: lists of responses, with what each one scores"""
     count = sum(re.fullmatch(r"response_\d+", name) is not None for name in row)
-    responses = texts(row, *(f"response_{k}" for k in range(1, 1 + max(count, 1))))
+    responses = [text(row, f"response_{k}") for k in range(1, 1 + max(count, 1))]
     scores = [number({"scores": score}, "scores") for score in items(row, "scores", len(responses))]
     meta = {name: row.get(name) for name in ("model_name", "conflict_pairs", "sampled_conflict_pairs")}
     about = {"id": str(get(row, "question_id")), "question": text(row, "prompt"), "source": "ppe"}
@@ -591,7 +600,8 @@ class Overlap:
                 row = {"domain": "chat"} | row  # RM-Bench's files by domain do not say it; any will do here
             for name in ("rm-bench", "judgebench", "ppe", "pairs"):
                 with contextlib.suppress(InputError):
-                    yield from FORMATS[name].items(row, source)
+                    items = FORMATS[name].items(row, source)
+                    yield from (item for item in items if not isinstance(item, str))
                     break
             else:
                 raise source.error(f"{where} is neither a benchmark's row nor a pair")
@@ -609,7 +619,7 @@ class Sieve:
 
     def __init__(self, overlaps: list[Overlap], max_characters: int, seed: int):
         self.overlaps, self.max_characters, self.seen = overlaps, max_characters, Seen()
-        self.random, self.placed = random.Random(seed), Counter()
+        self.random, self.placed = random.Random(seed), Counter[str | None]()
 
     def passes(self, pair: Pair) -> Item:
         """The pair in its place, or the reason why it is dropped."""
@@ -709,7 +719,10 @@ def _rows(sources: list[Source]) -> Iterator[tuple[str, Source, JsonRow | InputE
             finished += source.size
 
 
-def convert(name, path, target, against=(), seed=0, max_characters=0, malformed_limit=MALFORMED_LIMIT):
+def convert(
+    name: str, path: str | Path, target: str | Path, against: Sequence[str | Path] = (), seed: int = 0,
+    max_characters: int = 0, malformed_limit: float = MALFORMED_LIMIT,
+) -> Account:  # fmt: skip
     """Converts a file, or a directory of files, of the named format into a pair file; → its Account.
 
     The options are those of the command. `against`: benchmark files; `max_characters`: 0 is no limit.
@@ -727,7 +740,7 @@ def convert(name, path, target, against=(), seed=0, max_characters=0, malformed_
             try:
                 found = chosen.items(row, source)
                 if not chosen.benchmark:
-                    found = [one if isinstance(one, str) else sieve.passes(one) for one in found]
+                    found = [sieve.passes(one) if isinstance(one, Pair) else one for one in found]
                 lines = [_line(one) for one in found if not isinstance(one, str)]
             except (InputError, UnicodeEncodeError) as error:
                 account.refuse(where, error)
@@ -764,7 +777,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = _parser().parse_args(arguments)
     if given.name is None:
         for name, known in FORMATS.items():
-            print(f"{name:22} {known.published:43} {known.read.__doc__.splitlines()[0]}")
+            print(f"{name:22} {known.published:43} {(known.read.__doc__ or '').splitlines()[0]}")
         return
     if given.name in FORMATS and not (given.target or "").endswith(".jsonl"):
         raise InputError(f"{given.name}: name an input, and an output that ends in .jsonl; see --help")

@@ -19,11 +19,12 @@ import math
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 
@@ -106,7 +107,7 @@ def _ranks(values: Sequence[float]) -> list[float]:
 # ---------------------------------------------------------------------------------- the benchmarks
 
 
-def _mean_of(groups: dict[str, list[float]], order: Sequence[str], what: str) -> Iterator[JsonRow]:
+def _mean_of(groups: Mapping[str, Sequence[float]], order: Sequence[str], what: str) -> Iterator[JsonRow]:
     """Each group's average, and their mean under a name that says how many there are."""
     present = sorted(groups, key=lambda name: order.index(name) if name in order else len(order))
     yield from (average(name, [groups[name]]) for name in present)
@@ -121,7 +122,7 @@ LEVELS = {"easy": np.tri(3, k=-1), "normal": np.eye(3), "hard": np.tri(3, k=-1).
 
 def rm_bench(rows: list[JsonRow]) -> tuple[list[JsonRow], str]:
     """Nine pairs a prompt; a domain's accuracy is the mean of its 3x3 matrix, overall that of the domains."""
-    cells = defaultdict(lambda: np.full((3, 3), np.nan))
+    cells: dict[tuple, np.ndarray] = defaultdict(lambda: np.full((3, 3), np.nan))
     for row in rows:
         meta = row["pair"]["meta"]
         prompt = row["pair"]["domain"], meta["subset"], meta["prompt"]
@@ -208,7 +209,7 @@ def read_benchmark(name: str, path: Path) -> Iterator[Pair | JsonRow]:
 
     if name not in BENCHMARKS:
         raise InputError(f"no benchmark {name}; there are {', '.join(BENCHMARKS)}")
-    source, left_out = Source(path), Counter()
+    source, left_out = Source(path), Counter[str]()
     for where, row in source:
         try:
             items = list(FORMATS[name].items(row, source))
@@ -224,10 +225,10 @@ def read_benchmark(name: str, path: Path) -> Iterator[Pair | JsonRow]:
 
 def _published(row: JsonRow) -> JsonRow:
     """A row of JudgeBench's own judgment files: two decisions, the second with the responses exchanged."""
-    from gramr2.extras.datasets import FORMATS
+    from gramr2.extras.datasets import judgebench_pair
 
-    (pair,) = FORMATS["judgebench"].items(row, None)
-    decisions = [(each or {}).get("decision") for each in row["judgments"]]
+    pair = judgebench_pair(row)
+    decisions: list[Any] = [(each or {}).get("decision") for each in row["judgments"]]
     read = [{"A>B": "A", "B>A": "B"}.get(decision) for decision in decisions]
     labels = dict(zip(("AB", "BA"), [read[0], *(OTHER[label] for label in read[1:2])], strict=False))
     lead = sum({"A": 1, "B": -1, None: 0}[label] for label in labels.values())
@@ -362,7 +363,7 @@ def _checked(name: str, row: JsonRow) -> JsonRow:
 
 
 def _read(name: str, row: JsonRow) -> JsonRow:
-    if "judgments" in row:
+    if isinstance(row, dict) and "judgments" in row:
         return _published(row)
     if name == "ppe":
         for each in row.get("comparisons", ()):  # which of two is better is known where their scores differ
