@@ -20,25 +20,18 @@ reader left.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
-from gramr2.data import RowLog, Store
+from gramr2.data import Store
 from gramr2.extras import evaluate
-from gramr2.files import InputError, JsonRow, Parser, exit_status, read_json, write_rows
+from gramr2.extras.bulk import Judge, JudgeSettings, json_bytes, judge_into, newest_model
+from gramr2.files import InputError, JsonRow, Parser, exit_status, read_json
 from gramr2.rankings import METHODS, Ranking
-from gramr2.records import Judgment, Messages, Pair, messages_of, show
-from gramr2.run_directory import finished_runs
-from gramr2.settings import PAIRS_PER_CALL
+from gramr2.records import Messages, Pair, messages_of, show
 
 VOTES = {"pair": 16, "rank": 4, "pairs": 4, "bench": 1}  # 16 is what the paper's best figures use
 
@@ -97,21 +90,6 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class JudgeSettings:
-    """What the command line says of the judge. No model: the newest run's."""
-
-    model: Path | None
-    prompt: Path | None
-    format: str | None
-    device: str
-    dtype: str
-    votes: int
-    temperature: float
-    seed: int
-    max_new_tokens: int
-
-
 def judge_settings(kind: str, given: argparse.Namespace) -> JudgeSettings:
     votes = VOTES[kind] if given.votes is None else given.votes
     if votes < 1 or (votes > 1 and votes % 2 and kind != "bench"):
@@ -153,123 +131,6 @@ def judge_benchmark(name: str, path: Path, out: Path, settings: JudgeSettings, a
     print_score(name, [out], as_json)
 
 
-class Judge:
-    """The model that the settings name, and what its rows say that they were judged with."""
-
-    def __init__(self, settings: JudgeSettings):
-        directory = settings.model or newest_model()
-        import torch  # takes seconds, which --help and tables need not wait for
-
-        from gramr2.extras.formats import format_named
-        from gramr2.judge import RewardModel
-
-        cuda = settings.device != "cpu" and torch.cuda.is_available()
-        if settings.device == "cuda" and not cuda:
-            raise InputError("--device cuda: there is no CUDA device here")
-        device, dtype = ("cuda", "bfloat16") if cuda else ("cpu", "float32")
-        dtype = dtype if settings.dtype == "auto" else settings.dtype
-        format = None if settings.format is None else format_named(settings.format)
-        self.model = RewardModel.load(directory, device, dtype, settings.prompt, format)
-        names = ("votes", "seed", "max_new_tokens", "temperature")
-        self.sampling: JsonRow = {name: getattr(settings, name) for name in names}
-        calibrated = self.model.calibrates(settings.votes, settings.temperature)
-        self.judged_with = {"model": str(directory), "format": self.model.format.name, **self.sampling}
-        self.judged_with |= {"prompt": settings.prompt and str(settings.prompt), "calibrated": calibrated}
-        if self.model.calibration and not calibrated:
-            fitted = "{votes} votes, greedy: {greedy}".format_map(self.model.calibration)
-            print(f"warning: not calibrated: the calibration is for {fitted}", file=sys.stderr)
-
-    def rows(self, items: Sequence[Item]) -> Iterator[JsonRow]:
-        """The row of each pair, or of each of a benchmark's lists: a failure is a row with the reason."""
-        pairs = [item for item in items if isinstance(item, Pair)]
-        for pair, judgment in self.model.judge_many(pairs, **self.sampling, progress=False):
-            yield {"id": pair.id, "pair": pair.to_json()} | self.outcome(judgment)
-        lists = [item for item in items if not isinstance(item, Pair)]
-        contests = [(item["question"], item["responses"]) for item in lists]
-        rankings = self.model.contests(contests, "linear", False, **self.sampling, progress=False)
-        for item, ranking in zip(lists, rankings, strict=True):
-            yield {"id": item["id"], "scores": item["scores"]} | self.outcome(ranking)
-
-    def outcome(self, found: Judgment | Ranking | InputError) -> JsonRow:
-        if isinstance(found, InputError):
-            return {"error": str(found)}
-        return found.to_json() | {"judge": self.judged_with}
-
-
-# ---------------------------------------------------------------------------------- bulk work
-
-
-def judge_into(out: Path, settings: JudgeSettings, source: Store | list[Item]) -> dict[str, int]:
-    """Appends rows call by call. What succeeded before stays, what failed is tried again."""
-    judge = Judge(settings)
-    done = keep_finished(out, judge.judged_with)
-    unreadable: list[JsonRow] = []
-    waiting = pending(source, done, unreadable)
-    counts = {"judged": 0, "before": done.total(), "failed": 0}
-    with RowLog(out) as log, tqdm(total=len(source), unit="pair", disable=None) as bar:
-        bar.update(done.total())
-        while together := list(islice(waiting, PAIRS_PER_CALL)):
-            rows = list(judge.rows(together))
-            for row in rows:
-                log.write(row)
-                counts["failed" if "error" in row else "judged"] += 1
-            log.sync()
-            bar.update(len(rows))
-        for row in unreadable:
-            log.write(row)
-    return counts | {"failed": counts["failed"] + len(unreadable)}
-
-
-def keep_finished(path: Path, judged_with: JsonRow) -> Counter[bytes]:
-    """How often an earlier call has judged each key; its failures are taken out, to be tried again."""
-    done: Counter[bytes] = Counter()
-    if not path.exists():
-        return done
-    failed, rows = False, Store(path)
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not isinstance(row.get("judge", {}), dict):
-            raise InputError(f"{path}: row {number} is not a judged row; give another --out")
-        if "error" in row:
-            failed = True
-            continue
-        was = row.get("judge", {})
-        other = [f"{k} {was.get(k)}, now {now}" for k, now in judged_with.items() if was.get(k) != now]
-        if other:
-            raise InputError(f"{path}: row {number} was judged with {'; '.join(other)}; give another --out")
-        done[key_of(Pair.from_json(row["pair"]) if "pair" in row else row)] += 1
-    if failed:
-        write_rows(path, (row for row in rows if "error" not in row))
-    return done
-
-
-def pending(source: Store | list[Item], done: Counter[bytes], unreadable: list[JsonRow]) -> Iterator[Item]:
-    """What is still to be judged, as often as it stands there; `unreadable` is given what is no pair."""
-    met: Counter[bytes] = Counter()
-    for place in range(len(source)):
-        try:
-            item = source[place]
-            key = key_of(item)
-        except InputError as error:
-            unreadable.append({"id": f"row {place + 1}", "error": str(error)})
-            continue
-        met[key] += 1
-        if met[key] > done[key]:
-            yield item
-
-
-def key_of(item: Item) -> bytes:
-    """What makes an item the same in another call: a pair's whole row; a list's id."""
-    content = item.to_json() if isinstance(item, Pair) else item["id"]
-    return hashlib.blake2b(json_bytes(content), digest_size=16).digest()
-
-
-def json_bytes(content: Any) -> bytes:
-    try:
-        return json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise InputError("text that is not Unicode (half of a surrogate pair)") from None
-
-
 # ---------------------------------------------------------------------------------- what goes in
 
 
@@ -289,15 +150,6 @@ def as_list(row: Any) -> tuple[Messages, list[str]]:
     if not isinstance(responses, list) or len(responses) < 2 or {*map(type, responses)} != {str}:
         raise InputError('field "responses" should be a list of two texts or more')
     return messages_of(row), responses
-
-
-def newest_model() -> Path:
-    """The model of the run that finished last, under runs/ here."""
-    for run in finished_runs():
-        model = run / read_json(run / "results.json")["model"]
-        print(f"model: {model}", file=sys.stderr)
-        return model
-    raise InputError("no finished run under runs/; give --model DIR, or make one: python selftrain.py")
 
 
 # ---------------------------------------------------------------------------------- what comes out

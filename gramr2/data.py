@@ -1,8 +1,8 @@
 """Records on disk, and the order in which training meets them.
 
 `Store` reads a JSONL file at random through an index of 8-byte offsets, so that a file of any size costs no
-memory; `RowLog` appends rows so that a kill loses at most the row it cut; `pack` and `order` turn example
-lengths into the packed batches of an epoch. Examples are never cut: the label is their tail.
+memory; `pack` and `order` turn example lengths into the packed batches of an epoch. Examples are never cut:
+the label is their tail.
 
 What it leaves out: what a row means (records.py), and which examples are dropped as too long (plan.py).
 """
@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from gramr2.files import InputError, disk_errors_as_input_errors, publish_file
+from gramr2.files import InputError, publish_file
 
 _HEADER = 4  # words before the offsets: a mark, the data file's size, its time of change, bytes of whole rows
 _MARK = int.from_bytes(b"gramidx1", "little")
 
 
-def _is_json(line: bytes) -> bool:
+def is_json(line: bytes) -> bool:
     try:
         json.loads(line)
     except (ValueError, RecursionError):
@@ -34,7 +34,7 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def _say_torn(path: Path, size: int) -> None:
+def say_torn(path: Path, size: int) -> None:
     print(f"warning: {path}: dropped a torn last line of {size} bytes", file=sys.stderr)
 
 
@@ -67,7 +67,7 @@ class Store:
         self._end = int(words[3])
         self.torn = stat.st_size - self._end
         if self.torn:
-            _say_torn(self.path, self.torn)
+            say_torn(self.path, self.torn)
 
     @staticmethod
     def _read_index(index: Path, stat: os.stat_result) -> np.ndarray | None:
@@ -81,7 +81,7 @@ class Store:
     def _build_index(self, stat: os.stat_result) -> np.ndarray:
         words, position = array("Q", [_MARK, stat.st_size, stat.st_mtime_ns, 0]), 0
         for line in self._file:
-            if not line.endswith(b"\n") and not _is_json(line):
+            if not line.endswith(b"\n") and not is_json(line):
                 break
             if not line.isspace():
                 words.append(position)
@@ -112,50 +112,6 @@ class Store:
 
     def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))
-
-
-class RowLog:
-    """Appends rows to a JSONL file. A row that a kill cut is dropped, with a warning, on the next opening."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        with disk_errors_as_input_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a+b")
-        self._mend()
-
-    def _mend(self) -> None:
-        """Brings the file to the end of its last whole row."""
-        size = end = self._file.seek(0, os.SEEK_END)
-        tail = b""
-        while end and b"\n" not in tail:
-            end = max(0, end - (1 << 16))
-            self._file.seek(end)
-            tail = self._file.read(size - end)
-        rest = tail[tail.rfind(b"\n") + 1 :]
-        if rest and _is_json(rest):
-            self._file.write(b"\n")
-        elif rest:
-            _say_torn(self.path, len(rest))
-            self._file.truncate(size - len(rest))
-
-    def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()  # to the system: survives the process, and after `sync` the machine
-
-    def sync(self) -> None:
-        """Forces what was written to disk."""
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self.sync()
-        self._file.close()
-
-    def __enter__(self) -> RowLog:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
 
 
 def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:

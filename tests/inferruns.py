@@ -45,10 +45,11 @@ class Forks:
 
 def child(words: list[str]) -> int:
     import infer
+    from gramr2.extras import bulk
     from gramr2.files import exit_status
 
     os.dup2(2, 1)  # stdout is for pids and statuses
-    infer.PAIRS_PER_CALL = 4
+    bulk.PAIRS_PER_CALL = 4
     return exit_status(infer.main, words)
 
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gramr2.data import RowLog, Store, order, pack
+from gramr2.data import Store, order, pack
+from gramr2.extras.row_log import RowLog
 from gramr2.files import InputError
 from gramr2.records import Pair
 
@@ -91,7 +92,7 @@ def test_a_shard_cut_anywhere_keeps_every_whole_row(tmp_path, cut):
 
 def test_what_was_written_survives_a_kill(tmp_path):
     """Rows that a process has written are in the file though it never closed it."""
-    code = "import os, sys, gramr2.data as d; s = d.RowLog(sys.argv[1]); s.write({'i': 1}); os._exit(9)"
+    code = "import os, sys, gramr2.extras.row_log as d; s = d.RowLog(sys.argv[1]); s.write({'i': 1}); os._exit(9)"
     path, root = tmp_path / "rows.jsonl", Path(__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code, path], cwd=root, check=False).returncode == 9
     assert list(Store(path)) == [{"i": 1}]

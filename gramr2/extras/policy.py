@@ -40,9 +40,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gramr2 import fit, parallel
-from gramr2.data import RowLog, Store
+from gramr2.data import Store
 from gramr2.extras.policy_loss import PolicyGradient
 from gramr2.extras.policy_settings import PolicySettings
+from gramr2.extras.row_log import RowLog
 from gramr2.files import InputError
 from gramr2.judge import RewardModel
 from gramr2.model import Decoder

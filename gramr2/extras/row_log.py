@@ -1,0 +1,57 @@
+"""A JSONL file that grows by a row at a time, and survives a kill: at most the row that it cut is lost.
+
+It leaves out: files that appear whole (files.py), and reading (data.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from gramr2.data import is_json, say_torn
+from gramr2.files import JsonRow, disk_errors_as_input_errors
+
+
+class RowLog:
+    """Appends rows to a JSONL file. A row that a kill cut is dropped, with a warning, on the next opening."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        with disk_errors_as_input_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a+b")
+        self._mend()
+
+    def _mend(self) -> None:
+        """Brings the file to the end of its last whole row."""
+        size = end = self._file.seek(0, os.SEEK_END)
+        tail = b""
+        while end and b"\n" not in tail:
+            end = max(0, end - (1 << 16))
+            self._file.seek(end)
+            tail = self._file.read(size - end)
+        rest = tail[tail.rfind(b"\n") + 1 :]
+        if rest and is_json(rest):
+            self._file.write(b"\n")
+        elif rest:
+            say_torn(self.path, len(rest))
+            self._file.truncate(size - len(rest))
+
+    def write(self, row: JsonRow) -> None:
+        self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()  # to the system: survives the process, and after `sync` the machine
+
+    def sync(self) -> None:
+        """Forces what was written to disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.sync()
+        self._file.close()
+
+    def __enter__(self) -> RowLog:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
