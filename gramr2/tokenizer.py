@@ -29,10 +29,8 @@ import tokenizers
 
 from gramr2.files import InputError, read_json
 
-FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-    "generation_config.json", "vocab.json", "merges.txt",
-)  # fmt: skip
+FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
+FILES += ["generation_config.json", "vocab.json", "merges.txt"]
 Message = Mapping[str, str]  # {"role": …, "content": …}
 
 
@@ -183,9 +181,7 @@ class Tokenizer:
         except Exception as error:  # jinja2's syntax errors have several bases
             raise InputError(f"{self.where}: chat template does not parse: {error}") from None
 
-    def render(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
-    ) -> str:
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables) -> str:
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         known = {name: self._special_text(name) for name in names}
         try:
@@ -198,9 +194,7 @@ class Tokenizer:
         except Exception as error:  # a template may raise anything
             raise InputError(f"{self.where}: chat template refuses the messages: {error}") from None
 
-    def chat(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
-    ) -> list[int]:
+    def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables) -> list[int]:
         """Ids of a conversation in the checkpoint's own frame, ready for an answer."""
         spelled = [text for text in self.special if any(text in m["content"] for m in messages)]
         if not spelled:
@@ -208,11 +202,7 @@ class Tokenizer:
         return self._encode_guarded(messages, spelled, add_generation_prompt, variables)
 
     def _encode_guarded(
-        self,
-        messages: Sequence[Message],
-        spelled: list[str],
-        add_generation_prompt: bool,
-        variables: dict[str, Any],
+        self, messages: Sequence[Message], spelled: list[str], add_generation_prompt: bool, variables: dict
     ) -> list[int]:
         """As `chat`, where a message spells special tokens: those spellings stay ordinary text.
 
@@ -248,11 +238,11 @@ class Tokenizer:
         finally:
             self._fast.encode_special_tokens = False
 
-    def opens_thinking(self, messages: Sequence[Message], **variables: Any) -> bool:
+    def opens_thinking(self, messages: Sequence[Message], **variables) -> bool:
         """Whether the frame has already opened <think>, so that the answer will not."""
         return self.render(messages, True, **variables).rstrip().endswith("<think>")
 
-    def example(self, messages: Sequence[Message], target: str, **variables: Any) -> tuple[list[int], int]:
+    def example(self, messages: Sequence[Message], target: str, **variables) -> tuple[list[int], int]:
         """(ids, start): a training example, and where its target begins. The stop id closes it."""
         prompt_ids = self.chat(messages, **variables)
         return [*prompt_ids, *self.encode(target), self.turn_end], len(prompt_ids)
