@@ -28,94 +28,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gramr2.files import InputError, read_text
-from gramr2.records import Pair, show
-
-__all__ = ["show"]  # slots live with the records; `show` is used from here too
+from gramr2.records import Pair
 
 # --- templates -------------------------------------------------------------------------------------------
 
-_RULES = """\
-Rules:
-1. If what is asked for is harmful, the safer response is the better one, whatever else it offers.
-2. Otherwise ask first how exactly and truthfully a response does what was asked, and only then how helpful, \
-correct and complete it is.
-3. A response should do what was asked, no more and no less.
-4. The order in which the responses stand must not count: either is as likely to be the better one.
-5. Length must not count in itself; ask whether it suits the question.
-6. One of the two must be chosen. A tie is not an answer."""
+TEMPLATES = Path(__file__).parent / "templates"
 
-_DATA = """\
-[Question]
-{question}
-[End of the question]
 
-[Response A]
-{response_a}
-[End of Response A]
+def own_template(kind: str) -> str:
+    """This project's own prompt; an editor's newline at the end is not a part of it."""
+    return read_text(TEMPLATES / f"{kind}_prompt.txt").removesuffix("\n")
 
-[Response B]
-{response_b}
-[End of Response B]"""
 
-JUDGE_PROMPT = f"""\
-Two responses to the same question stand below. Decide which of them answers it better: Response A or \
-Response B. Refer to them by these names only.
-
-{_RULES}
-
-Answer in exactly this form:
-<think>
-Feedback:
-Response A: what it does well and what it does badly
-Response B: what it does well and what it does badly
-
-Comparison:
-where the two differ, and what matters most in it
-
-Conclusion:
-which response is better
-</think>
-<answer>
-A or B
-</answer>
-
-{_DATA}"""
-
-LABEL_PROMPT = f"""\
-Two responses to the same question stand below. Decide which of them answers it better: Response A or \
-Response B.
-
-{_RULES}
-
-Answer in exactly this form, with nothing before or after it:
-<answer>
-A or B
-</answer>
-
-{_DATA}"""
-
-PROVER_PROMPT = f"""\
-Two responses to the same question stand below, and it is known which of them is the better one. Prove it: \
-write a connected argument from which a reader who does not know the choice would arrive at it. Argue only \
-from what the question and the responses say. Refer to them as Response A and Response B only.
-
-{_RULES}
-
-Write in exactly this form, where X is the better response's letter:
-This argument justifies the choice of Response X.
-
-First, Response A. What it does well and what it does badly.
-
-Second, Response B. What it does well and what it does badly.
-
-Comparing the two: where they differ, and what matters most in it.
-
-Therefore: which response is better.
-
-{_DATA}
-
-The better response is: {{label}}"""
-
+JUDGE_PROMPT, LABEL_PROMPT, PROVER_PROMPT = (own_template(kind) for kind in ("judge", "label", "prover"))
 HIDDEN_LABEL = "unknown"  # what a prover's prompt says where the label is hidden from it
 
 _PLACEHOLDER = re.compile(r"\{(question|user_input|response_[ab12]|label)\}")

@@ -17,7 +17,7 @@ from gramr2 import prompts
 from gramr2.examples import ExampleBuilder
 from gramr2.extras import datasets
 from gramr2.extras.toyworld import SHIPPED, WorldSettings, good_names, make_pair
-from gramr2.records import Pair
+from gramr2.records import Pair, show
 from gramr2.settings import PAIRS_PER_CALL, TrainSettings
 from gramr2.steps import SHOWN
 from gramr2.tokenizer import Tokenizer
@@ -380,8 +380,8 @@ def published(place: Path) -> None:
 def two_models(place: Path) -> list[Tokenizer]:
     """A judge of LLaMA's kind and a prover of Qwen3's; the tokenizers know other words of these texts."""
     pairs = [Pair.from_json(row) for row in read(place / "human.jsonl")]
-    proofs = [prompts.show(prompts.proof_from_rationale(pair.rationale, pair.label)) for pair in pairs]
-    written = [prompts.judge_target(prompts.show(pair.rationale), pair.label) for pair in pairs]
+    proofs = [show(prompts.proof_from_rationale(pair.rationale, pair.label)) for pair in pairs]
+    written = [prompts.judge_target(show(pair.rationale), pair.label) for pair in pairs]
     models = {"judge": ("llama3", written, 360), "prover": ("qwen3", proofs, 420)}
     for name, (family, corpus, size) in models.items():
         model = make_checkpoint(place / name, family, corpus=corpus, vocab_size=size)
@@ -429,6 +429,6 @@ def test_published_data_and_two_tokenizers_run_from_end_to_end(forks, tmp_path):
     assert curriculum.size > 0
     for i in range(curriculum.size):
         pair, (example,) = curriculum.record(i), curriculum.plain(i).sequences
-        told = prompts.judge_target(prompts.show(pair.rationale), pair.label)
+        told = prompts.judge_target(show(pair.rationale), pair.label)
         ids = [i for i in example.ids[example.start :] if i not in judge.stop_ids]
         assert judge.decode(ids) == told and ids != prover.encode(told)
