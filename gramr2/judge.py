@@ -37,7 +37,8 @@ from gramr2 import prompts
 from gramr2.files import InputError, read_json
 from gramr2.model import Decoder, packed_causal, packed_positions
 from gramr2.records import OTHER, UNDECIDED, Judgment, Pair, Vote
-from gramr2.sampler import Sample, generate, stream
+from gramr2.requests import noise_seed
+from gramr2.sampler import Sample, generate
 from gramr2.scoring import logprobs
 from gramr2.tokenizer import Tokenizer
 from gramr2.weights import load
@@ -202,7 +203,7 @@ class RewardModel:
         )
         for each, samples in zip(asked, answers, strict=True):
             for number, sample in enumerate(samples):
-                results[each.place].append(self._read(each, sample, stream(seed, each.key, number)))
+                results[each.place].append(self._read(each, sample, noise_seed(seed, each.key, number)))
         return [Judgment.from_votes(each) if isinstance(each, list) else each for each in results]
 
     def _ask(self, place: int, pair: Pair, order: str) -> _Asked:

@@ -14,8 +14,8 @@ fp16; products of fp32 stay fp32; sums are fp32 always.
 
 Left out: the copy engine (pages are scattered, and decode is bound by the bytes it reads), fp8 caches.
 Legend of suffixes: T tokens, H query heads, G key/value heads, K head size, N pages of the pool, P tokens of
-a page, I items, J queries of an item, M pages of an item, R rows (queries x heads of a group), W keys, U tokens
-that are written (T without its padding), S splits of all reads, one behind the other.
+a page, I items, J queries of an item, M pages of an item, R rows (queries x heads of a group), W keys, U
+tokens that are written (T without its padding), S splits of all reads, one behind the other.
 """
 
 import torch
