@@ -2,7 +2,7 @@
 
 A step is one copy to the device, one graph, and one copy back; the host waits for none of them until it
 collects. A graph reads and writes fixed memory: a flat buffer in which the arrays of a `DecodeBatch` stand
-one behind the other, as `DecodeGraphs._layout` says. Three pairs of host buffers take turns, since at most
+one behind the other, as `DecodeGraphs.layout` says. Three pairs of host buffers take turns, since at most
 two steps are in flight.
 
 It leaves out: prefill, whose shapes change from step to step, and devices without CUDA graphs.
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from gramr2.batch import DecodeBatch
 from gramr2.cache import NULL
+from gramr2.requests import Capacity
 
 Decode = Callable[[DecodeBatch[Tensor]], Tensor]
 
@@ -37,10 +38,17 @@ class CapturedGraph:
 
 
 class DecodeGraphs:
-    def __init__(self, device: torch.device, running: int, pages: int, item_rows: int):
-        """`pages`: of the longest table; `item_rows`: the most rows of an item that shares a prefix."""
-        self.device, self.running, self.pages, self.item_rows = device, running, pages, item_rows
-        self.memory, self.captured, self.turn = torch.cuda.graph_pool_handle(), {}, 0
+    def __init__(self, device: torch.device, capacity: Capacity, item_rows: int):
+        self.device, self.running = device, capacity.running
+        pages = (capacity.longest // capacity.block_size + 2,)  # of the longest table
+        # Shape per row and padding of each of a batch's arrays, in their order. Rows that pad a batch sit in the
+        # spare slot, write to the null page and see nothing.
+        slots, positions, seeds, places = ((), capacity.running), ((), 0), ((), 0), ((), 0)
+        prefix = ((item_rows,), -1), ((item_rows,), 0), (pages, NULL)
+        own = ((1,), -1), ((1,), 0), (pages, NULL)
+        self.layout: list[tuple[tuple, int]] = [slots, positions, seeds, places, *prefix, *own]
+        self.captured: dict[int, CapturedGraph] = {}  # by batch size
+        self.memory, self.turn = torch.cuda.graph_pool_handle(), 0
 
     def launch(self, batch: DecodeBatch[np.ndarray], decode: Decode) -> Callable[[], np.ndarray]:
         """Starts a step; -> what waits for its outputs."""
@@ -64,35 +72,24 @@ class DecodeGraphs:
 
         return wait
 
-    def _layout(self, size: int) -> list[tuple[tuple[int, ...], int]]:
-        """Shape and padding of each of a batch's arrays, in their order, for `size` rows.
-
-        Rows that pad a batch sit in the spare slot, write to the null page and see nothing.
-        """
-        row, page = (size,), NULL
-        slots, positions, seeds, places = (row, self.running), (row, 0), (row, 0), (row, 0)
-        prefix = ((size, self.item_rows), -1), ((size, self.item_rows), 0), ((size, self.pages), page)
-        own = ((size, 1), -1), ((size, 1), 0), ((size, self.pages), page)
-        return [slots, positions, seeds, places, *prefix, *own]
-
     def _views(self, flat_F: Tensor, size: int) -> list[Tensor]:
         """A batch's arrays in a flat buffer."""
-        shapes = [shape for shape, _ in self._layout(size)]
+        shapes = [(size, *per_row) for per_row, _ in self.layout]
         parts = flat_F.split([math.prod(shape) for shape in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def _write(self, batch: DecodeBatch[np.ndarray], host_F: Tensor, size: int) -> None:
-        views, layout = self._views(host_F, size), self._layout(size)
-        for view, (_, fill), array in zip(views, layout, batch.arrays(), strict=True):
+        views = self._views(host_F, size)
+        for view, (_, fill), array in zip(views, self.layout, batch.arrays(), strict=True):
             buffer = view.numpy()
             buffer[...] = fill
             buffer[tuple(map(slice, array.shape))] = array
 
     def _capture(self, size: int, decode: Decode) -> CapturedGraph:
-        length = sum(math.prod(shape) for shape, _ in self._layout(size))
+        length = size * sum(math.prod(per_row) for per_row, _ in self.layout)
         input_F = torch.empty(length, dtype=torch.int64, device=self.device)
         views = self._views(input_F, size)
-        for view, (_, fill) in zip(views, self._layout(size), strict=True):
+        for view, (_, fill) in zip(views, self.layout, strict=True):
             view.fill_(fill)
         batch = DecodeBatch.of(views)
         # The first run compiles and allocates, on a batch of padding, which leaves no trace.

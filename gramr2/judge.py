@@ -37,11 +37,11 @@ from gramr2 import prompts
 from gramr2.files import InputError, read_json
 from gramr2.model import Decoder, packed_causal, packed_positions
 from gramr2.records import OTHER, UNDECIDED, Judgment, Pair, Vote
-from gramr2.requests import noise_seed
 from gramr2.sampler import Sample, generate
 from gramr2.scoring import logprobs
 from gramr2.tokenizer import Tokenizer
 from gramr2.weights import load
+from kernels.choice import noise_seed
 
 PAIRS_PER_CALL = 64  # pairs of one generate call: enough to fill a batch, little to do again after a kill
 MAX_NEW_TOKENS = 4096

@@ -14,16 +14,18 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import kernels
 from gramr2.cache import BlockTable, Growth
 from gramr2.files import InputError
 from gramr2.model import ModelConfig
+from kernels.choice import Options, noise_seed
 
 CPU_CACHE_BYTES = 1 << 30  # or what the longest request needs, up to half of the machine's memory
 CUDA_CACHE_SHARE = 0.8  # of the memory that is free when generate is called
@@ -52,14 +54,20 @@ class Limits:
     token_budget: int | None = None  # of a step, prompts' chunks and decode rows: 1024, on CUDA 8192
     share_prefix: bool = True  # False reads a shared prefix once per sample; for measuring what it buys
 
-    def for_device(self, device: torch.device) -> Limits:
-        cuda = device.type == "cuda"
-        cache_bytes = self.cache_bytes or (int(_free_bytes(device) * CUDA_CACHE_SHARE) if cuda else None)
-        size, budget = self.block_size or (64 if cuda else 16), self.token_budget or (8192 if cuda else 1024)
-        return replace(self, cache_bytes=cache_bytes, block_size=size, token_budget=budget)
+
+@dataclass(frozen=True)
+class Capacity:
+    """The `Limits` of a request on a device, with everything decided that they leave open."""
+
+    blocks: int  # of the cache
+    block_size: int
+    longest: int  # tokens of the longest sequence
+    running: int
+    token_budget: int
+    share_prefix: bool
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
     held_idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + held_idle
 
@@ -86,26 +94,17 @@ class Request:
     prompts: Sequence[Sequence[int]]
     n: int
     max_new_tokens: int | Sequence
-    temperature: float
-    top_p: float
-    top_k: int
+    options: Options
     stop_ids: frozenset[int]
     stop_texts: tuple[str, ...]
     tokenizer: Decodes | None
-    watch: tuple[int, ...]
     seed: int
     keys: Sequence[str] | None
 
     def check(self, config: ModelConfig) -> None:
-        """All but the prompts, which `cache_size` looks at one by one."""
-        n, temperature, top_p, top_k, count = (
-            self.n,
-            self.temperature,
-            self.top_p,
-            self.top_k,
-            len(self.prompts),
-        )
-        _need(n >= 1, f"n is {n}; it must be at least 1")
+        """All but the prompts, which `capacity` looks at one by one."""
+        temperature, top_p, top_k, watch_W = self.options
+        _need(self.n >= 1, f"n is {self.n}; it must be at least 1")
         finite = 0 <= temperature < float("inf")
         _need(finite, f"temperature is {temperature}; it must be 0 (greedy) or positive")
         _need(0 < top_p <= 1, f"top_p is {top_p}; it must be in (0, 1]")
@@ -113,19 +112,24 @@ class Request:
         _need(not self.stop_texts or self.tokenizer is not None, "stop_texts needs tokenizer=")
         _need(all(self.stop_texts), "stop_texts holds an empty text")
         last = config.vocab_size - 1
-        for token in self.watch:
+        for token in watch_W.tolist():
             _need(0 <= token <= last, f"watch holds id {token}; the vocabulary has 0 to {last}")
         for name, values in ("keys", self.keys), ("max_new_tokens", self.max_new_tokens):
             if isinstance(values, Sequence):
-                _need(len(values) == count, f"{name} has {len(values)} entries for {count} prompts")
+                message = f"{name} has {len(values)} entries for {len(self.prompts)} prompts"
+                _need(len(values) == len(self.prompts), message)
 
-    def cache_size(self, config: ModelConfig, itemsize: int, limits: Limits) -> tuple[int, int]:
-        """Checks every prompt against model and cache; -> (blocks of the cache, longest sequence)."""
-        size, room = limits.block_size, config.max_positions
+    def capacity(self, config: ModelConfig, weight: Tensor, limits: Limits) -> Capacity:
+        """Checks every prompt against model and cache; -> what runs at once. `weight`: any of the model's."""
+        cuda, room = weight.device.type == "cuda", config.max_positions
+        size, budget = (
+            limits.block_size or (64 if cuda else 16),
+            limits.token_budget or (8192 if cuda else 1024),
+        )
         _need(kernels.KEYS % size == 0, f"block_size is {size}; it must divide {kernels.KEYS}")
-        per_block = 2 * config.num_layers * config.num_kv_heads * config.head_size * size * itemsize
-        cache_bytes = limits.cache_bytes or max(CPU_CACHE_BYTES, _memory() // 2)
-        affordable = cache_bytes // per_block
+        per_block = 2 * config.num_layers * config.num_kv_heads * config.head_size * size * weight.itemsize
+        cache_bytes = limits.cache_bytes or (int(free_bytes(weight.device) * CUDA_CACHE_SHARE) if cuda else 0)
+        allowed = cache_bytes or max(CPU_CACHE_BYTES, _memory() // 2)
         wanted, largest, longest = 2, 2, 0  # the null block, and one
         for index, ids in enumerate(self.prompts):
             most = self._checked_most(index, ids, config.vocab_size - 1)
@@ -135,14 +139,14 @@ class Request:
                 raise InputError(f"{asked}: {total}, but the model takes at most {room}")
             # One block more than it fills: the prompt's last, half full, is copied when it is forked.
             needed = -(-total // size) + 1
-            if needed + 1 > affordable:
-                cost = f"{(needed + 1) * per_block:,} bytes of cache; the limit is {cache_bytes:,}"
-                raise InputError(f"{asked}, which takes {cost}")
+            if needed + 1 > allowed // per_block:
+                takes = f"{(needed + 1) * per_block:,} bytes of cache; the limit is {allowed:,}"
+                raise InputError(f"{asked}, which takes {takes}")
             wanted, largest = wanted + self.n * needed, max(largest, needed + 1)
             longest = max(longest, total)
-        if limits.cache_bytes is None:
-            affordable = max(CPU_CACHE_BYTES // per_block, largest)
-        return min(affordable, wanted), longest
+        affordable = cache_bytes // per_block if cache_bytes else max(CPU_CACHE_BYTES // per_block, largest)
+        blocks = min(affordable, wanted)
+        return Capacity(blocks, size, longest, limits.running, budget, limits.share_prefix)
 
     def _checked_most(self, index: int, ids: Sequence[int], last: int) -> int:
         """Checks a prompt in itself; -> the most tokens that a sample of it may get."""
@@ -179,21 +183,15 @@ class Request:
 
     def stops(self, ids: list[int]) -> bool:
         """Whether the last id is a stop id or ends a stop text. A token is rarely less than a character."""
-        if ids[-1] in self.stop_ids or not self.stop_texts:
+        if not self.stop_texts or self.tokenizer is None:
             return ids[-1] in self.stop_ids
         text = self.tokenizer.decode(ids[-(max(map(len, self.stop_texts)) + 8) :])
-        return any(stop in text for stop in self.stop_texts)
+        return ids[-1] in self.stop_ids or any(stop in text for stop in self.stop_texts)
 
 
 def _need(holds: bool, message: str) -> None:
     if not holds:
         raise InputError(message)
-
-
-def noise_seed(seed: int, key: str, number: int) -> int:
-    """The 64 bits that a sample's noise is made of, hashed once; positions are mixed in by `uniforms`."""
-    digest = hashlib.blake2b(f"{seed}\n{number}\n{key}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -247,7 +245,6 @@ class PromptSource(TokenSequence):
 class OpenSample(TokenSequence):
     """A sample that is not finished. It may lose its blocks, and be computed again."""
 
-    slot: int | None = None  # in the running batch
     new_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     watched: list[list[float]] = field(default_factory=list)
@@ -283,10 +280,11 @@ class Step:
     fresh: list[int] = field(default_factory=list)  # pages to clear
     chunks: list[Chunk] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)  # pages to copy: from, to
-    joined: list[OpenSample] = field(default_factory=list)  # new in the running batch
+    joined: dict[OpenSample, int] = field(default_factory=dict)  # new in the running batch, with their slots
     samples: list[OpenSample] = field(default_factory=list)  # to be decoded, a row each,
+    slots: list[int] = field(default_factory=list)  # their slots,
     positions: list[int] = field(default_factory=list)  # and where the tokens that they feed stand
-    batch_version: tuple[int, int] = (0, 0)  # equal if the samples and their pages are the step's before
+    batch_version: tuple[int, int] = (0, 0)  # the same as long as rows, slots and pages are
 
     def add(self, growth: Growth) -> None:
         self.fresh += growth.fresh

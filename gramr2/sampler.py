@@ -23,7 +23,7 @@ import functools
 import inspect
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -65,19 +65,15 @@ def generate_iter(
     its ids and of how often they came before. limits: how much runs at once. Everything is checked before
     anything is generated.
     """
-    weight = model.head_weight
-    limits = (limits or Limits()).for_device(weight.device)
+    watch_W = torch.tensor(list(watch), dtype=torch.int64, device=model.head_weight.device)
+    options = Options(temperature, top_p, top_k, watch_W)
     ends = frozenset(getattr(model, "stop_ids", ()) if stop_ids is None else stop_ids)
-    texts, watched = tuple(stop_texts), tuple(watch)
-    request = Request(
-        prompts, n, max_new_tokens, temperature, top_p, top_k, ends, texts, tokenizer, watched, seed, keys
-    )
+    texts = tuple(stop_texts)
+    request = Request(prompts, n, max_new_tokens, options, ends, texts, tokenizer, seed, keys)
     request.check(model.config)
-    blocks, longest = request.cache_size(model.config, weight.itemsize, limits)
-    watch_W = torch.tensor(watched, dtype=torch.int64, device=weight.device)
-    engine = Engine(model, blocks, longest, limits, Options(temperature, top_p, top_k, watch_W))
-    pool = BlockPool(blocks, limits.block_size)
-    return _loop(request, Scheduler(request.queue(), pool, limits), engine, progress)
+    capacity = request.capacity(model.config, model.head_weight, limits or Limits())
+    engine = Engine(model, capacity, options)
+    return _loop(request, Scheduler(request.queue(), capacity), engine, progress)
 
 
 @functools.wraps(generate_iter, assigned=(), updated=())
@@ -91,21 +87,23 @@ def generate(model: Decoder, prompts: Sequence[Sequence[int]], **options) -> lis
 
 
 # What `help` and editors show for the options of `generate`.
-generate.__signature__ = inspect.signature(generate_iter).replace(return_annotation=list[list[Sample]])
+signature = inspect.signature(generate_iter).replace(return_annotation=list[list[Sample]])
+generate.__signature__ = signature  # type: ignore[attr-defined]
 
 
 def _loop(request: Request, scheduler: Scheduler, engine: Engine, progress: bool) -> Iterator[Finished]:
     """Plan, run, collect. `in_flight`: steps that the device has been given, and what waits for each."""
     lag = 1 if engine.graphs else 0  # steps that the host is behind the device
-    in_flight: deque = deque()
-    total, counts = request.n * len(request.prompts), Counter()
+    in_flight: deque[tuple[Step, Callable[[], np.ndarray]]] = deque()
+    counts: Counter[str] = Counter()
+    total = request.n * len(request.prompts)
     with tqdm(total=total, unit="sample", disable=not progress, dynamic_ncols=True) as bar:
         while scheduler.busy:
             if in_flight and scheduler.must_preempt:
                 most = 0  # what is in flight may finish samples, and must not lose its blocks
             else:
                 step = scheduler.plan()
-                with torch.cuda.device_of(engine.last_S):  # which need not be the current one
+                with torch.cuda.device_of(engine.last_id_S):  # which need not be the current one
                     wait = engine.launch(step)
                 if wait:
                     in_flight.append((step, wait))
@@ -123,7 +121,7 @@ def _collect(request: Request, scheduler: Scheduler, step: Step, outputs_RC: np.
     """Gives each sample what was drawn for it; -> those that are finished."""
     finished = []
     for sample, row in zip(step.samples, outputs_RC.tolist(), strict=True):
-        if sample.slot is None:
+        if sample not in scheduler.running:
             continue  # it ended in the step before, when this one was already on its way
         failed = row[Column.NOT_FINITE] != 0
         if not failed:

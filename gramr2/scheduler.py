@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from operator import attrgetter
 
 from gramr2.cache import BlockPool, BlockTable
-from gramr2.requests import Chunk, Limits, OpenSample, Prompt, PromptSource, Step, TokenSequence
+from gramr2.requests import Capacity, Chunk, OpenSample, Prompt, PromptSource, Step, TokenSequence
 
 by_age = attrgetter("age")
 
@@ -22,14 +22,15 @@ by_age = attrgetter("age")
 class Scheduler:
     """A sequence is in one of four lists: waiting, filling, and then sources (of a prompt) or running."""
 
-    def __init__(self, prompts: Iterator[Prompt], pool: BlockPool, limits: Limits):
-        self.queue, self.pool, self.limits = prompts, pool, limits
-        self.next_prompt = next(self.queue, None)
+    def __init__(self, prompts: Iterator[Prompt], capacity: Capacity):
+        self.queue, self.next_prompt = prompts, next(prompts, None)
+        self.pool = BlockPool(capacity.blocks, capacity.block_size)
+        self.token_budget = capacity.token_budget
         self.waiting: list[TokenSequence] = []  # without blocks: preempted
         self.filling: list[TokenSequence] = []  # being computed in chunks
         self.sources: list[PromptSource] = []  # computed, with samples still to begin
-        self.running: list[OpenSample] = []
-        self.free_slots = list(range(limits.running - 1, -1, -1))
+        self.running: dict[OpenSample, int] = {}  # and the slot of each
+        self.free_slots = list(range(capacity.running - 1, -1, -1))
         self.version = 0  # of the running batch's members and tables
 
     @property
@@ -45,13 +46,14 @@ class Scheduler:
         """The next step: those that run come first, then prompts in chunks, as far as the budget goes."""
         step = Step()
         self._grow(step)
-        budget = self.limits.token_budget - len(self._active())
+        budget = self.token_budget - len(self._active())
         while True:
             for sequence in list(self.filling):
                 budget = self._compute(sequence, step, budget)
             if budget <= 0 or not self._admit(step):
                 break
         step.samples = self._active()
+        step.slots = [self.running[sample] for sample in step.samples]
         step.positions = [sample.done for sample in step.samples]
         # No sample leaves the active ones and comes back within a version: their number tells the rest.
         step.batch_version = self.version, len(step.samples)
@@ -73,9 +75,9 @@ class Scheduler:
     def _grow(self, step: Step) -> None:
         """A page more for every running sample that is at its page's end, older ones first."""
         for sample in sorted(self._at_page_end(), key=by_age):
-            while not self.pool.free and sample.slot is not None:
+            while not self.pool.free and sample in self.running:
                 self._preempt(max([*self.running, *self.filling, *self.sources], key=by_age))
-            if sample.slot is not None:
+            if sample in self.running:
                 step.add(self.pool.extend(sample.table, self.pool.block_size))
                 self.version += 1
 
@@ -93,18 +95,15 @@ class Scheduler:
 
     def _admit(self, step: Step) -> bool:
         """Lets the oldest that waits begin, if there is a slot and room for it."""
+        if self.next_prompt and not (self.waiting or self.sources):
+            self.waiting.append(PromptSource(prompt=self.next_prompt))
+            self.next_prompt = next(self.queue, None)
         oldest = min([*self.waiting, *self.sources], key=by_age, default=None)
-        if len(self.free_slots) <= len(self.filling) or not (oldest or self.next_prompt):
+        if oldest is None or len(self.free_slots) <= len(self.filling):
             return False  # each of those that are filling will take a slot
         if isinstance(oldest, PromptSource) and oldest in self.sources:
             return self._fork(oldest, step)
-        if not self._start(oldest or PromptSource(prompt=self.next_prompt), step):
-            return False
-        if oldest:
-            self.waiting.remove(oldest)
-        else:
-            self.next_prompt = next(self.queue, None)
-        return True
+        return self._start(oldest, step)
 
     def _start(self, sequence: TokenSequence, step: Step) -> bool:
         """Gives blocks to a sequence whose tokens are to be computed, as far as no other has them already."""
@@ -118,6 +117,7 @@ class Scheduler:
             return False
         sequence.table, sequence.done = table, table.length
         step.add(self.pool.extend(table, room - table.length))
+        self.waiting.remove(sequence)
         self.filling.append(sequence)
         return True
 
@@ -177,13 +177,9 @@ class Scheduler:
         return budget
 
     def _join(self, sample: OpenSample, step: Step) -> None:
-        sample.slot = self.free_slots.pop()
-        self.running.append(sample)
-        step.joined.append(sample)
+        self.running[sample] = step.joined[sample] = self.free_slots.pop()
         self.version += 1
 
     def _leave(self, sample: OpenSample) -> None:
-        self.running.remove(sample)
-        self.free_slots.append(sample.slot)
-        sample.slot = None
+        self.free_slots.append(self.running.pop(sample))
         self.version += 1

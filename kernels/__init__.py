@@ -24,8 +24,8 @@ from torch import Tensor
 from . import paged_attention_cpu, reference
 from .paged_attention_cpu import KEYS as KEYS  # this and the next two are for whoever builds reads
 from .paged_attention_cpu import ROWS as ROWS
+from .reads import Reads as Reads
 from .reference import IGNORE
-from .reference import Reads as Reads
 from .sequence_logprob import LogProb, LogProbSum
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16

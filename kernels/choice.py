@@ -8,6 +8,7 @@ Left out: a fused kernel (it reads the logits a few times; a decode step of an 8
 Legend of suffixes: R rows, V vocabulary, B blocks of it, C columns of one, W watched ids.
 """
 
+import hashlib
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -36,6 +37,12 @@ class Column(IntEnum):
     LOGPROB = 1
     NOT_FINITE = 2  # 1 if the logits are not
     WATCHED = 3  # the first of the watched ids' log-probs, which are the rest of the row
+
+
+def noise_seed(seed: int, key: str, number: int) -> int:
+    """The 64 bits that a sample's noise is made of, hashed once; positions are mixed in by `uniforms`."""
+    digest = hashlib.blake2b(f"{seed}\n{number}\n{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def uniforms(seeds_R: Tensor, positions_R: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .reference import Reads
+from .reads import Reads
 from .reference import write_kv as write_kv  # it is as fast as it is plain
 
 KEYS = 128  # keys of a cut of the sum: MKL adds up to 192 products in one order, however many zeros follow

@@ -7,7 +7,7 @@ without one run; they keep the same contract, which is about memory: the [T, V] 
 one chunk of rows does, in place.
 
 `write_kv` and `attend_pages` are the sampler's cache: keys and values lie in pages of a pool, and `Reads`
-says which query may look at which pages.
+(reads.py) says which query may look at which pages.
 
 What is left out: speed. paged_attention_cpu.py is the cache's way on a CPU.
 Legend of suffixes: T tokens, C tokens of one chunk, D width of the model, V vocabulary; H query heads, G
@@ -15,14 +15,10 @@ key/value heads, K head size, N pages of the pool, P tokens of a page; I items o
 queries of an item, M pages of an item; U tokens that are written (T without its padding), W visible keys.
 """
 
-from dataclasses import dataclass, field
-from typing import Generic, TypeVar
-
-import numpy as np
 import torch
 from torch import Tensor
 
-Array = TypeVar("Array", np.ndarray, Tensor)  # of the host, or of a device
+from .reads import Reads
 
 IGNORE = -100  # as a target: the token has no log-prob, and gives 0
 CHUNK_BYTES = 64 << 20
@@ -83,19 +79,6 @@ def _exponentials_(logits_CV, targets_C):
     # target <= max and sum >= 1 hold exactly, so in this order no log-prob is ever positive.
     logp_C = (target_C - max_C) - sum_C.log()
     return logp_C.masked_fill(targets_C == IGNORE, 0), max_C + sum_C.log(), sum_C
-
-
-@dataclass(eq=False)
-class Reads(Generic[Array]):
-    """Items of queries that read the same pages: one sample's own, or a prefix for all who share it."""
-
-    rows_IJ: Array  # each item's queries, as rows of the flat batch; -1 where it has fewer than J
-    visible_IJ: Array  # how many keys, from the first page's start on, each of them may see
-    pages_IM: Array  # each item's pages, in order; behind the last that is visible, any page
-    layout: object = field(default=None, init=False, repr=False)  # what a kernel keeps for the next layer
-
-    def arrays(self) -> list[Array]:
-        return [self.rows_IJ, self.visible_IJ, self.pages_IM]
 
 
 def write_kv(k_TGK: Tensor, v_TGK: Tensor, keys_NPGK: Tensor, values_NPGK: Tensor, places_U: Tensor) -> None:
