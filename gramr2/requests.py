@@ -122,10 +122,8 @@ class Request:
     def capacity(self, config: ModelConfig, weight: Tensor, limits: Limits) -> Capacity:
         """Checks every prompt against model and cache; -> what runs at once. `weight`: any of the model's."""
         cuda, room = weight.device.type == "cuda", config.max_positions
-        size, budget = (
-            limits.block_size or (64 if cuda else 16),
-            limits.token_budget or (8192 if cuda else 1024),
-        )
+        size = limits.block_size or (64 if cuda else 16)
+        budget = limits.token_budget or (8192 if cuda else 1024)
         _need(kernels.KEYS % size == 0, f"block_size is {size}; it must divide {kernels.KEYS}")
         per_block = 2 * config.num_layers * config.num_kv_heads * config.head_size * size * weight.itemsize
         cache_bytes = limits.cache_bytes or (int(free_bytes(weight.device) * CUDA_CACHE_SHARE) if cuda else 0)
@@ -232,8 +230,8 @@ class TokenSequence:
         return len(self.ids) - 1
 
     @property
-    def age(self) -> tuple[int, int]:
-        """Smaller is older."""
+    def order(self) -> tuple[int, int]:
+        """Older first: the oldest is admitted first, and the youngest gives way."""
         return self.prompt.index, self.number
 
 

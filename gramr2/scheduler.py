@@ -16,11 +16,11 @@ from operator import attrgetter
 from gramr2.cache import BlockPool, BlockTable
 from gramr2.requests import Capacity, Chunk, OpenSample, Prompt, PromptSource, Step, TokenSequence
 
-by_age = attrgetter("age")
+by_order = attrgetter("order")
 
 
 class Scheduler:
-    """A sequence is in one of four lists: waiting, filling, and then sources (of a prompt) or running."""
+    """A sequence waits, is being filled, and is then among the sources or among those that run."""
 
     def __init__(self, prompts: Iterator[Prompt], capacity: Capacity):
         self.queue, self.next_prompt = prompts, next(prompts, None)
@@ -74,9 +74,9 @@ class Scheduler:
 
     def _grow(self, step: Step) -> None:
         """A page more for every running sample that is at its page's end, older ones first."""
-        for sample in sorted(self._at_page_end(), key=by_age):
+        for sample in sorted(self._at_page_end(), key=by_order):
             while not self.pool.free and sample in self.running:
-                self._preempt(max([*self.running, *self.filling, *self.sources], key=by_age))
+                self._preempt(max([*self.running, *self.filling, *self.sources], key=by_order))
             if sample in self.running:
                 step.add(self.pool.extend(sample.table, self.pool.block_size))
                 self.version += 1
@@ -98,7 +98,7 @@ class Scheduler:
         if self.next_prompt and not (self.waiting or self.sources):
             self.waiting.append(PromptSource(prompt=self.next_prompt))
             self.next_prompt = next(self.queue, None)
-        oldest = min([*self.waiting, *self.sources], key=by_age, default=None)
+        oldest = min([*self.waiting, *self.sources], key=by_order, default=None)
         if oldest is None or len(self.free_slots) <= len(self.filling):
             return False  # each of those that are filling will take a slot
         if isinstance(oldest, PromptSource) and oldest in self.sources:
@@ -109,7 +109,7 @@ class Scheduler:
         """Gives blocks to a sequence whose tokens are to be computed, as far as no other has them already."""
         ids, size = sequence.prompt.ids, self.pool.block_size
         room = sequence.target
-        if isinstance(sequence, OpenSample):  # its next decode page with the rest: it must find one then
+        if isinstance(sequence, OpenSample):  # with the page that it is decoded into: it must find one then
             room += size - room % size
         table = self.pool.match(ids[: len(ids) - 1])
         if not self._make_room(table, room - table.length, sequence):
@@ -152,10 +152,10 @@ class Scheduler:
         if self.running or self.filling:
             return False
         while self.pool.needs(table, count) > self.pool.free:
-            younger = [source for source in self.sources if source.age >= sequence.age]
+            younger = [source for source in self.sources if source.order >= sequence.order]
             if not younger:
                 return False
-            self._preempt(max(younger, key=by_age))
+            self._preempt(max(younger, key=by_order))
         return True
 
     def _compute(self, sequence: TokenSequence, step: Step, budget: int) -> int:
