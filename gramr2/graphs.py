@@ -91,7 +91,16 @@ class DecodeGraphs:
         views = self._views(input_F, size)
         for view, (_, fill) in zip(views, self.layout, strict=True):
             view.fill_(fill)
-        batch = DecodeBatch.of(views)
+        graph, outputs_RC = self._record(decode, DecodeBatch.of(views))
+        pinned = self.device.type == "cuda"
+        host_buffers = [
+            (torch.empty(length, dtype=torch.int64, pin_memory=pinned),
+             torch.empty(outputs_RC.shape, dtype=outputs_RC.dtype, pin_memory=pinned))
+            for _ in range(3)
+        ]  # fmt: skip
+        return CapturedGraph(graph, input_F, outputs_RC, host_buffers)
+
+    def _record(self, decode: Decode, batch: DecodeBatch[Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         # The first run compiles and allocates, on a batch of padding, which leaves no trace.
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -102,12 +111,7 @@ class DecodeGraphs:
         # Only this thread is held to what a capture allows: another may be writing a resume point.
         with torch.cuda.graph(graph, pool=self.memory, capture_error_mode="thread_local"):
             outputs_RC = decode(batch)
-        host_buffers = [
-            (torch.empty(length, dtype=torch.int64, pin_memory=True),
-             torch.empty(outputs_RC.shape, dtype=outputs_RC.dtype, pin_memory=True))
-            for _ in range(3)
-        ]  # fmt: skip
-        return CapturedGraph(graph, input_F, outputs_RC, host_buffers)
+        return graph, outputs_RC
 
 
 def graph_size(rows: int) -> int:

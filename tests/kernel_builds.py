@@ -19,7 +19,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16} 
 
 class Build(NamedTuple):
     kernel: JITFunction
-    types: list[str]  # of the arguments, in order, as triton spells them; ":16": 16 divides it, as all pointers
+    types: list[
+        str
+    ]  # of the arguments, in order, as triton spells them; ":16": 16 divides it, as all pointers
     constants: dict
     options: dict
     tensor_cores: str | None = None  # "wide": the device's widest instruction; "any" will do for few rows
