@@ -22,8 +22,10 @@ from functools import partial
 import common
 import torch
 
-from gramr2 import sampler
+from gramr2.engine import Engine
 from gramr2.model import Decoder, ModelConfig
+from gramr2.requests import CUDA_CACHE_SHARE, free_bytes
+from gramr2.sampler import Limits, generate
 
 K, PROMPT = 8, 256
 
@@ -140,7 +142,7 @@ def row(workload: str, tokens: int, ways: dict, repeats: int, once=()) -> dict:
 
 
 def ours(model, prompts: list[list[int]], limits: list[list[int]]):
-    samples = sampler.generate(model, prompts, n=K, max_new_tokens=limits, stop_ids=(), progress=False)
+    samples = generate(model, prompts, n=K, max_new_tokens=limits, stop_ids=(), progress=False)
     assert [[len(sample.ids) for sample in group] for group in samples] == limits
 
 
@@ -195,22 +197,22 @@ def decode_step(model, prompts: list[list[int]], k: int, share: bool = True) -> 
     Only steps count in which every sample decodes and no prompt is computed. The host is one step behind the
     device and waits for it, so that the gap between two launches is a step.
     """
-    rows, launches, launch = len(prompts) * k, [], sampler.Engine.launch
+    rows, launches, launch = len(prompts) * k, [], Engine.launch
 
-    def timed(engine, step, scheduler):
-        if not step.chunks and len(step.slots) == rows:
-            launches.append((time.perf_counter(), float(step.positions.mean()) + 1))
-        return launch(engine, step, scheduler)
+    def timed(engine, step):
+        if not step.chunks and len(step.samples) == rows:
+            launches.append((time.perf_counter(), statistics.fmean(step.positions) + 1))
+        return launch(engine, step)
 
-    limits = sampler.Limits(share_prefix=share, running=rows)
+    limits = Limits(share_prefix=share, running=rows)
     computing = sum(map(len, prompts)) // 8192  # steps that take prompts in, while the first samples decode
-    sampler.Engine.launch = timed
+    Engine.launch = timed
     try:
-        sampler.generate(
+        generate(
             model, prompts, n=k, max_new_tokens=computing + 48, stop_ids=(), progress=False, limits=limits
         )
     finally:
-        sampler.Engine.launch = launch
+        Engine.launch = launch
     gaps = [after[0] - before[0] for before, after in itertools.pairwise(launches)][4:]  # a graph is captured
     return statistics.median(gaps), statistics.mean(tokens for _, tokens in launches)
 
@@ -227,11 +229,11 @@ def at_published_shape(device: str, quick: bool, continuous: bool) -> None:
     weights = sum(p.nbytes for p in model.parameters()) - model.embed.weight.nbytes
     per_token = 2 * config.num_layers * config.num_kv_heads * config.head_size * dtype.itemsize
     result = {"rows": [], "bandwidth": speed, "context": context}
+    held = CUDA_CACHE_SHARE * free_bytes(torch.device(device)) if device == "cuda" else float("inf")
     for prompts, k, shared in loads:
         row = {"prompts": prompts, "k": k, "shared": shared}
         ids = random_prompts(prompts, shared or context - 64, config.vocab_size)
-        held = sampler.Limits().for_device(torch.device(device)).cache_bytes  # None on the CPU
-        if held and prompts * (k if not shared else 1) * context * per_token > held:
+        if prompts * (k if not shared else 1) * context * per_token > held:
             row["not_run"] = "its keys and values do not fit in memory"
         else:
             seconds, tokens = decode_step(model, ids, k)
@@ -251,9 +253,7 @@ def at_published_shape(device: str, quick: bool, continuous: bool) -> None:
 def beside(model, ids: list[list[int]], k: int, continuous: bool) -> dict:
     """Many samples of each prompt end to end, against transformers' continuous batching."""
     new, config, weight = 128 if model.config is LARGE else 8, model.config, model.head_weight
-    ways = {
-        "ours": lambda: sampler.generate(model, ids, n=k, max_new_tokens=new, stop_ids=(), progress=False)
-    }
+    ways = {"ours": lambda: generate(model, ids, n=k, max_new_tokens=new, stop_ids=(), progress=False)}
     other = peer(config, weight.device.type, weight.dtype) if continuous else None
     if other:
         other.set_attn_implementation("sdpa_paged")

@@ -22,7 +22,7 @@ from pathlib import Path
 import common
 import tables
 
-from gramr2 import cost, sampler
+from gramr2 import cost, requests
 from gramr2.model import ModelConfig
 from gramr2.recipes import resolve
 from gramr2.records import Example, Tokens
@@ -156,7 +156,7 @@ def sampling(model: ModelConfig, prompts: float, samples: int, run: Run, rate: S
     share = (run.prompt + samples * run.rationale) * per_token(
         model
     )  # of the cache, for one prompt's samples
-    room = sampler.CUDA_CACHE_SHARE * (rate.memory - 2 * parameters(model)) / share
+    room = requests.CUDA_CACHE_SHARE * (rate.memory - 2 * parameters(model)) / share
     groups = max(1, min(rate.running // samples, int(room)))
     step = decode_floor(model, groups, samples, run.prompt, run.rationale / 2, rate.bandwidth) / rate.of_floor
     computing = 2 * parameters(model) * groups * samples / rate.dense
@@ -367,7 +367,7 @@ def page(read) -> str:
 
 One run of the whole algorithm at the paper's sizes: a Qwen3-14B prover, and a reward model of 8B or 3B, on
 {GPUS} GPUs of the H200's kind. `python benchmarks/scale.py` computes everything below from the first table
-and the recipes; the cache takes {sampler.CUDA_CACHE_SHARE:.0%} of what the weights leave, and a token is
+and the recipes; the cache takes {requests.CUDA_CACHE_SHARE:.0%} of what the weights leave, and a token is
 four bytes of text; {found}. Expect a factor of two either way,
 and read it for which setting costs what.
 

@@ -35,7 +35,8 @@ def check_ids(model: Decoder, sequences: Sequence[Sequence[int]]) -> None:
 
 def _packs(sequences: Sequence[Sequence[int]], budget: int) -> Iterator[list[int]]:
     """Indices by length, filled up to the budget: equal lengths meet, which attention likes."""
-    pack, tokens = [], 0
+    pack: list[int] = []
+    tokens = 0
     for index in sorted(range(len(sequences)), key=lambda i: len(sequences[i])):
         if pack and tokens + len(sequences[index]) > budget:
             yield pack
@@ -47,7 +48,9 @@ def _packs(sequences: Sequence[Sequence[int]], budget: int) -> Iterator[list[int
 
 
 @torch.no_grad()
-def logprobs(model: Decoder, sequences: Sequence[Sequence[int]], token_budget=TOKEN_BUDGET) -> list[Tensor]:
+def logprobs(
+    model: Decoder, sequences: Sequence[Sequence[int]], token_budget: int = TOKEN_BUDGET
+) -> list[Tensor]:
     """For each sequence of n ids the n-1 values log p(id_t | ids before t), t >= 1, in fp32."""
     if model.config.num_labels:
         raise InputError("log-probs need a language model; this one has a scalar head")

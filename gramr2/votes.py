@@ -23,9 +23,10 @@ from gramr2 import prompts
 from gramr2.files import InputError
 from gramr2.model import Decoder
 from gramr2.records import OTHER, UNDECIDED, Pair, Vote
-from gramr2.sampler import Sample, generate, stream
+from gramr2.sampler import Sample, generate
 from gramr2.scoring import logprobs
 from gramr2.tokenizer import Tokenizer
+from kernels.choice import noise_seed
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,10 @@ class Voter:
         )
         for (question, ballot), samples in zip(asked, answers, strict=True):
             for number, sample in enumerate(samples):
-                ballot.append(self.read(question, sample, stream(seed, question.key, number)))
+                ballot.append(self.read(question, sample, noise_seed(seed, question.key, number)))
         return found
 
-    def read(self, question: Question, sample: Sample, noise_seed: int) -> Vote:
+    def read(self, question: Question, sample: Sample, seed: int) -> Vote:
         """One sampled answer as a vote in the pair's own order."""
         text, p_a = self.tokenizer.decode(sample.ids), None
         if self.format.parse is not None and sample.finish == "stop":
@@ -144,7 +145,7 @@ class Voter:
             label, reason = None, {"length": "cut at the length limit"}.get(sample.finish, "no finite logits")
         if question.order == "BA":
             label, p_a = OTHER[label], None if p_a is None else 1 - p_a
-        return Vote(label, question.order, p_a, reason, text, noise_seed, len(sample.ids))
+        return Vote(label, question.order, p_a, reason, text, seed, len(sample.ids))
 
     def _softmax_at_letter(self, sample: Sample, text: str, start: int) -> float | None:
         """p(A) among {A, B} where the verdict at `start` was sampled in its canonical form."""

@@ -5,31 +5,34 @@
 - `write_kv`, `attend_pages`: the sampler's cache, written and read through tables of pages.
 - `backend`: "triton" or "reference", for a device.
 
-Each has a readable meaning in reference.py, which is what a device without a kernel runs. Importing
-imports no Triton and asks no device; both happen in the first call. The arguments of the log-probs are
-checked here, before anything is launched, and what is wrong is a ValueError that names the argument. The
-cache's are not: they are the sampler's own, and met once per layer of every step. choice.py, the choice of
-a token, is the same torch code on every device, and needs no choosing here.
+Each has a readable meaning in reference.py. A device without a Triton kernel runs torch code: that file's
+for the log-probs, paged_attention_cpu.py for the cache. Importing imports no Triton and asks no device; both
+happen in the first call. The arguments of the log-probs are checked here, before anything is launched, and
+what is wrong is a ValueError that names the argument. The cache's are not: they are the sampler's own, and
+met once per layer of every step. choice.py, the choice of a token, is the same torch code on every device,
+and needs no choosing here.
 """
 
 import functools
 import importlib.util
 import os
+from typing import Literal, overload
 
 import torch
+from torch import Tensor
 
-from . import reference
+from . import paged_attention_cpu, reference
+from .paged_attention_cpu import KEYS as KEYS  # this and the next two are for whoever builds reads
+from .paged_attention_cpu import ROWS as ROWS
+from .reads import Reads as Reads
 from .reference import IGNORE
-from .reference import KEYS as KEYS  # this and the next two are for whoever builds reads
-from .reference import ROWS as ROWS
-from .reference import Reads as Reads
 from .sequence_logprob import LogProb, LogProbSum
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
 @functools.cache
-def backend(device=None) -> str:
+def backend(device: torch.device | str | None = None) -> str:
     """What `device` (default: the CUDA device if there is one, else the CPU) runs."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and torch.version.cuda:
@@ -52,6 +55,14 @@ def _implementation(hidden_TD, weight_VD):
     return reference
 
 
+@overload
+def sequence_logprob(
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, return_lse: Literal[False] = False
+) -> Tensor: ...
+@overload
+def sequence_logprob(
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, return_lse: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
 def sequence_logprob(hidden_TD, weight_VD, targets_T, return_lse=False):
     """log softmax(hidden @ weight.T)[target] of every token: fp32 [T]; a target of -100 gives 0.
 
@@ -72,7 +83,9 @@ def sequence_logprob(hidden_TD, weight_VD, targets_T, return_lse=False):
     return (logp_T, lse_T) if return_lse else logp_T
 
 
-def sequence_logprob_sum(hidden_TD, weight_VD, targets_T, coefficients_T):
+def sequence_logprob_sum(
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, coefficients_T: Tensor
+) -> tuple[Tensor, Tensor]:
     """-> (sum over tokens of coefficient * log-prob, differentiable; the log-probs, detached, fp32 [T]).
 
     For training. The coefficients (fp32, constants: -mask / token count, say) are known before the
@@ -135,14 +148,14 @@ def _paged(keys_NPGK):
         from . import paged_attention
 
         return paged_attention
-    return reference
+    return paged_attention_cpu
 
 
-def write_kv(k_TGK, v_TGK, keys_NPGK, values_NPGK, slots_S):
-    """Puts the first S tokens' keys and values into their places of the pools: page * P + place."""
-    _paged(keys_NPGK).write_kv(k_TGK, v_TGK, keys_NPGK, values_NPGK, slots_S)
+def write_kv(k_TGK: Tensor, v_TGK: Tensor, keys_NPGK: Tensor, values_NPGK: Tensor, places_U: Tensor) -> None:
+    """Puts the first U tokens' keys and values into their places of the pools: page * P + place."""
+    _paged(keys_NPGK).write_kv(k_TGK, v_TGK, keys_NPGK, values_NPGK, places_U)
 
 
-def attend_pages(q_THK, keys_NPGK, values_NPGK, reads):
+def attend_pages(q_THK: Tensor, keys_NPGK: Tensor, values_NPGK: Tensor, reads: list[Reads[Tensor]]) -> Tensor:
     """Attention of each row over what a list of `Reads` lets it see of the pools -> [T, H, K]."""
     return _paged(keys_NPGK).attend_pages(q_THK, keys_NPGK, values_NPGK, reads)

@@ -8,6 +8,8 @@ Left out: a fused kernel (it reads the logits a few times; a decode step of an 8
 Legend of suffixes: R rows, V vocabulary, B blocks of it, C columns of one, W watched ids.
 """
 
+import hashlib
+from enum import IntEnum
 from typing import NamedTuple
 
 import torch
@@ -28,16 +30,31 @@ class Options(NamedTuple):
     watch_W: Tensor
 
 
-def uniforms(streams_R: Tensor, positions_R: Tensor) -> Tensor:
-    """One fp32 number in (0, 1) for each (sample, position), with 23 random bits."""
-    x = streams_R + (positions_R + 1) * _STEP
+class Column(IntEnum):
+    """What stands where in a row that `choose` gives."""
+
+    ID = 0
+    LOGPROB = 1
+    NOT_FINITE = 2  # 1 if the logits are not
+    WATCHED = 3  # the first of the watched ids' log-probs, which are the rest of the row
+
+
+def noise_seed(seed: int, key: str, number: int) -> int:
+    """The 64 bits that a sample's noise is made of, hashed once; positions are mixed in by `uniforms`."""
+    digest = hashlib.blake2b(f"{seed}\n{number}\n{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def uniforms(seeds_R: Tensor, positions_R: Tensor) -> Tensor:
+    """One fp32 number in (0, 1) for each (sample's noise seed, position), with 23 random bits."""
+    x = seeds_R + (positions_R + 1) * _STEP
     for shift, factor in _MIX:
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
     return (((x >> 41) & ((1 << 23) - 1)).float() + 0.5) * 2.0**-23
 
 
 def choose(logits_RV: Tensor, uniform_R: Tensor, options: Options) -> Tensor:
-    """Draws a token per row; -> fp64 [R, 3 + W]: id, log-prob, 1 if logits are not finite, the watched."""
+    """Draws a token per row; -> fp64 [R, Column.WATCHED + W]."""
     low_R, high_R = logits_RV.amin(-1), logits_RV.amax(-1)
     weight_RV = (logits_RV - high_R[:, None]).exp_()
     lse_R = high_R + _sums(weight_RV).log()
@@ -51,10 +68,10 @@ def choose(logits_RV: Tensor, uniform_R: Tensor, options: Options) -> Tensor:
         if options.top_p < 1:
             weight_RV = _keep(weight_RV, options.top_p * _sums(weight_RV), counted=False)
         id_R = _draw(weight_RV, uniform_R)
-    bad_R = ~(low_R.isfinite() & high_R.isfinite())
+    not_finite_R = ~(low_R.isfinite() & high_R.isfinite())
     logprob_R = logits_RV.gather(1, id_R[:, None])[:, 0] - lse_R
     watched_RW = logits_RV[:, options.watch_W] - lse_R[:, None]
-    parts = id_R[:, None], logprob_R[:, None], bad_R[:, None], watched_RW
+    parts = id_R[:, None], logprob_R[:, None], not_finite_R[:, None], watched_RW  # as Column says
     return torch.cat([part.double() for part in parts], dim=1)
 
 

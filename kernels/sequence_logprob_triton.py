@@ -152,21 +152,3 @@ def logits_to_gradient_(logits_CV, targets_C, d_logp_C, d_lse_C):
     with torch.cuda.device_of(logits_CV):
         _gradient_kernel[(len(logits_CV),)](logits_CV, *vectors, logits_CV.shape[1], **constants, **options)
     return logp_C
-
-
-def builds(major):
-    """What a device of compute capability `major` would compile, for the test that compiles without one.
-
-    Yields (kernel, types of its arguments in order, constants, options, which tensor cores must do its
-    matmuls: "wide" is the device's widest instruction, "any" will do for few rows, False is none). A type
-    is as triton spells it; ":16" marks a number that 16 divides, as all pointers.
-    """
-    for name, dtype in ("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16):
-        tiles, options = _tiles(dtype, major)
-        operands = [f"*{name}", f"*{name}"]
-        if tiles["COPY_ENGINE"]:
-            blocks = ([tiles[f"BLOCK_{axis}"], tiles["BLOCK_D"]] for axis in "TV")
-            operands = [f"tensordesc<{name}{block}>" for block in blocks]
-        types = [*operands, "*i64", *["*fp32"] * 3, "i32", "i32", "i32:16", "i32", "i32", "i32"]
-        yield _score_kernel, types, tiles, options, dtype != torch.float32 and "wide"
-        yield _gradient_kernel, [f"*{name}", "*i64", *["*fp32"] * 3, "i32:16"], *GRADIENT, False

@@ -23,3 +23,8 @@ def naive_greedy(model: Decoder, prompt: list[int], count: int, stop_ids=()) -> 
         ids.append(int(logp.argmax()))
         logprobs.append(float(logp[ids[-1]]))
     return ids, logprobs
+
+
+def chi_square(counts, expected) -> float:
+    """How far counts are from what was expected; to be compared with a quantile of the distribution."""
+    return float(((counts - expected) ** 2 / expected).sum())

@@ -70,31 +70,32 @@ def test_a_torn_last_line_is_dropped_and_said(tmp_path, capsys):
     store = Store(path)
     assert list(store) == ROWS[:3] and store.torn == 12
     assert "torn last line of 12 bytes" in capsys.readouterr().err
-    with RowLog(path) as shard:
-        shard.write(ROWS[3])
+    with RowLog(path) as log:
+        log.write(ROWS[3])
     assert "torn last line of 12 bytes" in capsys.readouterr().err
     assert list(Store(path)) == ROWS[:4] and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("cut", [1, 2, 30, 70000])
-def test_a_shard_cut_anywhere_keeps_every_whole_row(tmp_path, cut):
+def test_a_file_cut_anywhere_keeps_every_whole_row(tmp_path, cut):
     """A kill leaves a prefix of the file, which may end in the middle of a character or of a long row."""
     path = tmp_path / "rows.jsonl"
     rows = [*ROWS[:5], {"long": "é" * 100000}]
-    with RowLog(path) as shard:
+    with RowLog(path) as log:
         for row in rows:
-            shard.write(row)
+            log.write(row)
     os.truncate(path, path.stat().st_size - cut)
-    with RowLog(path) as shard:
-        shard.write({"after": 1})
+    with RowLog(path) as log:
+        log.write({"after": 1})
     assert list(Store(path)) == (rows if cut == 1 else rows[:5]) + [{"after": 1}]
 
 
 def test_what_was_written_survives_a_kill(tmp_path):
     """Rows that a process has written are in the file though it never closed it."""
-    code = "import os, sys, gramr2.extras.row_log as d; s = d.RowLog(sys.argv[1]); s.write({'i': 1}); os._exit(9)"
     path, root = tmp_path / "rows.jsonl", Path(__file__).parents[1]
-    assert subprocess.run([sys.executable, "-c", code, path], cwd=root, check=False).returncode == 9
+    words = [sys.executable, root / "tests/scripts/write_and_die.py", path]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    assert subprocess.run(words, env=environment, check=False).returncode == 9
     assert list(Store(path)) == [{"i": 1}]
 
 

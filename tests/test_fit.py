@@ -15,7 +15,7 @@ from trainings import CONFIG, curve, drive, job, make, same_bits, sums, write_ro
 from gramr2 import fit, parallel, prompts
 from gramr2.files import InputError
 from gramr2.loss import Example
-from gramr2.records import Pair, Tokens
+from gramr2.records import Pair, Tokens, show
 from gramr2.settings import TrainSettings
 
 ALONE = parallel.Ranks(0, 1, torch.device("cpu"))

@@ -2,11 +2,12 @@
 
 Triton compiles to PTX without a GPU, and the ptxas that it brings says what the kernel takes on the
 device. That catches, on any Linux machine, what would otherwise show as a slow or failing launch on a
-rented one. A module of kernels/ that holds Triton kernels exports `builds(major)`, which yields for a
-compute capability (kernel, types of its arguments, constants, options, which tensor cores it must use).
+rented one. kernel_builds.py says what is built.
 
 Run as a script it prints the figures: python tests/test_kernels_compile.py 90
 """
+
+from __future__ import annotations
 
 import importlib
 import importlib.util
@@ -30,11 +31,11 @@ def triton_modules():
     """Names of the modules of kernels/ that import triton: those, and no others, can hold kernels."""
     names = (module.name for module in pkgutil.iter_modules([str(ROOT / "kernels")]))
     imports = re.compile(r"^import triton\b", re.MULTILINE)
-    return [name for name in names if imports.search((ROOT / f"kernels/{name}.py").read_text())]
+    return [f"kernels.{name}" for name in names if imports.search((ROOT / f"kernels/{name}.py").read_text())]
 
 
 def unlisted(module, listed):
-    """Names of the module's own jitted functions that are neither in its `builds` nor called by another."""
+    """Names of the module's own jitted functions that are neither built nor called by another."""
     from triton.runtime.jit import JITFunction
 
     found = {name: value for name, value in vars(module).items() if isinstance(value, JITFunction)}
@@ -43,15 +44,16 @@ def unlisted(module, listed):
     return sorted(own - calls - listed)
 
 
-def resources(kernel, types, constants, options, capability):
-    """Compiles one kernel -> registers, bytes spilled, bytes of shared memory, and its PTX."""
+def compiled(build, capability):
+    """Builds one kernel -> its PTX, bytes of shared memory, and what ptxas says of it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
+    kernel, constants = build.kernel, build.constants
     names = [name for name in kernel.arg_names if name not in constants]
-    given = dict(zip(names, types, strict=True))
+    given = dict(zip(names, build.types, strict=True))
     signature = {n: given[n].removesuffix(":16") if n in given else "constexpr" for n in kernel.arg_names}
     index = kernel.arg_names.index
     aligned = [name for name, kind in given.items() if kind[0] == "*" or kind.endswith(":16")]
@@ -61,59 +63,62 @@ def resources(kernel, types, constants, options, capability):
         {(index(name),): value for name, value in constants.items()},
         {(index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=build.options)
     ptx = built.asm["ptx"]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
         target = re.search(r"\.target (\w+)", ptx)[1]
         command = [get_ptxas(capability).path, "-v", f"--gpu-name={target}", file.name]
-        log = subprocess.run([*command, "-o", os.devnull], check=True, capture_output=True, text=True)
-    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", log.stderr)
+        done = subprocess.run([*command, "-o", os.devnull], check=True, capture_output=True, text=True)
+    return ptx, built.metadata.shared, done.stderr
+
+
+def figures(build, capability):
+    ptx, shared, log = compiled(build, capability)
+    wanted = TENSOR_CORES[capability if build.tensor_cores == "wide" else 80]
+    descriptors = any(kind.startswith("tensordesc") for kind in build.types)
     return {
-        "registers": int(re.search(r"Used (\d+) reg", log.stderr)[1]),
-        "spilled": sum(map(int, spilled)),
-        "shared": built.metadata.shared,
-        "serialized": "serialized" in log.stderr,  # ptxas gave up on asynchronous tensor cores
-    }, ptx
+        "kernel": f"{build.kernel.__name__}({build.types[0]})",
+        "registers": int(re.search(r"Used (\d+) reg", log)[1]),
+        "spilled": sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log))),
+        "shared": shared,
+        "serialized": "serialized" in log,  # ptxas gave up on asynchronous tensor cores
+        "tensor_cores": wanted in ptx if build.tensor_cores else None,
+        "copy_engine": "cp.async.bulk.tensor" in ptx if descriptors else None,
+    }
 
 
-def survey(capability):
-    """-> one row for every build of every kernel, and the names of kernels that no build covers."""
-    rows, missing = [], []
-    for name in triton_modules():
-        module = importlib.import_module(f"kernels.{name}")
-        builds = list(module.builds(capability // 10)) if hasattr(module, "builds") else []
-        missing += unlisted(module, {build[0].__name__ for build in builds})
-        for kernel, types, constants, options, matmul in builds:
-            figures, ptx = resources(kernel, types, constants, options, capability)
-            descriptors = any(kind.startswith("tensordesc") for kind in types)
-            label = f"{name}.{kernel.__name__}({types[0]})"
-            rows.append(
-                {
-                    "kernel": label,
-                    **figures,
-                    "tensor_cores": (TENSOR_CORES[capability if matmul == "wide" else 80] in ptx)
-                    if matmul
-                    else None,
-                    "copy_engine": "cp.async.bulk.tensor" in ptx if descriptors else None,
-                }
-            )
+def survey(capabilities):
+    """-> for each capability a row for every build; and the names of kernels that no build covers."""
+    import kernel_builds
+
+    listed = {build.kernel.__name__ for build in kernel_builds.builds(8)}
+    missing = [
+        name for module in triton_modules() for name in unlisted(importlib.import_module(module), listed)
+    ]
+    rows = {c: [figures(build, c) for build in kernel_builds.builds(c // 10)] for c in capabilities}
     return {"rows": rows, "missing": missing}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("capability", [80, 90])
-def test_every_kernel_fits_the_device(capability):
-    """Fails when a kernel spills, takes too much shared memory, misses the tensor cores, or is unlisted."""
+@pytest.fixture(scope="module")
+def surveyed():
+    """Made in a process without Triton's interpreter."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, str(capability)]
+    command = [sys.executable, __file__, *map(str, SHARED_LIMIT)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert result["missing"] == [], "kernels that no build covers"
-    assert any("_score_kernel" in row["kernel"] for row in result["rows"])
-    for row in result["rows"]:
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+def test_every_kernel_fits_the_device(surveyed, capability):
+    """Fails when a kernel spills, takes too much shared memory, misses the tensor cores, or is unlisted."""
+    assert surveyed["missing"] == [], "kernels that no build covers"
+    rows = surveyed["rows"][str(capability)]
+    assert any("_score_kernel" in row["kernel"] for row in rows)
+    for row in rows:
         assert row["spilled"] == 0, row
         assert not row["serialized"], row
         assert row["shared"] <= SHARED_LIMIT[capability], row
@@ -123,4 +128,4 @@ def test_every_kernel_fits_the_device(capability):
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    print(json.dumps(survey(int(sys.argv[1])), indent=1))
+    print(json.dumps(survey(list(map(int, sys.argv[1:]))), indent=1))

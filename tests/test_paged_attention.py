@@ -1,44 +1,15 @@
-"""The paged cache's kernels: against float64 in Triton's interpreter, in torch, and compiled for sm_90.
-
-Triton reads TRITON_INTERPRET when a kernel is defined, so each way runs in a process of its own.
-"""
+"""The paged cache's kernels against the oracle in float64: on a CPU, in Triton's interpreter, on a device."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import fresh
 import pytest
 import torch
 
 import kernels
-from kernels import reference
+from kernels import paged_attention_cpu, reference
 
-ROOT = Path(__file__).parents[1]
-
-
-def exact(q_THK, keys_NPGK, values_NPGK, reads):
-    """Attention in float64, query by query and key by key, as the tables say."""
-    out = torch.zeros(q_THK.shape, dtype=torch.float64)
-    _, page, groups, size = keys_NPGK.shape
-    heads = q_THK.shape[1]
-    for row in range(len(q_THK)):
-        for head in range(heads):
-            places = []
-            for batch in reads:
-                for item, rows in enumerate(batch.rows_IJ.tolist()):
-                    for member, token in enumerate(rows):
-                        if token == row:
-                            seen = range(int(batch.visible_IJ[item, member]))
-                            places += [(int(batch.pages_IM[item, p // page]), p % page) for p in seen]
-            if places:
-                group = head // (heads // groups)
-                k = torch.stack([keys_NPGK[n, p, group].double() for n, p in places])
-                v = torch.stack([values_NPGK[n, p, group].double() for n, p in places])
-                out[row, head] = (k @ q_THK[row, head].double() * size**-0.5).softmax(0) @ v
-    return out
+BOUND = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 def case(dtype, heads, groups, size, page, device="cpu"):
@@ -58,71 +29,77 @@ def case(dtype, heads, groups, size, page, device="cpu"):
     own = kernels.Reads(
         torch.arange(6)[:, None], torch.tensor([1, 3, page, page + 1, 2, 3 * page])[:, None], own_IM
     )
-    reads = [kernels.Reads(*(getattr(b, f).to(device) for f in ("rows_IJ", "visible_IJ", "pages_IM")))
-             for b in (prefix, own)]  # fmt: skip
+    reads = [kernels.Reads(*(array.to(device) for array in part.arrays())) for part in (prefix, own)]
     return q_THK.to(device), *pool.to(device), reads
 
 
-SHAPES = [(4, 2, 8, 16), (6, 2, 40, 16), (3, 3, 64, 4), (8, 1, 128, 64)]
+SHAPES = [(4, 2, 8, 16), (6, 2, 40, 16), (3, 3, 64, 4), (8, 1, 128, 64)]  # H, G, K, P
+
+
+def exact(q_THK, keys_NPGK, values_NPGK, reads):
+    on_cpu = [kernels.Reads(*(array.cpu() for array in part.arrays())) for part in reads]
+    return reference.attend_pages(*(x.cpu().double() for x in (q_THK, keys_NPGK, values_NPGK)), on_cpu)
 
 
 def check(implementation, dtype, shape, device="cpu"):
-    q_THK, keys, values, reads = case(dtype, *shape, device)
-    wanted = exact(*(x.cpu() for x in (q_THK, keys, values)), case(dtype, *shape)[-1])
+    """Also: keys beyond what is visible are not looked at, and a prefix is the same for all its readers."""
+    operands = q_THK, keys, values, reads = case(dtype, *shape, device)
     got = implementation.attend_pages(q_THK, keys, values, reads).cpu()
-    bound = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
-    torch.testing.assert_close(got.double(), wanted, atol=bound, rtol=bound)
+    torch.testing.assert_close(got.double(), exact(*operands), atol=BOUND[dtype], rtol=BOUND[dtype])
     k_TGK, v_TGK = torch.randn(2, 5, *keys.shape[2:], device=device).to(dtype)
-    slots = torch.tensor([7, 0, 3 * shape[3] + 1], device=device)
+    places_U = torch.tensor([7, 0, 3 * shape[3] + 1], device=device)
     expected = keys.clone(), values.clone()
-    for token, slot in enumerate(slots.tolist()):
+    for token, place in enumerate(places_U.tolist()):
         for pool, x in zip(expected, (k_TGK, v_TGK), strict=True):
-            pool[slot // shape[3], slot % shape[3]] = x[token]
-    implementation.write_kv(k_TGK, v_TGK, keys, values, slots)
+            pool[place // shape[3], place % shape[3]] = x[token]
+    implementation.write_kv(k_TGK, v_TGK, keys, values, places_U)
     for pool, want in zip((keys, values), expected, strict=True):
         torch.testing.assert_close(pool, want, atol=0, rtol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+def test_the_oracle_is_attention_over_the_listed_keys(shape):
+    """Row by row beside torch's own; a row that sees nothing gives 0."""
+    q_THK, keys, values, (prefix, own) = case(torch.float32, *shape)
+    got = reference.attend_pages(q_THK, keys, values, [prefix, own])
+    for row, item, first_pages in (0, 0, 5), (4, 1, 2), (5, None, 0):
+        pages = [] if item is None else prefix.pages_IM[item, :first_pages].tolist()
+        seen = len(pages) * shape[3] + int(own.visible_IJ[row, 0])
+        pages += own.pages_IM[row].tolist()
+        k_WGK, v_WGK = (pool[pages].flatten(0, 1)[:seen] for pool in (keys, values))
+        q_1H1K, k_1GWK, v_1GWK = (x.transpose(0, 1)[None] for x in (q_THK[row : row + 1], k_WGK, v_WGK))
+        wanted = torch.nn.functional.scaled_dot_product_attention(q_1H1K, k_1GWK, v_1GWK, enable_gqa=True)
+        torch.testing.assert_close(got[row], wanted[0, :, 0], atol=2e-6, rtol=2e-6)
+    assert not got[6:].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
-def test_the_torch_way_is_the_softmax_over_the_listed_keys(shape, dtype):
-    # NaN in the page behind the last visible key is not for the torch way, whose owner clears pages.
-    q_THK, keys, values, reads = case(dtype, *shape)
+def test_the_cpus_way_is_the_oracles(shape, dtype):
+    # NaN in the page behind the last visible key is not for this way, whose owner clears pages.
+    operands = q_THK, keys, values, reads = case(dtype, *shape)
     keys[40] = values[40] = 0
-    wanted = exact(q_THK, keys, values, reads)
-    got = reference.attend_pages(q_THK, keys, values, reads)
-    bound = 2e-6 if dtype == torch.float32 else 1.6e-2
-    torch.testing.assert_close(got.double(), wanted, atol=bound, rtol=bound)
+    got = paged_attention_cpu.attend_pages(q_THK, keys, values, reads)
+    torch.testing.assert_close(got.double(), exact(*operands), atol=BOUND[dtype], rtol=BOUND[dtype])
 
 
-def run(code: str, **environment) -> str:
-    process = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    return process.stdout
+def interpreted():
+    from kernels import paged_attention
+
+    for shape in SHAPES:
+        for dtype in torch.float32, torch.float16:
+            check(paged_attention, dtype, shape)
 
 
-def test_the_kernels_agree_with_float64_in_the_interpreter():
-    """Also: keys beyond what is visible are not looked at, and a prefix is the same for all its readers."""
+def test_the_kernels_agree_with_the_oracle_in_the_interpreter():
+    """Triton reads its switch when a kernel is defined: a process of its own."""
     pytest.importorskip("triton")
-    code = """
-import torch, test_paged_attention as t
-from kernels import paged_attention
-for shape in t.SHAPES:
-    for dtype in torch.float32, torch.float16:
-        t.check(paged_attention, dtype, shape)
-"""
-    run(code, TRITON_INTERPRET="1")
+    fresh.run(interpreted, TRITON_INTERPRET="1")
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: pytest -m cuda")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_kernels_agree_with_float64_on_the_device(dtype):
+def test_the_kernels_agree_with_the_oracle_on_the_device(dtype):
     for shape in SHAPES:
         check(kernels, dtype, shape, device="cuda")

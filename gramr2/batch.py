@@ -1,0 +1,99 @@
+"""The arrays of the decoder's two passes: prompts' chunks, and decode rows.
+
+A token always reads its keys in the same two parts: the full pages of its prompt, from the start, and
+everything behind them, from there (`Prompt.shared_tokens`). The first part is read once for all rows that
+share it. Whether a token is computed in a chunk, alone, or again after its blocks were lost makes no
+difference to the cuts in which its keys are added up, and so to its bits.
+
+It leaves out: tensors. Everything is laid out in numpy; engine.py or graphs.py takes it to the device.
+`item_rows` is the most rows of an item of reads (kernels/reads.py); None is any number.
+
+Shapes: R rows of a decode step, T tokens of a pass, U tokens without padding, M pages of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic
+
+import numpy as np
+
+import kernels
+from gramr2.cache import NULL
+from gramr2.requests import Chunk, Step
+from kernels.reads import Array, Item, Reads, items_of, reads_by_size, reads_of, stack
+
+
+def prefill_arrays(chunks: list[Chunk], size: int, item_rows: int | None):
+    """-> ids and positions, padded; the places where keys and values are written; reads, prefixes first."""
+    ids: list[int] = []
+    prefix: list[Item] = []
+    own: list[Item] = []
+    positions, places = [], []
+    for sequence, start, stop, blocks in chunks:
+        shared, pages = sequence.prompt.shared_tokens(size), np.array(blocks)
+        rows, position = np.arange(len(ids), len(ids) + stop - start), np.arange(start, stop)
+        ids += sequence.ids[start:stop]
+        positions.append(position)
+        places.append(pages[position // size] * size + position % size)
+        first = 0 if start < shared else shared  # where the part begins that it is in
+        if first:
+            prefix += items_of(rows, np.full(len(rows), first), pages[: first // size], item_rows)
+        own += items_of(rows, position - first + 1, pages[first // size : -(-stop // size)], item_rows)
+    if item_rows:  # the items are of one size
+        reads = [reads_of(items) for items in (prefix, own) if items]
+    else:
+        reads = reads_by_size(prefix) + reads_by_size(own)
+    return padded(np.array(ids)), padded(np.concatenate(positions)), np.concatenate(places), reads
+
+
+@dataclass(frozen=True)
+class DecodeBatch(Generic[Array]):
+    """A decode step: arrays of the host, or tensors of the device."""
+
+    slots_R: Array
+    positions_R: Array
+    seeds_R: Array  # of the noise
+    places_U: Array  # where keys and values are written: page * page size + place
+    prefix: Reads[Array]  # the prompts' full pages, for all who share them
+    own: Reads[Array]  # what each row has behind them
+
+    def arrays(self) -> list[Array]:
+        first: list[Array] = [self.slots_R, self.positions_R, self.seeds_R, self.places_U]
+        return first + self.prefix.arrays() + self.own.arrays()
+
+    @classmethod
+    def of(cls, arrays: list[Array]) -> DecodeBatch[Array]:
+        """The batch whose `arrays` these are."""
+        slots_R, positions_R, seeds_R, places_U = arrays[:4]
+        return cls(slots_R, positions_R, seeds_R, places_U, Reads(*arrays[4:7]), Reads(*arrays[7:]))
+
+
+class DecodeRows:
+    """What a decode batch keeps from step to step, until a sample joins, leaves or gets a page."""
+
+    def __init__(self, step: Step, size: int, item_rows: int | None, share_prefix: bool):
+        self.size, self.slots_R = size, np.array(step.slots)
+        self.seeds_R = np.array([sample.prompt.seeds[sample.number] for sample in step.samples])
+        self.shared_R = np.array([sample.prompt.shared_tokens(size) for sample in step.samples])
+        tables = [sample.table.blocks for sample in step.samples]
+        begins = (self.shared_R // size).tolist()  # the page where a row's own part begins
+        self.own_RM = stack([table[n:] for table, n in zip(tables, begins, strict=True)], NULL)
+        sharing: dict[tuple, list[int]] = {}  # pages -> the rows that begin with them
+        for row, (table, n) in enumerate(zip(tables, begins, strict=True)):
+            if n:
+                sharing.setdefault((*table[:n], None if share_prefix else row), []).append(row)
+        items: list[Item] = []
+        for (*pages, _), rows in sharing.items():
+            items += items_of(np.array(rows), self.shared_R[rows], pages, item_rows)
+        self.prefix = reads_of(items)
+
+    def at(self, positions_R: np.ndarray) -> DecodeBatch[np.ndarray]:
+        row_R, behind_R = np.arange(len(positions_R)), positions_R - self.shared_R
+        own = Reads(row_R[:, None], behind_R[:, None] + 1, self.own_RM)
+        places_U = self.own_RM[row_R, behind_R // self.size] * self.size + behind_R % self.size
+        return DecodeBatch(self.slots_R, positions_R, self.seeds_R, places_U, self.prefix, own)
+
+
+def padded(array: np.ndarray, fill: int = 0) -> np.ndarray:
+    return np.pad(array, (0, -len(array) % kernels.ROWS), constant_values=fill)

@@ -1,0 +1,120 @@
+"""Decode steps on CUDA: a graph per batch size, captured when the size is first met.
+
+A step is one copy to the device, one graph, and one copy back; the host waits for none of them until it
+collects. A graph reads and writes fixed memory: a flat buffer in which the arrays of a `DecodeBatch` stand
+one behind the other, as `DecodeGraphs.layout` says. Three pairs of host buffers take turns, since at most
+two steps are in flight.
+
+It leaves out: prefill, whose shapes change from step to step, and devices without CUDA graphs.
+
+Shapes: R rows of a decode step, C columns of what `choose` gives, F numbers of a flat buffer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gramr2.batch import DecodeBatch
+from gramr2.cache import NULL
+from gramr2.requests import Capacity
+
+Decode = Callable[[DecodeBatch[Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class CapturedGraph:
+    """A graph with the memory that it reads and writes, and what that is copied from and to."""
+
+    graph: torch.cuda.CUDAGraph
+    input_F: Tensor
+    outputs_RC: Tensor
+    host_buffers: list[tuple[Tensor, Tensor]]  # pinned: for the input, for the outputs
+
+
+class DecodeGraphs:
+    def __init__(self, device: torch.device, capacity: Capacity, item_rows: int):
+        self.device, self.running = device, capacity.running
+        pages = (capacity.longest // capacity.block_size + 2,)  # of the longest table
+        # Of each of a batch's arrays, in their order: shape per row, and what pads it. Rows that pad a batch
+        # sit in the spare slot, write to the null page and see nothing.
+        slots, positions, seeds, places = ((), capacity.running), ((), 0), ((), 0), ((), 0)
+        prefix = ((item_rows,), -1), ((item_rows,), 0), (pages, NULL)
+        own = ((1,), -1), ((1,), 0), (pages, NULL)
+        self.layout: list[tuple[tuple, int]] = [slots, positions, seeds, places, *prefix, *own]
+        self.captured: dict[int, CapturedGraph] = {}  # by batch size
+        self.memory, self.turn = torch.cuda.graph_pool_handle(), 0
+
+    def launch(self, batch: DecodeBatch[np.ndarray], decode: Decode) -> Callable[[], np.ndarray]:
+        """Starts a step; -> what waits for its outputs."""
+        rows = len(batch.slots_R)
+        size = min(graph_size(rows), self.running)
+        if size not in self.captured:
+            self.captured[size] = self._capture(size, decode)
+        captured = self.captured[size]
+        self.turn = (self.turn + 1) % len(captured.host_buffers)
+        host_F, host_RC = captured.host_buffers[self.turn]
+        self._write(batch, host_F, size)
+        captured.input_F.copy_(host_F, non_blocking=True)
+        captured.graph.replay()
+        host_RC.copy_(captured.outputs_RC, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+
+        def wait() -> np.ndarray:
+            done.synchronize()
+            return host_RC.numpy()[:rows].copy()
+
+        return wait
+
+    def _views(self, flat_F: Tensor, size: int) -> list[Tensor]:
+        """A batch's arrays in a flat buffer."""
+        shapes = [(size, *per_row) for per_row, _ in self.layout]
+        parts = flat_F.split([math.prod(shape) for shape in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def _write(self, batch: DecodeBatch[np.ndarray], host_F: Tensor, size: int) -> None:
+        views = self._views(host_F, size)
+        for view, (_, fill), array in zip(views, self.layout, batch.arrays(), strict=True):
+            buffer = view.numpy()
+            buffer[...] = fill
+            buffer[tuple(map(slice, array.shape))] = array
+
+    def _capture(self, size: int, decode: Decode) -> CapturedGraph:
+        length = size * sum(math.prod(per_row) for per_row, _ in self.layout)
+        input_F = torch.empty(length, dtype=torch.int64, device=self.device)
+        views = self._views(input_F, size)
+        for view, (_, fill) in zip(views, self.layout, strict=True):
+            view.fill_(fill)
+        graph, outputs_RC = self._record(decode, DecodeBatch.of(views))
+        pinned = self.device.type == "cuda"
+        host_buffers = [
+            (torch.empty(length, dtype=torch.int64, pin_memory=pinned),
+             torch.empty(outputs_RC.shape, dtype=outputs_RC.dtype, pin_memory=pinned))
+            for _ in range(3)
+        ]  # fmt: skip
+        return CapturedGraph(graph, input_F, outputs_RC, host_buffers)
+
+    def _record(self, decode: Decode, batch: DecodeBatch[Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        # The first run compiles and allocates, on a batch of padding, which leaves no trace.
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            decode(batch)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Only this thread is held to what a capture allows: another may be writing a resume point.
+        with torch.cuda.graph(graph, pool=self.memory, capture_error_mode="thread_local"):
+            outputs_RC = decode(batch)
+        return graph, outputs_RC
+
+
+def graph_size(rows: int) -> int:
+    """The batch size that a graph is made for: few graphs, and less than a third of a batch is padding."""
+    step = max(1, 1 << (rows - 1).bit_length() >> 2)
+    return -(-rows // step) * step

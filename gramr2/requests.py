@@ -1,0 +1,289 @@
+"""What the sampler is asked, what it gives back, and what passes between its rooms.
+
+A `Request` is one call of `generate`; it is checked here, whole, before anything runs. Its prompts become
+`Prompt`s one by one, and these are what the scheduler works on: a `PromptSource` is a prompt that is being
+computed, once for all its samples, and an `OpenSample` is a sample that is not finished. A `Step` is what
+the scheduler tells the device to do next. A finished sample is a `Sample`.
+
+It leaves out: which of them runs when (scheduler.py), and every tensor (engine.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import kernels
+from gramr2.cache import BlockTable, Growth
+from gramr2.files import InputError
+from gramr2.model import ModelConfig
+from kernels.choice import Options, noise_seed
+
+CPU_CACHE_BYTES = 1 << 30  # or what the longest request needs, up to half of the machine's memory
+CUDA_CACHE_SHARE = 0.8  # of the memory that is free when generate is called
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One finished sample. What stopped it stays in `ids`; after an error they end before it."""
+
+    ids: list[int]
+    logprobs: list[float]  # of the untempered distribution
+    watched: list[list[float]]  # for each id, the untempered log-probs of the watched ids in its place
+    finish: str  # "stop", "length" or "error" (the model's logits were not finite)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much runs at once. None: a default for the device.
+
+    On the CPU no result depends on any of it but block_size, which says where a prompt's shared part ends.
+    """
+
+    cache_bytes: int | None = None  # on the CPU 1 GiB, or more where one request alone needs more
+    block_size: int | None = None  # tokens of a page: 16 on the CPU, 64 on CUDA; divides 128
+    running: int = 256  # samples decoded together
+    token_budget: int | None = None  # of a step, prompts' chunks and decode rows: 1024, on CUDA 8192
+    share_prefix: bool = True  # False reads a shared prefix once per sample; for measuring what it buys
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """The `Limits` of a request on a device, with everything decided that they leave open."""
+
+    blocks: int  # of the cache
+    block_size: int
+    longest: int  # tokens of the longest sequence
+    running: int
+    token_budget: int
+    share_prefix: bool
+
+
+def free_bytes(device: torch.device) -> int:
+    held_idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held_idle
+
+
+def _memory() -> int:
+    """Bytes of the machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class Decodes(Protocol):
+    """What stop texts need of a tokenizer."""
+
+    def decode(self, ids: list[int]) -> str: ...
+
+
+# ---------------------------------------------------------------------------------------------------------
+# One call of generate
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `generate_iter`, which explains them."""
+
+    prompts: Sequence[Sequence[int]]
+    n: int
+    max_new_tokens: int | Sequence
+    options: Options
+    stop_ids: frozenset[int]
+    stop_texts: tuple[str, ...]
+    tokenizer: Decodes | None
+    seed: int
+    keys: Sequence[str] | None
+
+    def check(self, config: ModelConfig) -> None:
+        """All but the prompts, which `capacity` looks at one by one."""
+        temperature, top_p, top_k, watch_W = self.options
+        _need(self.n >= 1, f"n is {self.n}; it must be at least 1")
+        finite = 0 <= temperature < float("inf")
+        _need(finite, f"temperature is {temperature}; it must be 0 (greedy) or positive")
+        _need(0 < top_p <= 1, f"top_p is {top_p}; it must be in (0, 1]")
+        _need(top_k >= 0, f"top_k is {top_k}; it must be 0 (no limit) or positive")
+        _need(not self.stop_texts or self.tokenizer is not None, "stop_texts needs tokenizer=")
+        _need(all(self.stop_texts), "stop_texts holds an empty text")
+        last = config.vocab_size - 1
+        for token in watch_W.tolist():
+            _need(0 <= token <= last, f"watch holds id {token}; the vocabulary has 0 to {last}")
+        for name, values in ("keys", self.keys), ("max_new_tokens", self.max_new_tokens):
+            if isinstance(values, Sequence):
+                message = f"{name} has {len(values)} entries for {len(self.prompts)} prompts"
+                _need(len(values) == len(self.prompts), message)
+
+    def capacity(self, config: ModelConfig, weight: Tensor, limits: Limits) -> Capacity:
+        """Checks every prompt against model and cache; -> what runs at once. `weight`: any of the model's."""
+        cuda, room = weight.device.type == "cuda", config.max_positions
+        size = limits.block_size or (64 if cuda else 16)
+        budget = limits.token_budget or (8192 if cuda else 1024)
+        _need(kernels.KEYS % size == 0, f"block_size is {size}; it must divide {kernels.KEYS}")
+        per_block = 2 * config.num_layers * config.num_kv_heads * config.head_size * size * weight.itemsize
+        cache_bytes = limits.cache_bytes or (int(free_bytes(weight.device) * CUDA_CACHE_SHARE) if cuda else 0)
+        allowed = cache_bytes or max(CPU_CACHE_BYTES, _memory() // 2)
+        wanted, largest, longest = 2, 2, 0  # the null block, and one
+        for index, ids in enumerate(self.prompts):
+            most = self._checked_most(index, ids, config.vocab_size - 1)
+            total = len(ids) + most
+            asked = f"prompt {index} has {len(ids)} tokens and may get {most} more"
+            if total > room:
+                raise InputError(f"{asked}: {total}, but the model takes at most {room}")
+            # One block more than it fills: the prompt's last, half full, is copied when it is forked.
+            needed = -(-total // size) + 1
+            if needed + 1 > allowed // per_block:
+                takes = f"{(needed + 1) * per_block:,} bytes of cache; the limit is {allowed:,}"
+                raise InputError(f"{asked}, which takes {takes}")
+            wanted, largest = wanted + self.n * needed, max(largest, needed + 1)
+            longest = max(longest, total)
+        affordable = cache_bytes // per_block if cache_bytes else max(CPU_CACHE_BYTES // per_block, largest)
+        blocks = min(affordable, wanted)
+        return Capacity(blocks, size, longest, limits.running, budget, limits.share_prefix)
+
+    def _checked_most(self, index: int, ids: Sequence[int], last: int) -> int:
+        """Checks a prompt in itself; -> the most tokens that a sample of it may get."""
+        if not len(ids):
+            raise InputError(f"prompt {index} is empty; it needs at least one id")
+        for token in (min(ids), max(ids)):
+            if not 0 <= token <= last:
+                raise InputError(f"prompt {index} holds id {token}; the vocabulary has 0 to {last}")
+        new, of = self._new_tokens(index), f"max_new_tokens of prompt {index}"
+        if len(new) != self.n:
+            raise InputError(f"{of} has {len(new)} entries for n = {self.n} samples")
+        if min(new) < 1:
+            raise InputError(f"{of} is {min(new)}; it must be at least 1")
+        return max(new)
+
+    def _new_tokens(self, index: int) -> list[int]:
+        """How many tokens each sample of a prompt may get."""
+        value = self.max_new_tokens if isinstance(self.max_new_tokens, int) else self.max_new_tokens[index]
+        return [value] * self.n if isinstance(value, int) else list(value)
+
+    def queue(self) -> Iterator[Prompt]:
+        """The prompts, taken in one by one: those that wait cost their ids and nothing else."""
+        seen: Counter[bytes] = Counter()
+        for index, given in enumerate(self.prompts):
+            ids = [int(i) for i in given]
+            if self.keys is None:
+                digest = hashlib.blake2b(np.array(ids, np.int64).tobytes(), digest_size=16).digest()
+                key = f"{digest.hex()}/{seen[digest]}"
+                seen[digest] += 1
+            else:
+                key = self.keys[index]
+            seeds = [noise_seed(self.seed, key, number) for number in range(self.n)]
+            yield Prompt(index, ids, self._new_tokens(index), seeds)
+
+    def stops(self, ids: list[int]) -> bool:
+        """Whether the last id is a stop id or ends a stop text. A token is rarely less than a character."""
+        if not self.stop_texts or self.tokenizer is None:
+            return ids[-1] in self.stop_ids
+        text = self.tokenizer.decode(ids[-(max(map(len, self.stop_texts)) + 8) :])
+        return ids[-1] in self.stop_ids or any(stop in text for stop in self.stop_texts)
+
+
+def _need(holds: bool, message: str) -> None:
+    if not holds:
+        raise InputError(message)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is at work: prompts, their samples, and the steps of the device
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    index: int
+    ids: list[int]
+    limits: list[int]  # how many tokens each of its samples may get
+    seeds: list[int]  # of each sample's noise
+
+    def shared_tokens(self, block_size: int) -> int:
+        """Tokens in full pages, which all samples share; everything behind is read in a second part."""
+        return (len(self.ids) - 1) // block_size * block_size
+
+
+@dataclass(eq=False, kw_only=True)
+class TokenSequence:
+    """Tokens that stand in the cache, or will: what a prompt's source and a sample have in common."""
+
+    prompt: Prompt
+    number: int = 0  # among its prompt's samples
+    table: BlockTable = field(default_factory=BlockTable)
+    done: int = 0  # tokens whose keys and values are computed, or planned
+
+    @property
+    def ids(self) -> list[int]:
+        return self.prompt.ids
+
+    @property
+    def target(self) -> int:
+        """Tokens that have to be in the cache before samples are forked from it, or it is decoded.
+
+        All but the last one: a decode step feeds it, so that logits come from these steps only.
+        """
+        return len(self.ids) - 1
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Older first: the oldest is admitted first, and the youngest gives way."""
+        return self.prompt.index, self.number
+
+
+class PromptSource(TokenSequence):
+    """A prompt, computed once: its samples are forked from it. Its number is that of the next one."""
+
+
+@dataclass(eq=False, kw_only=True)
+class OpenSample(TokenSequence):
+    """A sample that is not finished. It may lose its blocks, and be computed again."""
+
+    new_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    watched: list[list[float]] = field(default_factory=list)
+
+    @property
+    def ids(self) -> list[int]:
+        return self.prompt.ids + self.new_ids
+
+    @property
+    def limit(self) -> int:
+        """How many tokens it may get."""
+        return self.prompt.limits[self.number]
+
+    @property
+    def fully_planned(self) -> bool:
+        """Whether a step that is planned draws its last token."""
+        return self.done == len(self.prompt.ids) + self.limit - 1
+
+
+class Chunk(NamedTuple):
+    """Tokens start to stop of a sequence, to be computed into the blocks it had when this was planned."""
+
+    sequence: TokenSequence
+    start: int
+    stop: int
+    blocks: list[int]
+
+
+@dataclass
+class Step:
+    """What the device does next, in this order."""
+
+    fresh: list[int] = field(default_factory=list)  # pages to clear
+    chunks: list[Chunk] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)  # pages to copy: from, to
+    joined: dict[OpenSample, int] = field(default_factory=dict)  # new in the running batch, with their slots
+    samples: list[OpenSample] = field(default_factory=list)  # to be decoded, a row each,
+    slots: list[int] = field(default_factory=list)  # their slots,
+    positions: list[int] = field(default_factory=list)  # and where the tokens that they feed stand
+    batch_version: tuple[int, int] = (0, 0)  # the same as long as rows, slots and pages are
+
+    def add(self, growth: Growth) -> None:
+        self.fresh += growth.fresh
+        self.copies += growth.copies

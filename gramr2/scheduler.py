@@ -1,0 +1,185 @@
+"""The scheduler: which prompts and samples run in the next step of the device.
+
+Work enters and leaves a running batch as samples finish. Prompts are computed in chunks, under a token
+budget, beside the samples that are decoded; a computed prompt is the source that its samples are forked
+from. When blocks run out the youngest gives its own back, and is computed again later.
+
+It knows blocks, positions and slots. It leaves out: the tensors (engine.py), what was sampled, and when a
+sample ends (sampler.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from operator import attrgetter
+
+from gramr2.cache import BlockPool, BlockTable
+from gramr2.requests import Capacity, Chunk, OpenSample, Prompt, PromptSource, Step, TokenSequence
+
+by_order = attrgetter("order")
+
+
+class Scheduler:
+    """A sequence waits, is being filled, and is then among the sources or among those that run."""
+
+    def __init__(self, prompts: Iterator[Prompt], capacity: Capacity):
+        self.queue, self.next_prompt = prompts, next(prompts, None)
+        self.pool = BlockPool(capacity.blocks, capacity.block_size)
+        self.token_budget = capacity.token_budget
+        self.waiting: list[TokenSequence] = []  # without blocks: preempted
+        self.filling: list[TokenSequence] = []  # being computed in chunks
+        self.sources: list[PromptSource] = []  # computed, with samples still to begin
+        self.running: dict[OpenSample, int] = {}  # and the slot of each
+        self.free_slots = list(range(capacity.running - 1, -1, -1))
+        self.version = 0  # of the running batch's members and tables
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.next_prompt or self.waiting or self.filling or self.sources or self.running)
+
+    @property
+    def must_preempt(self) -> bool:
+        """Whether some running sample would lose its blocks if the next step were planned now."""
+        return len(self._at_page_end()) > self.pool.free
+
+    def plan(self) -> Step:
+        """The next step: those that run come first, then prompts in chunks, as far as the budget goes."""
+        step = Step()
+        self._grow(step)
+        budget = self.token_budget - len(self._active())
+        while True:
+            for sequence in list(self.filling):
+                budget = self._compute(sequence, step, budget)
+            if budget <= 0 or not self._admit(step):
+                break
+        step.samples = self._active()
+        step.slots = [self.running[sample] for sample in step.samples]
+        step.positions = [sample.done for sample in step.samples]
+        # No sample leaves the active ones and comes back within a version: their number tells the rest.
+        step.batch_version = self.version, len(step.samples)
+        for sample in step.samples:
+            sample.done += 1
+        return step
+
+    def finish(self, sample: OpenSample) -> None:
+        self._leave(sample)
+        self.pool.release(sample.table)
+
+    def _active(self) -> list[OpenSample]:
+        return [sample for sample in self.running if not sample.fully_planned]
+
+    def _at_page_end(self) -> list[OpenSample]:
+        """Samples that need a page, and each exactly one, before they are decoded."""
+        return [sample for sample in self._active() if sample.done == sample.table.length]
+
+    def _grow(self, step: Step) -> None:
+        """A page more for every running sample that is at its page's end, older ones first."""
+        for sample in sorted(self._at_page_end(), key=by_order):
+            while not self.pool.free and sample in self.running:
+                self._preempt(max([*self.running, *self.filling, *self.sources], key=by_order))
+            if sample in self.running:
+                step.add(self.pool.extend(sample.table, self.pool.block_size))
+                self.version += 1
+
+    def _preempt(self, sequence: TokenSequence) -> None:
+        """Takes its blocks away. What it has written is kept, and computed again when it is admitted."""
+        if sequence in self.filling:
+            self.filling.remove(sequence)
+        elif isinstance(sequence, PromptSource):
+            self.sources.remove(sequence)
+        elif isinstance(sequence, OpenSample):
+            self._leave(sequence)
+        self.pool.release(sequence.table)
+        sequence.done = 0
+        self.waiting.append(sequence)
+
+    def _admit(self, step: Step) -> bool:
+        """Lets the oldest that waits begin, if there is a slot and room for it."""
+        if self.next_prompt and not (self.waiting or self.sources):
+            self.waiting.append(PromptSource(prompt=self.next_prompt))
+            self.next_prompt = next(self.queue, None)
+        oldest = min([*self.waiting, *self.sources], key=by_order, default=None)
+        if oldest is None or len(self.free_slots) <= len(self.filling):
+            return False  # each of those that are filling will take a slot
+        if isinstance(oldest, PromptSource) and oldest in self.sources:
+            return self._fork(oldest, step)
+        return self._start(oldest, step)
+
+    def _start(self, sequence: TokenSequence, step: Step) -> bool:
+        """Gives blocks to a sequence whose tokens are to be computed, as far as no other has them already."""
+        ids, size = sequence.prompt.ids, self.pool.block_size
+        room = sequence.target
+        if isinstance(sequence, OpenSample):  # with the page that it is decoded into: it must find one then
+            room += size - room % size
+        table = self.pool.match(ids[: len(ids) - 1])
+        if not self._make_room(table, room - table.length, sequence):
+            self.pool.release(table)
+            return False
+        sequence.table, sequence.done = table, table.length
+        step.add(self.pool.extend(table, room - table.length))
+        self.waiting.remove(sequence)
+        self.filling.append(sequence)
+        return True
+
+    def _fork(self, source: PromptSource, step: Step) -> bool:
+        """Begins the next sample of a computed prompt."""
+        is_last = source.number + 1 == len(source.prompt.limits)
+        # The last one takes the table itself: nobody forks from it again, and its half page needs no copy.
+        table = source.table if is_last else self.pool.fork(source.table)
+        sample = OpenSample(prompt=source.prompt, number=source.number, table=table, done=source.done)
+        if is_last:
+            self.sources.remove(source)
+        more = self.pool.block_size - table.length % self.pool.block_size
+        if not self._make_room(table, more, sample):
+            if is_last:
+                self.sources.append(source)
+            else:
+                self.pool.release(table)
+            return False
+        source.number += 1
+        step.add(self.pool.extend(table, more))
+        self._join(sample, step)
+        return True
+
+    def _make_room(self, table: BlockTable, count: int, sequence: TokenSequence) -> bool:
+        """Whether the table can grow, with one block to spare for each running sample, which may need it.
+
+        When nothing else runs, younger prompts that wait to be forked have to give way: also the source of
+        the very sample that is to begin.
+        """
+        if self.pool.needs(table, count) + len(self.running) <= self.pool.free:
+            return True
+        if self.running or self.filling:
+            return False
+        while self.pool.needs(table, count) > self.pool.free:
+            younger = [source for source in self.sources if source.order >= sequence.order]
+            if not younger:
+                return False
+            self._preempt(max(younger, key=by_order))
+        return True
+
+    def _compute(self, sequence: TokenSequence, step: Step, budget: int) -> int:
+        """Plans as many of its missing tokens as the budget allows; -> what is left of the budget."""
+        shared = sequence.prompt.shared_tokens(self.pool.block_size)
+        while sequence.done < sequence.target and budget > 0:
+            start = sequence.done
+            stop = min(sequence.target, start + budget, shared if start < shared else sequence.target)
+            step.chunks.append(Chunk(sequence, start, stop, list(sequence.table.blocks)))
+            sequence.done, budget = stop, budget - (stop - start)
+            # From here on others may read these pages: they are written before anything of this step reads.
+            self.pool.name(sequence.table, sequence.prompt.ids[: min(stop, shared)])
+        if sequence.done == sequence.target:
+            self.filling.remove(sequence)
+            if isinstance(sequence, PromptSource):
+                self.sources.append(sequence)
+            elif isinstance(sequence, OpenSample):
+                self._join(sequence, step)
+        return budget
+
+    def _join(self, sample: OpenSample, step: Step) -> None:
+        self.running[sample] = step.joined[sample] = self.free_slots.pop()
+        self.version += 1
+
+    def _leave(self, sample: OpenSample) -> None:
+        self.free_slots.append(self.running.pop(sample))
+        self.version += 1

@@ -1,0 +1,74 @@
+"""What a device of some compute capability would compile: every Triton kernel, at the shapes that matter.
+
+Needs triton. A kernel that is missing here fails test_kernels_compile.py.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from triton.runtime.jit import JITFunction
+
+from kernels import paged_attention, sequence_logprob_triton
+from kernels.paged_attention_cpu import LOWEST
+
+MODULES = paged_attention, sequence_logprob_triton
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # as triton names them
+
+
+class Build(NamedTuple):
+    kernel: JITFunction
+    types: list[
+        str
+    ]  # of the arguments, in order, as triton spells them; ":16": 16 divides it, as all pointers
+    constants: dict
+    options: dict
+    tensor_cores: str | None = None  # "wide": the device's widest instruction; "any" will do for few rows
+
+
+def builds(capability_major: int) -> list[Build]:
+    return [
+        build
+        for name, dtype in DTYPES.items()
+        for build in [*cache_builds(name, dtype), *logprob_builds(name, dtype, capability_major)]
+    ]
+
+
+def cache_builds(name: str, dtype: torch.dtype) -> list[Build]:
+    """LLaMA-3.1-8B's heads.
+
+    A sample alone has 16 rows or fewer, too few for Hopper's wide instruction, and is bound by the bytes it
+    reads; a group that shares its prefix fills 64.
+    """
+    heads, size, page, splits, fusion = 4, 128, 64, 8, paged_attention.FUSION
+    operand, fp32 = f"*{name}", "*fp32"
+    write = [operand] * 4 + ["*i64", "i32:16"]
+    read = [operand] * 3 + ["*i64"] * 3 + [fp32] * 3 + ["i32"] * 6 + ["fp32"]
+    merge = {"K": size, "LOWEST": LOWEST, "BLOCK_S": splits, "BLOCK_K": size}
+    found = [
+        Build(paged_attention._write_kernel, write, {"BLOCK": 1024}, fusion),
+        Build(paged_attention._merge_kernel, [fp32] * 3 + [operand, "i32", "i32"], merge, fusion),
+    ]
+    for rows in (64,) if name == "fp16" else (16, 32, 64):  # fp16 takes the instructions that bf16 takes
+        keys, options = paged_attention._tiles(dtype, rows)
+        constants = {"K": size, "PAGE": page, "HEADS": heads, "LOWEST": LOWEST}
+        constants |= {"BLOCK_R": rows, "BLOCK_W": keys, "BLOCK_K": size}
+        cores = None if dtype == torch.float32 else "wide" if rows == 64 else "any"
+        found.append(Build(paged_attention._read_kernel, read, constants, options, cores))
+    return found
+
+
+def logprob_builds(name: str, dtype: torch.dtype, capability_major: int) -> list[Build]:
+    tiles, options = sequence_logprob_triton._tiles(dtype, capability_major)
+    operands = [f"*{name}"] * 2
+    if tiles["COPY_ENGINE"]:
+        blocks = ([tiles[f"BLOCK_{axis}"], tiles["BLOCK_D"]] for axis in "TV")
+        operands = [f"tensordesc<{name}{block}>" for block in blocks]
+    score = operands + ["*i64"] + ["*fp32"] * 3 + ["i32", "i32", "i32:16", "i32", "i32", "i32"]
+    gradient = [f"*{name}", "*i64"] + ["*fp32"] * 3 + ["i32:16"]
+    cores = None if dtype == torch.float32 else "wide"
+    return [
+        Build(sequence_logprob_triton._score_kernel, score, tiles, options, cores),
+        Build(sequence_logprob_triton._gradient_kernel, gradient, *sequence_logprob_triton.GRADIENT),
+    ]

@@ -1,0 +1,128 @@
+"""Decode steps as graphs: the way that CUDA goes, also where there is none."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import weakref
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import random_model
+from oracles import naive_greedy
+from small_caches import BLOCKS, LENGTHS, cache_bytes, prompts_of
+
+import gramr2
+from gramr2 import engine, graphs, sampler
+from gramr2.batch import DecodeBatch
+from gramr2.sampler import Limits, generate, generate_iter
+
+
+class EagerGraph:
+    """Its replay decodes. Like a graph, it does not keep the engine alive."""
+
+    def __init__(self, decode, batch, outputs_RC):
+        self.decode, self.batch, self.outputs_RC = weakref.WeakMethod(decode), batch, outputs_RC
+
+    def replay(self):
+        # Fresh reads: a kernel on the CPU keeps its layout of these, whatever the buffers hold by then.
+        batch = DecodeBatch.of(self.batch.arrays())
+        self.outputs_RC.copy_(self.decode()(batch))
+
+
+class EagerGraphs(graphs.DecodeGraphs):
+    """The fixed buffers, the padding and the step of delay are real."""
+
+    def _record(self, decode, batch):
+        outputs_RC = decode(batch)
+        return EagerGraph(decode, batch, outputs_RC), outputs_RC
+
+
+class EngineWithGraphs(engine.Engine):
+    def __init__(self, model, capacity, options):
+        super().__init__(model, capacity, options)
+        self.item_rows = 2
+        self.graphs = EagerGraphs(self.device, capacity, self.item_rows)
+        self._clear(list(range(capacity.blocks)))  # with graphs it leaves this to kernels that need it not
+
+
+@pytest.fixture
+def with_graphs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", Mock)
+    monkeypatch.setattr(sampler, "Engine", EngineWithGraphs)
+
+
+def test_fixed_buffers_and_a_host_one_step_behind_change_nothing(request):
+    """Also under preemption, with stop ids seen a step late, and prefixes split among several items."""
+    model = random_model("llama2")
+    prompts = prompts_of(LENGTHS)
+    options = dict(n=3, max_new_tokens=40, temperature=0, stop_ids=(3, 17), watch=[5], progress=False)
+    limits = Limits(cache_bytes=cache_bytes(model, BLOCKS), running=13, token_budget=64)
+    wanted = generate(model, prompts, **options)
+    request.getfixturevalue("with_graphs")
+    got = generate(model, prompts, limits=limits, **options)
+    for a, b in zip(itertools.chain(*wanted), itertools.chain(*got), strict=True):
+        assert (a.ids, a.finish) == (b.ids, b.finish)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2e-5)
+
+
+def test_a_step_in_flight_may_end_all_that_runs_while_blocks_are_short(with_graphs):
+    """Two samples stand at a page's end, one block is free, and the step before has just stopped both."""
+    model = random_model("llama2")
+    prompts = prompts_of([14, 14])
+    options = dict(max_new_tokens=4, temperature=1, keys=["a", "b"], progress=False)
+    whole = generate(model, prompts, **options, stop_ids=())
+    stop_ids = [sample.ids[2] for (sample,) in whole]  # drawn at the page's last place
+    limits = Limits(cache_bytes=cache_bytes(model, 4), running=2)
+    got = generate(model, prompts, **options, stop_ids=stop_ids, limits=limits)
+    assert [(len(sample.ids), sample.finish) for (sample,) in got] == [(3, "stop")] * 2
+
+
+def test_a_calls_cache_goes_with_the_call(with_graphs, monkeypatch):
+    """Kept in a circle, a device's cache would still be there when the next call measures what is free."""
+    engines = []
+
+    def remembered(*arguments):
+        made = EngineWithGraphs(*arguments)
+        engines.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(sampler, "Engine", remembered)
+    model = random_model("llama2")
+    gc.disable()
+    try:
+        generate(model, [[1, 2, 3]], max_new_tokens=2, progress=False)
+        next(generate_iter(model, [[1, 2, 3]] * 2, max_new_tokens=2, progress=False))  # and left there
+        assert [made() for made in engines] == [None, None]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: pytest -m cuda")
+def test_cuda_graphs_follow_the_oracle():
+    model = random_model("qwen3").cuda()
+    prompts = prompts_of(LENGTHS)
+    got = generate(model, prompts, n=3, max_new_tokens=40, temperature=0, stop_ids=(), progress=False)
+    model = model.cpu()
+    for prompt, group in zip(prompts, got, strict=True):
+        ids, _ = naive_greedy(model, prompt, 40)
+        assert all(sample.ids == ids for sample in group)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: pytest -m cuda")
+def test_a_tight_cache_changes_no_sample_in_bf16():
+    """Preempted, forked and copied on the device, and cut off by top-p: log-probs are those of the ids."""
+    model = random_model("qwen3").cuda().bfloat16()
+    prompts = prompts_of(LENGTHS)
+    limits = Limits(cache_bytes=cache_bytes(model, BLOCKS), block_size=16, running=13, token_budget=64)
+    options = dict(n=3, max_new_tokens=40, top_p=0.9, top_k=50, stop_ids=(), progress=False)
+    for prompt, group in zip(prompts, generate(model, prompts, limits=limits, **options), strict=True):
+        for sample in group:
+            assert len(sample.ids) == 40 and sample.finish == "length"
+            scored = gramr2.logprobs(model, [prompt + sample.ids])[0][len(prompt) - 1 :].cpu().numpy()
+            np.testing.assert_allclose(sample.logprobs, scored, atol=0.15)
