@@ -426,9 +426,7 @@ def test_published_data_and_two_tokenizers_run_from_end_to_end(forks, tmp_path):
         path for name in ("filter-labelled", "round-1-rationales") for path in root.glob(f"steps/*-{name}")
     ]
     config = TrainSettings(max_length=300)
-    curriculum = ExampleBuilder(
-        "reward", config, [path / "kept.jsonl" for path in kept], tmp_path / "judge"
-    )
+    curriculum = ExampleBuilder("reward", config, [path / "kept.jsonl" for path in kept], tmp_path / "judge")
     assert curriculum.size > 0
     for i in range(curriculum.size):
         pair, (example,) = curriculum.record(i), curriculum.plain(i).sequences

@@ -1,5 +1,6 @@
 """What the tests of training share: a small world of sums, a small checkpoint, and the driver."""
 
+import functools
 import json
 import os
 import random
@@ -66,20 +67,21 @@ def job(
     return {"out": str(out), "model": str(model), "data": [str(data)], **more}
 
 
+@functools.cache
+def driver() -> subprocess.Popen:
+    """tests/driver.py, begun once; it ends when this process does, with its standard input."""
+    command = [sys.executable, str(Path(__file__).with_name("driver.py"))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1, env=environment)
+
+
 def drive(jobs: list[dict]) -> list[dict]:
-    """Runs the jobs one after the other in one driver process."""
-    driver = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("driver.py"))],
-        input=json.dumps(jobs),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    results = [json.loads(line) for line in driver.stdout.splitlines() if line.startswith("{")]
-    assert len(results) == len(jobs), driver.stderr
-    for result in results:
-        result["log"] = driver.stderr
+    """Runs the jobs one after the other, each in a fork of the driver."""
+    results = []
+    for each in jobs:
+        driver().stdin.write(json.dumps(each) + "\n")
+        results.append(json.loads(driver().stdout.readline()))
     return results
 
 

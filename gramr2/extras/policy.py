@@ -22,9 +22,9 @@ logits were not finite is left out, and counted. What has no verdict counts one 
 OUT/rollouts.jsonl has a row for each rollout: response, reward, advantage, and what the judge wrote about it.
 From these rows a run that was cut between two inner steps goes on, to the same bits.
 
-Each rank holds the policy whole, to sample from, beside its part of the one that is trained, the model that it
-began from, and the judge; it draws and judges its share of the prompts. It leaves out: a value model, rewards
-within a rollout, and policy and judge on different machines.
+Each rank holds the policy whole, to sample from, beside its part of the one that is trained, the model that
+it began from, and the judge; it draws and judges its share of the prompts. It leaves out: a value model,
+rewards within a rollout, and policy and judge on different machines.
 """
 
 from __future__ import annotations
