@@ -1,4 +1,4 @@
-"""Stores, shards, packs and orders: no row is lost or read in half, no example is cut."""
+"""Stores, logs, packs and orders: no row is lost or read in half, no example is cut."""
 
 import json
 import os
@@ -69,23 +69,23 @@ def test_a_torn_last_line_is_dropped_and_said(tmp_path, capsys):
     store = Store(path)
     assert list(store) == ROWS[:3] and store.torn == 12
     assert "torn last line of 12 bytes" in capsys.readouterr().err
-    with RowLog(path) as shard:
-        shard.write(ROWS[3])
+    with RowLog(path) as log:
+        log.write(ROWS[3])
     assert "torn last line of 12 bytes" in capsys.readouterr().err
     assert list(Store(path)) == ROWS[:4] and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("cut", [1, 2, 30, 70000])
-def test_a_shard_cut_anywhere_keeps_every_whole_row(tmp_path, cut):
+def test_a_log_cut_anywhere_keeps_every_whole_row(tmp_path, cut):
     """A kill leaves a prefix of the file, which may end in the middle of a character or of a long row."""
     path = tmp_path / "rows.jsonl"
     rows = [*ROWS[:5], {"long": "é" * 100000}]
-    with RowLog(path) as shard:
+    with RowLog(path) as log:
         for row in rows:
-            shard.write(row)
+            log.write(row)
     os.truncate(path, path.stat().st_size - cut)
-    with RowLog(path) as shard:
-        shard.write({"after": 1})
+    with RowLog(path) as log:
+        log.write({"after": 1})
     assert list(Store(path)) == (rows if cut == 1 else rows[:5]) + [{"after": 1}]
 
 

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from gramr2.data import Store
+from gramr2.examples import ExampleBuilder
+from gramr2.settings import TrainSettings
 
 CONFIG = {
     "batch_size": 8,
@@ -58,6 +60,11 @@ def make(directory: Path, count: int = 48, family: str = "llama3") -> tuple[Path
     data = write_rows(directory / "pairs.jsonl", sums(count))
     Store(data)  # its index is written, so that every run publishes the same number of files
     return model, data
+
+
+def builder_of(stage: str, world: tuple[Path, Path], **config) -> ExampleBuilder:
+    model, data = world
+    return ExampleBuilder(stage, TrainSettings(**CONFIG | config), [data], model)
 
 
 def job(
