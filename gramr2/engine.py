@@ -25,10 +25,11 @@ import kernels
 from gramr2.batch import DecodeBatch, DecodeRows, padded, prefill_arrays
 from gramr2.cache import NULL
 from gramr2.graphs import DecodeGraphs
-from gramr2.model import Attend, Decoder
+from gramr2.model import Decoder
 from gramr2.requests import Capacity, Chunk, Step
 from kernels.choice import Column, Options, choose, uniforms
 from kernels.linear_cpu import column_major, projection
+from kernels.packed_attention import Attend
 from kernels.reads import Reads
 
 QUERY_ROWS = 64  # of one item, on CUDA: what a program of the kernel takes; the CPU takes any number

@@ -249,7 +249,7 @@ def make_trainee(
 
 def make_optimizer(trainee: Trainee, settings: TrainSettings) -> torch.optim.AdamW:
     """Fused AdamW; matrices decay and vectors (norms, biases) do not. Its state exists from the start."""
-    parameters = list(trainee.parameters())
+    parameters = [parameter for parameter in trainee.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},

@@ -28,13 +28,14 @@ import torch
 
 from gramr2 import prompts
 from gramr2.files import InputError, JsonRow, read_json
-from gramr2.model import Decoder, packed_causal, packed_positions
+from gramr2.model import Decoder
 from gramr2.rankings import Contest, Duel, Ranking, preference
 from gramr2.records import UNDECIDED, Judgment, Messages, Pair
 from gramr2.settings import PAIRS_PER_CALL
 from gramr2.tokenizer import Tokenizer
 from gramr2.votes import SCALAR, THINK, Format, Voter, sigmoid, too_long
 from gramr2.weights import load
+from kernels.packed_attention import packed_causal, packed_positions
 
 MAX_NEW_TOKENS = 4096
 CALIBRATION = "calibration.json"  # in the model directory

@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from gramr2.model import Decoder, packed_causal, packed_positions
+from gramr2.model import Decoder
 from gramr2.records import Example
+from kernels.packed_attention import packed_causal, packed_positions
 
 NO_LETTER = -1  # at targets that are not the label's letter
 

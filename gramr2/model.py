@@ -2,8 +2,8 @@
 
 It reads flat ragged token ids: the sequences of a batch stand one behind the other without padding, each
 token with its position, and hidden states come out in the same order. What a token may look at is not
-known here: attention is an argument, a function of one layer's queries, keys and values. `packed_causal`
-below is the one that training and scoring pass; the sampler passes another that reads a paged cache.
+known here: attention is an argument, a function of one layer's queries, keys and values. Training and scoring
+pass kernels/packed_attention.py's; the sampler passes another that reads a paged cache.
 
 The published families differ in four fields, and each is read from the configuration, never inferred:
 biases (Qwen2 has them on q, k and v), a norm on queries and keys (Qwen3), the head size, and whether the
@@ -20,7 +20,6 @@ G key/value heads, K head size, B sequences of one length L.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -28,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q_THK, k_TGK, v_TGK) -> o_THK
+from kernels.packed_attention import Attend
 
 
 @dataclass(frozen=True)
@@ -173,59 +172,3 @@ class Decoder(nn.Module):
         for layer, block in enumerate(self.blocks):
             x_TD = block(x_TD, rope, layer, attend)
         return self.norm(x_TD)
-
-
-def packed_positions(lengths: Sequence[int], device: torch.device | str) -> Tensor:
-    """Positions of sequences that stand one behind the other: 0 … length-1, again and again."""
-    counts = torch.as_tensor(lengths, dtype=torch.int64, device=device)
-    starts = counts.cumsum(0) - counts
-    total = int(sum(lengths))
-    return torch.arange(total, device=device) - starts.repeat_interleave(counts, output_size=total)
-
-
-def packed_causal(lengths: Sequence[int], device: torch.device | str) -> Attend:
-    """Causal attention within each sequence of a pack, and never across: no padding, no T x T mask.
-
-    On CUDA in half precision one variable-length flash kernel takes the whole pack. Elsewhere
-    sequences of equal length go through one call of torch's fused attention.
-    """
-    device, lengths = torch.device(device), [n for n in lengths if n > 0]
-    offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
-    longest = max(lengths, default=0)
-    groups: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        groups.setdefault(length, []).append(index)
-
-    def flash(layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
-        # The operator below torch.nn.attention.varlen: same kernel, and one signature in every
-        # supported torch, where the public function's has changed from release to release.
-        return torch.ops.aten._flash_attention_forward(
-            q_THK, k_TGK, v_TGK, offsets, offsets, longest, longest, 0.0, True, False
-        )[0]
-
-    def by_length(layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
-        if len(groups) == 1:
-            return _attend_equal(q_THK, k_TGK, v_TGK, len(lengths)).flatten(0, 1)
-        parts = [x.split(lengths) for x in (q_THK, k_TGK, v_TGK)]
-        outputs: list[Tensor | None] = [None] * len(lengths)
-        for members in groups.values():
-            stacked = (torch.cat([part[i] for i in members]) for part in parts)
-            for i, o_LHK in zip(members, _attend_equal(*stacked, len(members)), strict=True):
-                outputs[i] = o_LHK
-        return torch.cat(outputs)
-
-    def attend(layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
-        if not lengths:
-            return q_THK
-        half = q_THK.dtype in (torch.bfloat16, torch.float16)
-        size = q_THK.shape[-1]
-        fits = q_THK.is_cuda and half and size <= 256 and size % 8 == 0
-        return (flash if fits else by_length)(layer, q_THK, k_TGK, v_TGK)
-
-    return attend
-
-
-def _attend_equal(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, count: int) -> Tensor:
-    """Causal attention of `count` sequences of one length: [B, L, H, K]."""
-    q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q_THK, k_TGK, v_TGK))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)

@@ -38,7 +38,7 @@ from torch.utils.checkpoint import checkpoint
 from gramr2.files import InputError, read_json, write_json
 from gramr2.loss import Trainee
 from gramr2.settings import TrainSettings
-from gramr2.weights import checkpoint_tensors
+from gramr2.weights import checkpoint_tensors, plain_parameters
 
 KEPT = 2  # resume points: the newest, and the one before in case a disk lied
 PATIENCE = datetime.timedelta(minutes=30)  # within a training step
@@ -186,7 +186,7 @@ def _wrap_forward(block: nn.Module, settings: TrainSettings) -> None:
 
 def load_weights(trainee: Trainee, directory: Path, fresh_score: bool) -> None:
     """Reads the weights as float32. Each rank maps the files and copies what is its own."""
-    parameters = dict(trainee.decoder.named_parameters())
+    parameters = dict(plain_parameters(trainee.decoder))
     with torch.no_grad():
         for name, tensor in checkpoint_tensors(directory, trainee.decoder, fresh_score):
             _place(parameters[name], tensor)
@@ -207,7 +207,7 @@ def _place(parameter: Tensor, tensor: Tensor) -> None:
 
 def whole_tensors(trainee: Trainee, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the decoder, put together one at a time; every rank must take them all."""
-    for name, parameter in trainee.decoder.named_parameters():
+    for name, parameter in plain_parameters(trainee.decoder):
         tensor = parameter.detach()
         yield name, (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).to("cpu", dtype)
 
@@ -218,7 +218,8 @@ def whole_tensors(trainee: Trainee, dtype: torch.dtype) -> Iterator[tuple[str, T
 def training_state(trainee: Trainee, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Everything that a step changes, by flat names that no number of ranks appears in."""
     state = {}
-    for name, parameter in trainee.decoder.named_parameters():
+    trained = ((name, each) for name, each in trainee.decoder.named_parameters() if each.requires_grad)
+    for name, parameter in trained:
         state[f"weight.{name}"] = parameter.detach()
         for key in ("exp_avg", "exp_avg_sq"):
             state[f"{key}.{name}"] = optimizer.state[parameter][key]

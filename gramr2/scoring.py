@@ -15,7 +15,8 @@ from torch import Tensor
 
 import kernels
 from gramr2.files import InputError
-from gramr2.model import Decoder, packed_causal, packed_positions
+from gramr2.model import Decoder
+from kernels.packed_attention import packed_causal, packed_positions
 
 TOKEN_BUDGET = 8192  # tokens of one forward pass; a longer sequence is a pass of its own
 

@@ -8,7 +8,7 @@ what transformers loads unchanged, and publishes the directory whole (files.py).
 `config.json` is understood as transformers 4 writes it (`rope_theta`, `rope_scaling`, `torch_dtype`) and
 as transformers 5 does (`rope_parameters`, `dtype`); what a model came with is what it is saved with.
 
-It leaves out: pickled checkpoints (never opened), quantised ones, downloads, and sharding over ranks
+It leaves out: pickled checkpoints (never opened), quantised ones, downloads, and splitting over ranks
 (parallel.py distributes what `checkpoint_tensors` yields).
 """
 
@@ -17,20 +17,38 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from gramr2.files import InputError, publish_directory, read_json
 from gramr2.model import Decoder, Llama3Rope, ModelConfig
 from gramr2.tokenizer import Tokenizer
 
-SHARD_BYTES = 5 * 10**9  # the largest shard that the hub's own tools write
-FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+MAX_FILE_BYTES = 5 * 10**9  # the largest file of tensors that the hub's own tools write
+
+
+@dataclass(frozen=True)
+class Family:
+    """What tells a family's checkpoints apart where config.json does not say it in the same words."""
+
+    name: str  # its classes' names begin with it
+    only_qkv_bias: bool = False  # biases on q, k and v whatever attention_bias says, and none on the output
+    qk_norm: bool = False
+    window: str = "use_sliding_window"  # the field that is set where a sliding window is in use
+
+
+# By model_type. Of those that a configuration would fit, the first is what a fresh config.json names.
+FAMILIES = {
+    "llama": Family("Llama"),
+    "qwen2": Family("Qwen2", only_qkv_bias=True),
+    "qwen3": Family("Qwen3", qk_norm=True),
+}
 # A configuration's fields, ours ↔ theirs, in the order in which a fresh config.json has them.
 FIELDS = {
     "vocab_size": "vocab_size",
@@ -84,6 +102,18 @@ def published_name(ours: str) -> str:
     return f"{NAMES[pattern].format(number[1])}.{kind}"
 
 
+def plain_parameters(model: Decoder) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that a checkpoint holds, by the names that a plain decoder gives them.
+
+    A module put around one of a decoder's keeps that one as `base`; what it adds is not in a checkpoint.
+    """
+    with torch.device("meta"):
+        names = {name for name, _ in Decoder(model.config).named_parameters()}
+    for name, parameter in model.named_parameters():
+        if (plain := name.replace(".base.", ".")) in names:
+            yield plain, parameter
+
+
 # ---------------------------------------------------------------------------------- configuration
 
 
@@ -105,18 +135,19 @@ def read_config(directory: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
     """config.json's fields as the decoder's; what it cannot compute is refused by name."""
-    family = raw.get("model_type")
-    architecture = (raw.get("architectures") or [f"{FAMILIES.get(family)}ForCausalLM"])[0]
-    supported = [name + head for name in FAMILIES.values() for head in HEADS]
-    if family not in FAMILIES or architecture not in [FAMILIES[family] + head for head in HEADS]:
+    model_type = raw.get("model_type")
+    family = FAMILIES.get(model_type)
+    architecture = (raw.get("architectures") or [f"{family and family.name}ForCausalLM"])[0]
+    supported = [each.name + head for each in FAMILIES.values() for head in HEADS]
+    if family is None or architecture not in [family.name + head for head in HEADS]:
         raise InputError(
-            f"{where}: architecture {architecture} (model type {family}) is not supported; "
+            f"{where}: architecture {architecture} (model type {model_type}) is not supported; "
             f"supported are {', '.join(supported)}"
         )
     refused = {
         "hidden_act": raw.get("hidden_act", "silu") != "silu",
         "mlp_bias": raw.get("mlp_bias", False),
-        "use_sliding_window": raw.get("use_sliding_window", False),
+        family.window: raw.get(family.window, False),
         "quantization_config": "quantization_config" in raw,
     }
     for field in (name for name, present in refused.items() if present):
@@ -136,9 +167,9 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
         rope_theta=float(theta),
         rope_llama3=llama3,
         tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        qkv_bias=family == "qwen2" or attention_bias,
-        output_bias=family != "qwen2" and attention_bias,
-        qk_norm=family == "qwen3",
+        qkv_bias=family.only_qkv_bias or attention_bias,
+        output_bias=not family.only_qkv_bias and attention_bias,
+        qk_norm=family.qk_norm,
         # transformers leaves the field out where it has its default, two labels.
         num_labels=len(raw.get("id2label") or "01") if classifies else 0,
     )
@@ -162,16 +193,16 @@ def published_config(config: ModelConfig, dtype: torch.dtype, raw: Mapping[str, 
     """
     if raw:
         written = dict(raw)
-        family = raw["model_type"]
     else:
-        family = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias > config.output_bias else "llama"
-        written = {"model_type": family}
+        traits = config.qkv_bias > config.output_bias, config.qk_norm
+        fits = (name for name, each in FAMILIES.items() if (each.only_qkv_bias, each.qk_norm) == traits)
+        written = {"model_type": next(fits)}
         written |= {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
         written["hidden_act"] = "silu"
         if rope := config.rope_llama3:
             scaling = {theirs: getattr(rope, ours) for ours, theirs in ROPE.items()}
             written["rope_scaling"] = {"rope_type": "llama3", **scaling}
-    written["architectures"] = [FAMILIES[family] + HEADS[config.num_labels > 0]]
+    written["architectures"] = [FAMILIES[written["model_type"]].name + HEADS[config.num_labels > 0]]
     if config.num_labels:
         written["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.num_labels)}
         written["label2id"] = {f"LABEL_{i}": i for i in range(config.num_labels)}
@@ -223,7 +254,7 @@ def checkpoint_tensors(
     """
     directory = Path(directory)
     files = _tensor_files(directory)
-    expected = {published_name(name): (name, tuple(p.shape)) for name, p in model.named_parameters()}
+    expected = {published_name(name): (name, tuple(p.shape)) for name, p in plain_parameters(model)}
     if fresh_score:
         del expected["score.weight"]
     missing = [name for name in expected if name not in files]
@@ -241,17 +272,17 @@ def checkpoint_tensors(
     for name in expected:
         by_file.setdefault(files[name], []).append(name)
     for path, names in by_file.items():
-        with _open(path) as shard:
+        with _open(path) as file:
             for name in names:
-                shape, wanted = tuple(shard.get_slice(name).get_shape()), expected[name][1]
+                shape, wanted = tuple(file.get_slice(name).get_shape()), expected[name][1]
                 if shape != wanted:
                     raise InputError(f"{path}: {name} has shape {list(shape)}, expected {list(wanted)}")
     if model.config.tie_embeddings and "lm_head.weight" in files:
         _check_tie(files)
     for path, names in by_file.items():
-        with _open(path) as shard:
+        with _open(path) as file:
             for name in names:
-                yield expected[name][0], shard.get_tensor(name)
+                yield expected[name][0], file.get_tensor(name)
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
@@ -259,18 +290,18 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if not index.is_file():
         if not single.is_file():
-            raise InputError(f"{directory}: holds neither model.safetensors nor an index of shards")
-        with _open(single) as shard:
-            return dict.fromkeys(shard.keys(), single)
+            raise InputError(f"{directory}: holds neither model.safetensors nor an index of files")
+        with _open(single) as file:
+            return dict.fromkeys(file.keys(), single)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: has no weight_map")
-    files = {name: directory / file for name, file in weight_map.items()}
+    files = {name: directory / place for name, place in weight_map.items()}
     for path in sorted(set(files.values())):
         if not path.is_file():
             raise InputError(f"{path}: missing, though {index.name} names it")
-        with _open(path) as shard:
-            absent = {name for name, file in files.items() if file == path} - set(shard.keys())
+        with _open(path) as file:
+            absent = {name for name, place in files.items() if place == path} - set(file.keys())
         if absent:
             raise InputError(f"{path}: {_some(sorted(absent))} missing, though {index.name} places it there")
     return files
@@ -287,8 +318,8 @@ def _check_tie(files: Mapping[str, Path]) -> None:
     """Some tied checkpoints store the head as well; it must then say the same as the embedding."""
     pair = []
     for name in ("lm_head.weight", "model.embed_tokens.weight"):
-        with _open(files[name]) as shard:
-            pair.append(shard.get_tensor(name))
+        with _open(files[name]) as file:
+            pair.append(file.get_tensor(name))
     if not torch.equal(*pair):
         where = files["lm_head.weight"]
         raise InputError(f"{where}: tie_word_embeddings is true, but lm_head.weight differs")
@@ -318,22 +349,22 @@ def save_tensors(
     directory: str | Path,
     extra: Mapping[str, str] | None = None,
 ) -> None:
-    """As `save`, from (our name, tensor) pairs, which may come one by one; a shard's worth is held."""
+    """As `save`, from (our name, tensor) pairs, which may come one by one; a file's worth is held."""
     with publish_directory(directory) as place:
-        placed: dict[str, int] = {}
-        sizes, shard, dtype = [0], {}, None
+        numbers: dict[str, int] = {}  # of the file that a tensor stands in, from 1
+        sizes, tensors, dtype = [0], {}, None
         for name, parameter in named:
             tensor = parameter.detach().to("cpu").contiguous()
             dtype = dtype or tensor.dtype
-            if shard and sizes[-1] + tensor.nbytes > SHARD_BYTES:
-                _write_shard(shard, place, len(sizes))
+            if tensors and sizes[-1] + tensor.nbytes > MAX_FILE_BYTES:
+                _write_file(tensors, place, len(sizes))
                 sizes.append(0)
-                shard = {}
-            shard[published_name(name)] = tensor
-            placed[published_name(name)] = len(sizes)
+                tensors = {}
+            tensors[published_name(name)] = tensor
+            numbers[published_name(name)] = len(sizes)
             sizes[-1] += tensor.nbytes
-        _write_shard(shard, place, len(sizes))
-        _name_shards(place, placed, sum(sizes))
+        _write_file(tensors, place, len(sizes))
+        _name_files(place, numbers, sum(sizes))
         text = dict(tokenizer.files) if tokenizer else {}
         text |= {name: content.encode() for name, content in (extra or {}).items()}
         text["config.json"] = json.dumps(published_config(config, dtype, raw), indent=2).encode() + b"\n"
@@ -341,21 +372,21 @@ def save_tensors(
             (place / name).write_bytes(content)
 
 
-def _write_shard(shard: dict[str, Tensor], place: Path, number: int) -> None:
-    save_file(shard, place / f"shard-{number}", metadata={"format": "pt"})
+def _write_file(tensors: dict[str, Tensor], place: Path, number: int) -> None:
+    save_file(tensors, place / f"file-{number}", metadata={"format": "pt"})
 
 
-def _name_shards(place: Path, placed: Mapping[str, int], total_bytes: int) -> None:
-    """Shards get their final names once their count is known; the index only where there are several."""
-    count = max(placed.values())
+def _name_files(place: Path, numbers: Mapping[str, int], total_bytes: int) -> None:
+    """Files get their final names once their count is known; the index only where there are several."""
+    count = max(numbers.values())
     if count == 1:
-        (place / "shard-1").rename(place / "model.safetensors")
+        (place / "file-1").rename(place / "model.safetensors")
         return
     names = {n: f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)}
     for number, name in names.items():
-        (place / f"shard-{number}").rename(place / name)
+        (place / f"file-{number}").rename(place / name)
     index = {
         "metadata": {"total_size": total_bytes},
-        "weight_map": {tensor: names[number] for tensor, number in placed.items()},
+        "weight_map": {tensor: names[number] for tensor, number in numbers.items()},
     }
     (place / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

@@ -1,7 +1,7 @@
-"""Runs trainings for tests in forked children, killed where a test asks; one JSON line per job.
+"""Runs trainings for tests in forked children, killed where a test asks: see `trainings.drive`.
 
 A process of its own that imports torch once and computes nothing itself, so that every fork is as good as
-a fresh start and costs no import. Jobs come as a JSON list on stdin:
+a fresh start and costs no import. Jobs come on stdin, a JSON object a line, and results go back:
     stage, config {}, data [], model, out       what gramr2.fit.train takes
     ranks       processes (default 1)
     kill        ["before" | "after", n]: SIGKILL around the n-th publication (os.rename or os.replace)
@@ -9,9 +9,13 @@ a fresh start and costs no import. Jobs come as a JSON list on stdin:
     die_at      [rank, step]: that rank SIGKILLs itself
     nan_at      steps whose loss is made not a number
     file_limit  bytes that a file may have (a full disk)
+    backend     of torch.compile
     sgd         one plain gradient step of rate 1 instead of AdamW
 """
 
+import functools
+import gc
+import importlib
 import json
 import os
 import resource
@@ -24,10 +28,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import forks
 import torch
-import torch._dynamo  # a step imports it, in every fork anew if it is not here
 
 from gramr2 import fit, parallel
+from gramr2.files import InputError
 from gramr2.settings import TrainSettings
+
+PATIENCE = 300  # seconds for a job
 
 
 def count_publications(kill, written: Path) -> None:
@@ -69,12 +75,16 @@ def patch_steps(job: dict, rank: int) -> None:
 
 
 def child(job: dict, rank: int) -> int:
+    signal.alarm(0)
+    os.dup2(os.open(job["out"] + ".log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
     if "file_limit" in job:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], job["file_limit"]))
     if rank == 0:
         count_publications(job.get("kill"), Path(job["out"] + ".publications"))
     patch_steps(job, rank)
+    if "backend" in job:
+        torch.compile = functools.partial(torch.compile, backend=job["backend"])
     if job.get("sgd"):
         fit.make_optimizer = lambda trainee, config: torch.optim.SGD(trainee.parameters(), lr=1.0)
         fit.scheduled = lambda *arguments: 1.0
@@ -86,7 +96,7 @@ def child(job: dict, rank: int) -> int:
         if rank == 0:
             Path(job["out"] + ".figures").write_text(json.dumps(figures))
         return 0
-    except fit.InputError as error:
+    except InputError as error:
         if rank == 0:
             Path(job["out"] + ".error").write_text(str(error))
         return 2
@@ -100,9 +110,10 @@ def lines(path: Path) -> int:
 
 def run(job: dict) -> dict:
     out = job["out"]
-    for name in ("figures", "error"):
+    for name in ("figures", "error", "log"):
         Path(f"{out}.{name}").unlink(missing_ok=True)
     started = time.monotonic()
+    signal.alarm(PATIENCE)  # ends this process, and its reader sees that
     children = forks.fork_ranks(lambda rank: child(job, rank), job.get("ranks", 1))
     if "kill_after" in job:
         forks.kill(children, after=job["kill_after"])
@@ -111,13 +122,19 @@ def run(job: dict) -> dict:
             time.sleep(0.002)
         forks.kill(children, signal.SIGTERM)
     result = {"statuses": forks.exits(children), "seconds": time.monotonic() - started}
-    for name in ("figures", "error", "publications"):
+    signal.alarm(0)
+    for name in ("figures", "error", "log", "publications"):
         path = Path(f"{out}.{name}")
-        text = (path.read_text() if path.exists() else "") or "null"  # a kill may leave it empty
-        result[name] = text if name == "error" else json.loads(text)
+        text = path.read_text() if path.exists() else ""
+        read_as_json = name in ("figures", "publications")
+        result[name] = json.loads(text or "null") if read_as_json else text  # a kill may leave it empty
     return result
 
 
 if __name__ == "__main__":
-    for each in json.load(sys.stdin):
-        print(json.dumps(run(each)), flush=True)
+    # A training imports these late, and in every fork anew if they are not here.
+    for module in ("torch._dynamo", "jinja2.sandbox", "jinja2.ext"):
+        importlib.import_module(module)
+    gc.freeze()  # a fork that collects its garbage need not look at all that was imported
+    for line in sys.stdin:
+        print(json.dumps(run(json.loads(line))), flush=True)

@@ -1,4 +1,4 @@
-"""Stores, shards, packs and orders: no row is lost or read in half, no example is cut."""
+"""Stores, logs, packs and orders: no row is lost or read in half, no example is cut."""
 
 import json
 import os
@@ -77,7 +77,7 @@ def test_a_torn_last_line_is_dropped_and_said(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("cut", [1, 2, 30, 70000])
-def test_a_file_cut_anywhere_keeps_every_whole_row(tmp_path, cut):
+def test_a_log_cut_anywhere_keeps_every_whole_row(tmp_path, cut):
     """A kill leaves a prefix of the file, which may end in the middle of a character or of a long row."""
     path = tmp_path / "rows.jsonl"
     rows = [*ROWS[:5], {"long": "é" * 100000}]

@@ -1,21 +1,16 @@
-"""The loop and the stages: what is trained on, resumed to the bit, and what happens to bad input."""
+"""The loop: beside transformers, resumed to the bit, and what happens to bad input."""
 
 import json
-import shutil
-from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from trainings import CONFIG, curve, drive, job, make, same_bits, sums, write_rows
+from trainings import CONFIG, builder_of, curve, drive, job, make, same_bits, sums, write_rows
 
 from gramr2 import fit, parallel, prompts
 from gramr2.files import InputError
-from gramr2.loss import Example
-from gramr2.records import Pair, Tokens, show
+from gramr2.plan import make_plan
+from gramr2.records import Tokens
 from gramr2.settings import TrainSettings
 
 ALONE = parallel.Ranks(0, 1, torch.device("cpu"))
@@ -26,102 +21,9 @@ def world(tmp_path_factory):
     return make(tmp_path_factory.mktemp("world"))
 
 
-def curriculum(stage: str, world, **config) -> fit.ExampleBuilder:
-    model, data = world
-    return fit.ExampleBuilder(stage, TrainSettings(**CONFIG | config), [data], model)
-
-
 def train(out: Path, world, stage: str = "reward", data=None, **config) -> dict:
     settings = TrainSettings(**CONFIG | config)
     return fit.train(stage, settings, [data or world[1]], world[0], out, progress=False)
-
-
-# ---------------------------------------------------------------------------------- what is trained on
-
-
-def texts(rows: fit.ExampleBuilder, row: Example) -> list[tuple[str, str]]:
-    decode = rows.tokenizer.decode
-    return [(decode(s.ids[: s.start], False), decode(s.ids[s.start :], False)) for s in row.sequences]
-
-
-@pytest.mark.parametrize("letter", "AB")
-def test_each_stage_asks_and_answers_what_its_equation_says(world, letter):
-    """Prompt and target of every stage, in either order of the responses."""
-    pair = Pair.from_json(next(sums(1)))
-    turned = pair if pair.label == letter else pair.swapped()
-    judge = f"{turned.question}\nA: {turned.response_a}\nB: {turned.response_b}"
-    z = show(turned.rationale)
-    expected = {
-        "reward": (judge, f"<think>\n{z}\n</think>\n<answer>\n{letter}\n</answer>"),
-        "prover": (f"Prove {letter}. {judge}", prompts.proof_from_rationale(z, letter)),
-        "generative": (judge, f"<answer>\n{letter}\n</answer>"),
-    }
-    for stage, (asked, answered) in expected.items():
-        rows = curriculum(stage, world, drop_condition=0.0)
-        ((prompt, target),) = texts(rows, rows(0, 0, letter))
-        assert prompt == rows.tokenizer.render([{"role": "user", "content": asked}])
-        assert target == answered + "<|eot_id|>"
-
-
-def test_the_discriminative_stage_reads_both_answers_to_their_last_token(world):
-    """The better one first, nothing predicted, the turn closed: its stop token is where the score stands."""
-    pair = Pair.from_json(next(sums(1)))
-    rows = curriculum("discriminative", world)
-    better, worse = rows(0, 0, "A").sequences
-    said = [rows.tokenizer.decode(s.ids, False) for s in (better, worse)]
-    chosen, rejected = (pair.response_a, pair.response_b)[:: 1 if pair.label == "A" else -1]
-    assert said[0].endswith(chosen + "<|eot_id|>") and said[1].endswith(rejected + "<|eot_id|>")
-    assert better.start == len(better.ids) and rows(0, 0, "A").units == 1
-
-
-def test_pretraining_reads_text_whole_and_responses_after_their_prompt(world, tmp_path):
-    """Of a text every token is a target; of a response only its own."""
-    data = write_rows(tmp_path / "p.jsonl", [{"text": "3 + 4"}, {"question": "3 + 4?", "response": "7"}])
-    rows = curriculum("pretrain", (world[0], data))
-    text, answer = (rows(i, 0, "A").sequences[0] for i in range(2))
-    assert rows.tokenizer.decode(text.ids, False).startswith("<|begin_of_text|>3 + 4") and text.start == 1
-    assert rows.tokenizer.decode(answer.ids[answer.start :], False) == "7<|eot_id|>"
-
-
-def test_the_condition_is_dropped_in_a_tenth_and_leaves_an_empty_turn(world):
-    """Equation 5's denominator means nothing to a prover that never wrote from an empty frame."""
-    rows = curriculum("prover", world)
-    empty = rows.tokenizer.render([{"role": "user", "content": ""}])
-    prompts_seen = Counter(
-        rows.tokenizer.decode(s.ids[: s.start], False) == empty
-        for epoch in range(20)
-        for i in range(rows.size)
-        for s in rows(i, epoch, "A").sequences
-    )
-    share = prompts_seen[True] / prompts_seen.total()
-    assert 0.07 < share < 0.13
-    hidden = curriculum("prover", world, hide_label=1.0, drop_condition=0.0)
-    assert f"Prove {prompts.HIDDEN_LABEL}." in texts(hidden, hidden(0, 0, "A"))[0][0]
-
-
-@given(n=st.integers(1, 40), batch=st.integers(1, 9), seed=st.integers(0, 5))
-@settings(max_examples=40, deadline=None)
-def test_either_letter_is_right_in_half_of_an_epoch_and_turns_in_the_next(n, batch, seed):
-    """A judge that sees the better answer more often as A learns the letter."""
-    plan = fit.Plan(np.arange(n) * 2, np.ones(n), np.ones(n), {}, batch, 2 * n, seed)
-    seen = [chosen for step in range(plan.steps) for chosen in plan.step(step)]
-    first, second = ({i: letter for i, e, letter in seen if e == epoch} for epoch in (0, 1))
-    assert len(seen) == 2 * n and first.keys() == second.keys() == set(range(0, 2 * n, 2))
-    assert abs(sum(letter == "A" for letter in first.values()) - n / 2) <= 0.5
-    assert all(first[i] != second[i] for i in first)
-
-
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 5), st.integers(50, 120))
-@settings(max_examples=80, deadline=None)
-def test_dealing_keeps_every_row_within_the_budget_and_gives_ranks_as_many_packs(lengths, ranks, budget):
-    """A lost row changes the loss, an overfull pack the memory; unequal counts would hang the ranks."""
-    rows = [Example((Tokens(tuple(range(n)), 0),), margin=float(i)) for i, n in enumerate(lengths)]
-    dealt = fit.deal(rows, ranks, budget)
-    assert len({len(packs) for packs in dealt}) == 1
-    assert all(sum(row.length for row in members) <= budget for packs in dealt for members in packs)
-    assert sorted(row.margin for packs in dealt for members in packs for row in members) == sorted(
-        row.margin for row in rows
-    )
 
 
 # ---------------------------------------------------------------------------------- against transformers
@@ -133,14 +35,14 @@ def test_twenty_adamw_steps_give_the_loss_curve_of_transformers(world, tmp_path)
 
     settings = {"steps": 20, "warmup": 0.0, "final_lr": 1.0, "weight_decay": 0.0, "clip": 0.0}
     train(tmp_path / "out", world, **settings)
-    rows = curriculum("reward", world, **settings)
-    plan = fit.make_plan(rows, rows.settings, ALONE)
+    builder = builder_of("reward", world, **settings)
+    plan = make_plan(builder, builder.settings, ALONE)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(world[0], attn_implementation="eager").train()
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=CONFIG["lr"], betas=(0.9, 0.95), weight_decay=0.0)
     losses = []
     for step in range(20):
         optimizer.zero_grad()
-        value = padded_loss(theirs, [rows(*chosen).sequences[0] for chosen in plan.step(step)])
+        value = padded_loss(theirs, [builder(*chosen).sequences[0] for chosen in plan.step(step)])
         value.backward()
         optimizer.step()
         losses.append(value.item())
@@ -284,7 +186,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(world, tmp_path):
 
 def test_long_rows_are_dropped_and_counted(world, tmp_path):
     """Never cut: the label is the tail."""
-    lengths = sorted(curriculum("reward", world).plain(i).length for i in range(48))
+    lengths = sorted(builder_of("reward", world).plain(i).length for i in range(48))
     limit = lengths[30]
     figures = train(tmp_path / "out", world, steps=1, max_length=limit)
     assert figures["dropped"] == {"longer than max_length": sum(n > limit for n in lengths)}
@@ -320,12 +222,3 @@ def test_a_model_that_does_not_suit_is_refused(world, tmp_path):
         train(tmp_path / "out", (tmp_path / "rm/model", world[1]), "reward")
     with pytest.raises(InputError, match="beyond the model's 2048 positions"):
         train(tmp_path / "out", world, max_length=4000)
-
-
-def test_dry_run_says_the_plan_and_reads_no_weights(world, tmp_path):
-    """A plan must be possible for a model that this machine could never hold."""
-    data = world[1]
-    model = shutil.copytree(world[0], tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
-    lines = "\n".join(fit.dry_run("reward", TrainSettings(**CONFIG), [data], model, ALONE))
-    for word in ("52,464 parameters", "48 examples", "6 of 8 examples", "GB on each of 1 ranks"):
-        assert word in lines

@@ -7,7 +7,7 @@ import torch
 from checkpoints import FAMILIES, make_checkpoint, random_model, randomise
 
 from gramr2 import weights
-from gramr2.model import packed_causal, packed_positions
+from kernels.packed_attention import packed_causal, packed_positions
 
 transformers = pytest.importorskip("transformers", reason="the oracle (dev extra) is not installed")
 LENGTHS = [7, 1, 40, 7, 19]  # equal and unequal, one of a single token, one past llama3's old context
@@ -79,16 +79,16 @@ def spell_as_transformers_4(directory) -> None:
 
 
 @pytest.mark.parametrize("spelling", [4, 5])
-@pytest.mark.parametrize("shard", ["10GB", "40KB"])
+@pytest.mark.parametrize("most", ["10GB", "40KB"])
 @pytest.mark.parametrize("kind", THEIRS)
 @torch.no_grad()
-def test_loads_what_transformers_saves_and_saves_it_again_unchanged(tmp_path, kind, shard, spelling):
-    """Both spellings of config.json, single and sharded; the way back keeps names, dtypes and bytes."""
+def test_loads_what_transformers_saves_and_saves_it_again_unchanged(tmp_path, kind, most, spelling):
+    """Both spellings of config.json, one file and several; the way back keeps names, dtypes and bytes."""
     theirs = their_model(kind)
-    theirs.save_pretrained(tmp_path / "theirs", max_shard_size=shard)
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size=most)
     if spelling == 4:
         spell_as_transformers_4(tmp_path / "theirs")
-    assert (len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1) == (shard == "40KB")
+    assert (len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1) == (most == "40KB")
     ours = weights.load_model(tmp_path / "theirs", dtype="auto")
     sequences = ragged(331)
     assert difference(our_logits(ours, sequences), their_logits(theirs, sequences)) < 1e-4

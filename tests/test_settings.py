@@ -1,29 +1,23 @@
-"""Recipes and flags: merged in one order, and refused by name."""
+"""Settings: flags of every kind, values out of range, and what a run may not go on with."""
 
 import argparse
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
 from gramr2.denoise import FILTERS
-from gramr2.extras.policy_settings import PolicySettings
 from gramr2.files import InputError
-from gramr2.recipes import read_recipe, resolve
-from gramr2.selection import SCORES
+from gramr2.recipes import resolve
 from gramr2.settings import (
     SelfTrainSettings,
-    Sources,
     TrainSettings,
     add_flags,
+    check_identity,
     check_names,
     given,
     setting,
 )
-from gramr2.stages import STAGES
-
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
-REGISTRIES = {"select_by": SCORES, "without": FILTERS}
+from selftrain import REGISTRIES
 
 
 @dataclass(frozen=True)
@@ -42,48 +36,12 @@ def parse(*argv: str) -> dict:
     return given(Some, parser.parse_args(argv))
 
 
-def recipe(tmp_path: Path, text: str) -> Path:
-    (tmp_path / "r.toml").write_text(text)
-    return tmp_path / "r.toml"
-
-
-def test_later_layers_win_and_the_command_line_is_last(tmp_path):
-    """Defaults < [train] < [train.reward] < flags."""
-    path = recipe(
-        tmp_path, "[train]\nwhole = 2\nreal = 2\nword = 'r'\n[train.reward]\nwhole = 3\nreal = 3.5\n"
-    )
-    found = resolve(Some, path, ["train", "train.reward"], parse("--whole", "4"))
-    assert found == Some(4, 3.5, "r", False, ())
-    assert resolve(Some, path, ["train"], {}).real == 2.0
-    assert resolve(Some, None, ["train"], {}) == Some()
-
-
 def test_flags_of_every_kind():
     assert parse() == {}
     assert parse("--flag") == {"flag": True} == parse("--flag", "true")
     assert parse("--no-flag") == {"flag": False} == parse("--flag", "false")
     assert parse("--names", "a", "b") == parse("--names", "a", "--names", "b") == {"names": ["a", "b"]}
     assert resolve(Some, None, [], parse("--names", "a")).names == ("a",)
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("[train]\nwole = 1", r"\[train\] : unknown setting wole; there are whole, real, word"),
-        ("[train.provr]\nwhole = 1", r"unknown table \[train.provr\]; tables are train, train.prover"),
-        ("whole = 1", "whole stands outside a table"),
-        ("[train]\nwhole = 1.5", "whole: expected a whole number, got 1.5"),
-        ("[train]\nflag = 1", "flag: expected true or false, got 1"),
-        ("[train]\nnames = [1]", "names: expected a string, got 1"),
-        ("[train", "not a TOML recipe"),
-    ],
-)
-def test_what_is_not_known_is_refused_by_name(tmp_path, text, message):
-    """A misspelt setting that is passed over trains with a default that nobody chose."""
-    with pytest.raises(InputError, match=message.replace(" :", ":?")):
-        resolve(Some, recipe(tmp_path, text), ["train"], {})
-    with pytest.raises(InputError, match="No such file"):
-        read_recipe(tmp_path / "none.toml")
 
 
 @pytest.mark.parametrize(
@@ -100,7 +58,8 @@ def test_a_budget_below_the_longest_example_is_refused():
 
 
 def test_the_loops_thresholds_hold_on_and_wrong_ones_are_refused(tmp_path):
-    path = recipe(tmp_path, "[selftrain]\nconfidence = 1\n")
+    path = tmp_path / "recipe.toml"
+    path.write_text("[selftrain]\nconfidence = 1\n")
     assert resolve(SelfTrainSettings, path, ["selftrain"], {}).confidence == (1.0,)
     settings = resolve(SelfTrainSettings, path, ["selftrain"], {"confidence": [0.75, 0.8]})
     assert [settings.filters(number).confidence for number in (1, 2, 3)] == [0.75, 0.8, 0.8]
@@ -131,11 +90,9 @@ def test_a_name_that_no_registry_has_is_refused_and_help_says_which_there_are():
     assert "is chosen: equation-5, numerator, contrast, random [equation-5]" in words
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_resolves_for_every_stage(path):
-    """A recipe that is refused, or a name that changed under it, is found here and not on a node."""
-    check_names(resolve(SelfTrainSettings, path, ["selftrain"], {}), REGISTRIES)
-    for stage in (*STAGES, "finetune"):
-        resolve(TrainSettings, path, ["train", f"train.{stage}"], {})
-    resolve(PolicySettings, path, ["train", "train.policy"], {})
-    resolve(Sources, path, ["models", "data"], {})
+def test_another_run_is_refused_and_every_difference_named(tmp_path):
+    found, now = {"lr": "0.1", "seed": "0", "stage": "reward"}, {"lr": "0.2", "seed": "0", "limit": "5"}
+    check_identity(found, found, tmp_path)
+    names = r"lr \(0.1, now 0.2\), stage \(reward, now None\), limit \(None, now 5\); name another --name"
+    with pytest.raises(InputError, match=names):
+        check_identity(found, now, tmp_path, "--name")

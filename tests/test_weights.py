@@ -31,7 +31,7 @@ def truncate(directory):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def shard_with_absent_file(directory):
+def index_with_an_absent_file(directory):
     (directory / "model.safetensors").rename(directory / "a.safetensors")
     names = load_file(directory / "a.safetensors")
     index = {"weight_map": dict.fromkeys(names, "a.safetensors") | {"model.norm.weight": "b.safetensors"}}
@@ -44,7 +44,7 @@ BROKEN = {
     "config without a field": (lambda d: edit_config(d, hidden_size=None), "hidden_size is None"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors nor an index"),
     "truncated": (truncate, "truncated"),
-    "absent shard": (shard_with_absent_file, "b.safetensors: missing, though"),
+    "absent file": (index_with_an_absent_file, "b.safetensors: missing, though"),
     "wrong shape": (
         lambda d: edit_tensors(d, lambda t: t.update({"model.norm.weight": torch.ones(7)})),
         "model.norm.weight has shape [7], expected [48]",
@@ -149,11 +149,11 @@ def test_tokenizer_files_and_extras_travel_with_the_model(tmp_path):
     assert model.stop_ids == tokenizer.stop_ids and len(model.stop_ids) == 2
 
 
-def test_shards_are_cut_at_the_limit_and_indexed(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "SHARD_BYTES", 50_000)
+def test_files_of_tensors_are_cut_at_the_limit_and_indexed(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "MAX_FILE_BYTES", 50_000)
     directory = make_checkpoint(tmp_path / "model", "llama2")
-    shards = sorted(path.name for path in directory.glob("*.safetensors"))
-    assert len(shards) > 1 and shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
+    files = sorted(path.name for path in directory.glob("*.safetensors"))
+    assert len(files) > 1 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
     index = json.loads((directory / "model.safetensors.index.json").read_text())
     model = weights.load_model(directory)
     assert index["metadata"]["total_size"] == sum(p.nbytes for p in model.parameters())

@@ -1,5 +1,6 @@
 """What the tests of training share: a small world of sums, a small checkpoint, and the driver."""
 
+import functools
 import json
 import os
 import random
@@ -12,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from gramr2.data import Store
+from gramr2.examples import ExampleBuilder
+from gramr2.settings import TrainSettings
 
 CONFIG = {
     "batch_size": 8,
@@ -59,6 +62,11 @@ def make(directory: Path, count: int = 48, family: str = "llama3") -> tuple[Path
     return model, data
 
 
+def builder_of(stage: str, world: tuple[Path, Path], **config) -> ExampleBuilder:
+    model, data = world
+    return ExampleBuilder(stage, TrainSettings(**CONFIG | config), [data], model)
+
+
 def job(
     out: Path, model: Path, data: Path, stage: str = "reward", config: dict | None = None, **more
 ) -> dict:
@@ -66,20 +74,21 @@ def job(
     return {"out": str(out), "model": str(model), "data": [str(data)], **more}
 
 
+@functools.cache
+def driver() -> subprocess.Popen:
+    """tests/driver.py, begun once; it ends when this process does, with its standard input."""
+    command = [sys.executable, str(Path(__file__).with_name("driver.py"))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1, env=environment)
+
+
 def drive(jobs: list[dict]) -> list[dict]:
-    """Runs the jobs one after the other in one driver process."""
-    driver = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("driver.py"))],
-        input=json.dumps(jobs),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    results = [json.loads(line) for line in driver.stdout.splitlines() if line.startswith("{")]
-    assert len(results) == len(jobs), driver.stderr
-    for result in results:
-        result["log"] = driver.stderr
+    """Runs the jobs one after the other, each in a fork of the driver."""
+    results = []
+    for each in jobs:
+        driver().stdin.write(json.dumps(each) + "\n")
+        results.append(json.loads(driver().stdout.readline()))
     return results
 
 

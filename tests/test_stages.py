@@ -1,0 +1,37 @@
+"""The table of stages: what it names is there, and reading it is cheap."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+from gramr2 import loss
+from gramr2.settings import Sources, TrainSettings
+from gramr2.stages import STAGES
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_every_stage_names_sources_that_a_recipe_has():
+    fields = {field.name for field in dataclasses.fields(Sources)}
+    assert {name for stage in STAGES.values() for name in (stage.data, stage.start)} <= fields
+
+
+def test_label_smoothing_is_of_the_generative_stage_alone():
+    """The other stages' letter stands behind a rationale, which has said it already."""
+    smooth = TrainSettings(label_smoothing=0.1)
+    found = {name: stage.objective(smooth) for name, stage in STAGES.items()}
+    assert found.pop("generative") is not loss.likelihood
+    assert found.pop("discriminative") is loss.preference
+    assert set(found.values()) == {loss.likelihood}
+    assert STAGES["generative"].objective(TrainSettings()) is loss.likelihood
+
+
+def test_help_names_every_stage_with_its_equation_and_waits_for_no_torch():
+    """Seconds before a line of help appears are what a beginner takes for a hang."""
+    command = [sys.executable, "-X", "importtime", ROOT / "train.py", "--help"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True)
+    imported = {line.rpartition("|")[2].strip() for line in said.stderr.splitlines()}
+    assert "gramr2.stages" in imported and "torch" not in imported
+    for name, stage in STAGES.items():
+        assert f"{name:16}{stage.equation}" in said.stdout
