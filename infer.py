@@ -29,9 +29,10 @@ from typing import Any, TypeVar
 from gramr2.data import Store
 from gramr2.extras import evaluate
 from gramr2.extras.bulk import Judge, JudgeSettings, json_bytes, judge_into, newest_model
+from gramr2.extras.printing import judgment_text, ranking_lines
 from gramr2.files import InputError, JsonRow, Parser, exit_status, read_json
-from gramr2.rankings import METHODS, Ranking
-from gramr2.records import Messages, Pair, messages_of, show
+from gramr2.rankings import METHODS
+from gramr2.records import Messages, Pair, messages_of
 
 VOTES = {"pair": 16, "rank": 4, "pairs": 4, "bench": 1}  # 16 is what the paper's best figures use
 
@@ -110,14 +111,18 @@ def judge_pair(path: Path, settings: JudgeSettings, as_json: bool) -> None:
     if "error" in row:
         raise InputError(row["error"])
     del row["pair"]
-    print(json.dumps(row, ensure_ascii=False, indent=2) if as_json else readable(pair, row))
+    print(json.dumps(row, ensure_ascii=False, indent=2) if as_json else judgment_text(pair, row))
 
 
 def judge_list(path: Path, method: str, settings: JudgeSettings, as_json: bool) -> None:
     question, responses = read_one(path, as_list)
     judge = Judge(settings)
     ranking = judge.model.rank(question, responses, method, **judge.sampling, progress=False)
-    print_ranking(ranking, responses, as_json)
+    if as_json:
+        names = ("best", "order", "comparisons", "rounds", "undecided", "overruled")
+        print(json.dumps({name: getattr(ranking, name) for name in names}))
+    else:
+        print("\n".join(ranking_lines(ranking, responses)))
 
 
 def judge_file(path: Path, out: Path, settings: JudgeSettings, as_json: bool) -> None:
@@ -174,38 +179,6 @@ def print_score(name: str, paths: list[Path], as_json: bool) -> None:
         raise InputError(f"--score {name}: give a judged file as well")
     result = evaluate.score(name, paths)
     print(json.dumps(result, indent=2) if as_json else evaluate.readable(result))
-
-
-def print_ranking(ranking: Ranking, responses: Sequence[str], as_json: bool) -> None:
-    if as_json:
-        names = ("best", "order", "comparisons", "rounds", "undecided", "overruled")
-        print(json.dumps({name: getattr(ranking, name) for name in names}))
-        return
-    print(f"The best is response {ranking.best + 1}.")
-    for place, index in enumerate(ranking.order, 1):
-        print(f"{place:4}. response {index + 1}: {' '.join(responses[index].split())[:80]}")
-    said = f"{ranking.comparisons} comparisons in {ranking.rounds} batches, {ranking.undecided}"
-    print(f"{said} without a preference")
-    for i, j, p in ranking.overruled:
-        print(f"intransitive: {i + 1} was preferred to {j + 1} (p {p:.2f}), which surer answers overrule")
-
-
-def readable(pair: Pair, judgment: JsonRow) -> str:
-    label, votes, sure = judgment["label"], judgment["votes"], max(judgment["p_a"], 1 - judgment["p_a"])
-    if pair.response_a == pair.response_b:
-        lines = ["No preference: the two responses are identical."]
-    elif label is None:
-        why = "the votes are tied" if votes["A"] + votes["B"] else "none of the answers could be read"
-        lines = [f"No verdict: {why if sum(votes.values()) else 'the two scores are equal'}."]
-    elif judgment["orders_agree"] is False:
-        lines = [f"Leaning to {label}, but the verdict changes with the order: no clear preference."]
-    else:
-        lines = [f"Response {label} is better (probability {sure:.2f})"]
-    if sum(votes.values()):
-        lines.append(f"votes: {votes['A']} for A, {votes['B']} for B, {votes['none']} unreadable")
-    if judgment["rationale"]:
-        lines += ["", show(judgment["rationale"])]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gramr2.denoise import FILTERS
+from gramr2.extras.inputs import KINDS, RunInputs, prepare
 from gramr2.extras.report import write_report
 from gramr2.extras.results import Results, show
 from gramr2.extras.toyworld import SHIPPED, world_rules
 from gramr2.files import InputError, JsonRow, Parser, disk_errors_as_input_errors, exit_status
-from gramr2.inputs import KINDS, RunInputs, prepare
 from gramr2.recipes import read_recipe, resolve
 from gramr2.run_directory import RunDirectory, StoppedAsAsked
 from gramr2.selection import SCORES
@@ -45,7 +45,7 @@ def self_train(run: Run, inputs: RunInputs, results: Results) -> None:
 
     # 1. A preference-proving model learns to justify a given label (equation 4).
     prover = run.train("prover", "prover", [inputs.human], inputs.prover_base)
-    run.wrong_labels("wrong-labels", prover, inputs.held_out)
+    results.ask_wrong_labels("wrong-labels", prover)
 
     # 2. It writes k proofs for each labelled pair; the best by equation 5 becomes the rationale.
     proofs = run.prove("prove-labelled", prover, inputs.labelled)

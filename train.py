@@ -63,8 +63,8 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(f"--judge goes with the stage policy, not with {stage}")
     sources = resolve(Sources, recipe, ["models", "data"], {})
 
-    from gramr2 import cost, fit, parallel  # torch takes its seconds only once the arguments are good
-    from gramr2.extras import policy_start, toy_start
+    from gramr2 import fit, parallel  # torch takes its seconds only once the arguments are good
+    from gramr2.extras import dry_run, policy_start, toy_start
 
     with parallel.join_ranks(settings) as ranks:
         out, data, model = arguments.out or Path("runs") / f"train-{stage}", arguments.data, arguments.model
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
             if not arguments.dry_run:
                 fit.train(stage, settings, data, model, out)
             elif ranks.is_first:
-                print(*cost.dry_run(stage, settings, data, model, ranks), sep="\n")
+                print(*dry_run.dry_run(stage, settings, data, model, ranks), sep="\n")
         if ranks.is_first and not arguments.dry_run:
             print(f"model: {out / 'model'}")
     return 0

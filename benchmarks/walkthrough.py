@@ -22,9 +22,9 @@ from pathlib import Path
 
 import common
 
-from gramr2 import denoise, fit, inputs, parallel, prompts, prover, sampler, selection, steps
+from gramr2 import denoise, fit, parallel, prompts, prover, sampler, selection, steps
 from gramr2.examples import ExampleBuilder
-from gramr2.extras import toyworld
+from gramr2.extras import inputs, toyworld
 from gramr2.extras.report import as_filtered
 from gramr2.extras.results import JudgedPair, RunReader, read_round
 from gramr2.files import InputError, exit_status, publish_file

@@ -1,10 +1,7 @@
-"""What a run costs, and the lines that say so before it begins: operations, memory, tokens and steps.
+"""What a training takes: the operations of a step, what the device could do of them, and its first lines.
 
-`step_flops` counts the operations of a step, `matmul_rate` measures what the device could do of them;
-`memory_per_rank` estimates. `dry_run` is all of that for a model that this machine could never hold: it reads
-the data, and no weight.
-
-It leaves out: measuring a real training (benchmarks/training.py).
+It leaves out: memory, which is estimated before a training (extras/dry_run.py), and measuring a real one
+(benchmarks/training.py).
 """
 
 from __future__ import annotations
@@ -16,10 +13,8 @@ import torch
 
 from gramr2.examples import ExampleBuilder
 from gramr2.model import Decoder, ModelConfig
-from gramr2.parallel import Ranks, compute_dtype
-from gramr2.plan import Plan, make_plan, read_model_config
+from gramr2.plan import Plan
 from gramr2.records import Example
-from gramr2.settings import TrainSettings
 
 
 def step_flops(config: ModelConfig, rows: Sequence[Example]) -> float:
@@ -53,24 +48,6 @@ def count_parameters(config: ModelConfig) -> int:
         return sum(parameter.numel() for parameter in Decoder(config).parameters())
 
 
-def memory_per_rank(settings: TrainSettings, config: ModelConfig, ranks: int, half: bool) -> dict[str, float]:
-    """GB on each rank, estimated: a token leaves about 34 D + 8 F bytes in one block in bf16."""
-    parameters, width = count_parameters(config), 2 if half else 4
-    head = config.vocab_size * config.hidden_size
-    block = (parameters - head * (2 - config.tie_embeddings)) / config.num_layers
-    token = width / 2 * (34 * config.hidden_size + 8 * config.intermediate_size)
-    stored = width * config.hidden_size * config.num_layers + token
-    stored = stored if settings.checkpointing else token * config.num_layers
-    gathered = width * (head * (2 - config.tie_embeddings) + 2 * block)
-    sizes = {
-        "weights, gradients and AdamW": 16 * parameters / (settings.fsdp_size or ranks),
-        "gathered weights": gathered if ranks > 1 or half else 0,
-        "activations": settings.token_budget * stored,
-        "the head's gradient": 4 * head,
-    }
-    return {name: size / 1e9 for name, size in sizes.items()}
-
-
 def describe(plan: Plan, builder: ExampleBuilder, model_dir: Path, config: ModelConfig) -> list[str]:
     """The first lines of a run: what it trains, on what, with how many tokens and parameters."""
     stage, epochs = builder.stage, plan.examples / len(plan.kept)
@@ -85,17 +62,3 @@ def describe(plan: Plan, builder: ExampleBuilder, model_dir: Path, config: Model
     ]
     lines += [f"dropped  {count:,}: {reason}" for reason, count in sorted(plan.dropped.items())]
     return lines + builder.notes
-
-
-def dry_run(
-    stage: str, settings: TrainSettings, data: Sequence[Path], model_dir: Path, ranks: Ranks
-) -> list[str]:
-    """What `train` would do with these, in lines: reads the data, and no weight."""
-    builder = ExampleBuilder(stage, settings, data, model_dir)
-    config = read_model_config(builder.stage.name, builder.stage.head, settings, model_dir, builder.tokenizer)
-    plan = make_plan(builder, settings, Ranks(0, 1, ranks.device))
-    half = compute_dtype(settings, ranks.device) == torch.bfloat16
-    parts = memory_per_rank(settings, config, ranks.size, half)
-    memory = f"memory   about {sum(parts.values()):.3g} GB on each of {ranks.size} ranks, in GB: "
-    memory += ", ".join(f"{name} {value:.3g}" for name, value in parts.items())
-    return [*describe(plan, builder, model_dir, config), memory]

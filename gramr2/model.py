@@ -14,7 +14,7 @@ It leaves out: reading checkpoints (weights.py), the vocabulary projection (kern
 (sampler.py), dropout, sliding windows, mixtures of experts and every RoPE but the plain one and llama3's.
 
 Shapes: T tokens of all sequences, D model width, F width of the MLP, V vocabulary, H query heads,
-G key/value heads, K head size, B sequences of one length L.
+G key/value heads, K head size.
 """
 
 from __future__ import annotations

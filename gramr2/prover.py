@@ -6,27 +6,22 @@ as it goes; one packed pass over all eligible proofs gives the denominator, or t
 score was asked for (selection.py). Unfinished and malformed proofs, and those that justify the other label,
 are not eligible.
 
-`label_coherence` asks a prover for the wrong label too. One that reasons gives itself away there, one that
-praises whatever it is told to does not, and both look alike on right labels.
-
 It leaves out: which proof is picked (selection.py), the rules that its rationale must still pass
 (denoise.py), and training (fit.py).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from gramr2 import prompts
-from gramr2.files import InputError, JsonRow
+from gramr2.files import InputError
 from gramr2.model import Decoder
-from gramr2.records import OTHER, Pair, Proof, mark
+from gramr2.records import Pair, Proof, mark
 from gramr2.sampler import Sample, generate
 from gramr2.scoring import logprobs
 from gramr2.selection import SCORES, with_score
@@ -131,26 +126,3 @@ class Prover:
 def rationale_of(proof: Proof, thinking_open: bool = False) -> str:
     """A chosen proof turned back into the rationale z, in the stored form."""
     return mark(str(prompts.rationale_from_proof(proof.text, thinking_open).rationale))
-
-
-def label_coherence(
-    prover: Prover, pairs: Iterable[Pair], objection: Callable[[Pair, str], str | None], **sampling: Any
-) -> dict[str, JsonRow]:
-    """How often a proof of the right label passes every rule, and how often one of the wrong label does.
-
-    `pairs` is read twice; they have labels and were not trained on. `objection` is all rules together: the
-    first reason against a rationale, or None. `sampling` goes to `prove_many`, one proof for each pair.
-    Returns, under "right" and under "wrong", {"asked": n, "passed": n, "dropped": {reason: n}}. Where "wrong"
-    passes nearly as often as "right", rules cannot tell a wrong pseudo-label by its proof: only the label
-    filters keep it out.
-    """
-    counts = {}
-    for name, turned in (("right", {label: label for label in OTHER}), ("wrong", OTHER)):
-        asked = (dataclasses.replace(pair, label=turned[pair.label], rationale=None) for pair in pairs)
-        reasons: list[str | None] = []
-        for pair, proofs in prover.prove_many(asked, 1, **sampling):
-            failed = proofs[0].ineligible if proofs else "too long to prove"
-            reasons.append(failed or objection(pair, rationale_of(proofs[0], prover.thinking_open)))
-        dropped = dict(Counter(filter(None, reasons)))
-        counts[name] = {"asked": len(reasons), "passed": reasons.count(None), "dropped": dropped}
-    return counts

@@ -5,10 +5,8 @@ shards that fall to this rank, let the first rank make files of what all of them
 (run_directory.py says how ranks share a step, and what a kill leaves of it). The same seed gives the same
 rows on any number of ranks.
 
-`Run.wrong_labels` is a step that only measures: how well the prover argues for what is wrong.
-
-It leaves out: the order of the steps (selftrain.py), and everything about the truth: no step here is given a
-label that the run did not start with or make itself (extras/results.py compares afterwards).
+It leaves out: the order of the steps (selftrain.py), what only measures (extras/results.py), and everything
+about the truth: no step here is given a label that the run did not start with or make itself.
 """
 
 from __future__ import annotations
@@ -20,7 +18,6 @@ import io
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,14 +26,12 @@ from gramr2.data import Store
 from gramr2.denoise import RationaleFilter
 from gramr2.files import InputError, JsonRow, publish_rows, write_rows
 from gramr2.judge import RewardModel
-from gramr2.prover import Prover, label_coherence, rationale_of
+from gramr2.prover import Prover, rationale_of
 from gramr2.records import Judgment, Pair, Proof
 from gramr2.run_directory import RunDirectory, Step
 from gramr2.selection import select
 from gramr2.settings import FilterSettings, SelfTrainSettings, TrainSettings
 
-# Proofs of wrong labels that pass every rule, as a share of those of right ones: above it, a warning.
-DECEPTIVE = 0.5
 SHOWN = 4  # pairs of each shard whose k proofs are all written down, for the report to show their ranking
 Model = TypeVar("Model", Prover, RewardModel)
 
@@ -115,33 +110,6 @@ class Run:
             if self.settings.keep_candidates or number < SHOWN:
                 row["candidates"] = [proof.to_json() for proof in proofs]
             yield row
-
-    def wrong_labels(self, name: str, prover: Path, pairs: Path) -> None:
-        """Wrong-label coherence: how many proofs of held-out pairs' wrong labels pass every rule.
-
-        A prover that is told a wrong label and argues for it as well as for the right one hides the judge's
-        mistakes from the rules.
-        """
-        with self.directory.step(name) as step:
-            if step.to_do:
-                step.close(self.ranks.on_rank_0(lambda: self._ask_wrong_labels(prover, pairs)))
-        counts = self.directory.counts[name]
-        right, wrong = (counts[key]["passed"] / max(1, counts[key]["asked"]) for key in ("right", "wrong"))
-        self.directory.say(
-            f"proofs that pass every rule: {right:.0%} for the right label, {wrong:.0%} for the wrong one"
-        )
-        if wrong > DECEPTIVE * right:
-            self.directory.say(
-                "warning: it argues for wrong labels too: the rules on rationales will let most wrong "
-                "pseudo-labels through, and only the votes stand against them; [train.prover] hide_label in "
-                "the recipe may help"
-            )
-
-    def _ask_wrong_labels(self, prover: Path, pairs: Path) -> JsonRow:
-        rules = {"rules": self.rationale_rules, "settings": self.settings.filters()}
-        held_out = Store(pairs, Pair.from_json)
-        objection = partial(denoise.objection, **rules)
-        return label_coherence(self.load(Prover, prover), held_out, objection, **self.proving)
 
     # ------------------------------------------------------------------ judging
 

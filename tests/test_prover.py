@@ -13,9 +13,10 @@ from checkpoints import KINDS, random_model, tokenizer_files
 import gramr2.prover
 from gramr2 import denoise
 from gramr2.extras.evaluate import copied_share, score_leanings
+from gramr2.extras.wrong_labels import label_coherence
 from gramr2.files import InputError
 from gramr2.prompts import Rationale, parse_rationale, proof_from_rationale, prover_prompt
-from gramr2.prover import Prover, label_coherence, rationale_of
+from gramr2.prover import Prover, rationale_of
 from gramr2.records import Pair, show
 from gramr2.sampler import Sample
 from gramr2.scoring import logprobs

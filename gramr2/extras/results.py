@@ -22,8 +22,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from gramr2.extras.evaluate import average, by_domain, is_right
+from gramr2.extras.inputs import RunInputs
 from gramr2.files import InputError, JsonRow, read_json, read_rows, write_json
-from gramr2.inputs import RunInputs
 from gramr2.records import OTHER
 from gramr2.run_directory import step_paths
 
@@ -51,6 +51,12 @@ class Results:
         judged = self.run.judge(step, model, self.inputs.test, votes, self.run.settings.test_limit)
         self.rows.append(self.run.ranks.on_rank_0(lambda: accuracy_row(name, read_rows(judged))))
         self.model = self.model if baseline else model
+
+    def ask_wrong_labels(self, name: str, prover: Path) -> None:
+        """Whether the prover argues for wrong labels as well as for right ones, on held-out pairs."""
+        from gramr2.extras.wrong_labels import ask_wrong_labels  # brings torch, which reading a run does not
+
+        ask_wrong_labels(self.run, name, prover, self.inputs.held_out)
 
     def write(self, stopped: str = "") -> JsonRow:
         """results.json, also of a run that could not go on, and a pair to try the model on."""

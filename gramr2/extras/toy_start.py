@@ -14,8 +14,8 @@ from pathlib import Path
 
 from gramr2 import fit
 from gramr2.extras import toyworld
+from gramr2.extras.inputs import KINDS, RunInputs, prepare
 from gramr2.files import InputError, JsonRow
-from gramr2.inputs import KINDS, RunInputs, prepare
 from gramr2.parallel import Ranks
 from gramr2.recipes import read_recipe, resolve
 from gramr2.run_directory import RunDirectory

@@ -5,7 +5,7 @@ import shutil
 import torch
 from trainings import CONFIG, make
 
-from gramr2.cost import dry_run
+from gramr2.extras.dry_run import dry_run
 from gramr2.parallel import Ranks
 from gramr2.settings import TrainSettings
 

@@ -1,0 +1,52 @@
+"""What `train` would do, and the memory that it would take: the data are read, and no weight.
+
+So it serves for models that this machine could never hold.
+
+It leaves out: the time, which nothing but a measurement tells (benchmarks/training.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from gramr2.cost import count_parameters, describe
+from gramr2.examples import ExampleBuilder
+from gramr2.model import ModelConfig
+from gramr2.parallel import Ranks, compute_dtype
+from gramr2.plan import make_plan, read_model_config
+from gramr2.settings import TrainSettings
+
+
+def memory_per_rank(settings: TrainSettings, config: ModelConfig, ranks: int, half: bool) -> dict[str, float]:
+    """GB on each rank, estimated: a token leaves about 34 D + 8 F bytes in one block in bf16."""
+    parameters, width = count_parameters(config), 2 if half else 4
+    head = config.vocab_size * config.hidden_size
+    block = (parameters - head * (2 - config.tie_embeddings)) / config.num_layers
+    token = width / 2 * (34 * config.hidden_size + 8 * config.intermediate_size)
+    stored = width * config.hidden_size * config.num_layers + token
+    stored = stored if settings.checkpointing else token * config.num_layers
+    gathered = width * (head * (2 - config.tie_embeddings) + 2 * block)
+    sizes = {
+        "weights, gradients and AdamW": 16 * parameters / (settings.fsdp_size or ranks),
+        "gathered weights": gathered if ranks > 1 or half else 0,
+        "activations": settings.token_budget * stored,
+        "the head's gradient": 4 * head,
+    }
+    return {name: size / 1e9 for name, size in sizes.items()}
+
+
+def dry_run(
+    stage: str, settings: TrainSettings, data: Sequence[Path], model_dir: Path, ranks: Ranks
+) -> list[str]:
+    """What `train` would do with these, in lines: reads the data, and no weight."""
+    builder = ExampleBuilder(stage, settings, data, model_dir)
+    config = read_model_config(builder.stage.name, builder.stage.head, settings, model_dir, builder.tokenizer)
+    plan = make_plan(builder, settings, Ranks(0, 1, ranks.device))
+    half = compute_dtype(settings, ranks.device) == torch.bfloat16
+    parts = memory_per_rank(settings, config, ranks.size, half)
+    memory = f"memory   about {sum(parts.values()):.3g} GB on each of {ranks.size} ranks, in GB: "
+    memory += ", ".join(f"{name} {value:.3g}" for name, value in parts.items())
+    return [*describe(plan, builder, model_dir, config), memory]
