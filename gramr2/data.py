@@ -38,8 +38,8 @@ def say_torn(path: Path, size: int) -> None:
     print(f"warning: {path}: dropped a torn last line of {size} bytes", file=sys.stderr)
 
 
-class Store:
-    """A JSONL file as a sequence: `len`, `[i]`, iteration; a row is a dict, or what `make` makes of it.
+class Store(Sequence[Any]):
+    """A JSONL file as a sequence; a row is a dict, or what `make` makes of it. Nothing of it is kept.
 
     The index lies beside the file, as NAME.idx, and is built anew when the file has changed. A torn last
     line (a writer was killed) is not a row; `torn` is its size in bytes.
@@ -92,7 +92,9 @@ class Store:
     def __len__(self) -> int:
         return len(self._offsets)
 
-    def __getitem__(self, i: int) -> Any:
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[at] for at in range(*i.indices(len(self)))]
         if not -len(self) <= i < len(self):
             raise IndexError(f"{self.path}: row {i} of {len(self)}")
         i %= len(self)

@@ -37,10 +37,8 @@ class InputError(ValueError):
 class Parser(argparse.ArgumentParser):
     """A command line whose errors are one line as well, and whose help keeps the lines of its docstring."""
 
-    def __init__(self, *names: str, description: str | None):
-        super().__init__(
-            *names, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+    def __init__(self, name: str, description: str | None):
+        super().__init__(name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str):
         raise InputError(f"{message} (--help shows what there is)")

@@ -89,18 +89,18 @@ class Step:
     def to_do(self) -> bool:
         return self.record is None
 
-    def shards(self, rows: Sequence[T]) -> Iterator[tuple[Path, list[T]]]:
+    def shards(self, rows: Sequence[T]) -> Iterator[tuple[Path, Sequence[T]]]:
         """Of the shards of `rows`, those that fall to this rank: the file to publish, and its rows."""
         shown: dict[str, Any] = {"desc": self.path.name, "unit": "pair", "leave": False}
         shown |= {"disable": not self.ranks.is_first, "mininterval": 0.2 if sys.stderr.isatty() else 10}
         with tqdm(total=len(rows), **shown) as bar:
             for start in range(0, len(rows), PAIRS_PER_CALL):
-                places = range(start, min(start + PAIRS_PER_CALL, len(rows)))
+                stop = min(start + PAIRS_PER_CALL, len(rows))
                 shard = self.path / "shards" / f"{start:09}.jsonl"
                 # The claim comes first: a name that was never looked up is not remembered as absent.
                 if claim(shard) and not shard.is_file():
-                    yield shard, [rows[i] for i in places]
-                bar.update(len(places))
+                    yield shard, rows[start:stop]
+                bar.update(stop - start)
 
     def rows(self) -> Iterator[JsonRow]:
         """What the shards hold, in order, once every rank is through."""
@@ -160,8 +160,8 @@ class RunDirectory:
             with disk_errors_as_input_errors(self.root):
                 write_json(plan, now)
         before = read_json(plan)
-        identities = (frozen_settings(each["settings"] | each["inputs"]) for each in (before, now))
-        check_identity(*identities, self.root, "--name")
+        found, wanted = (frozen_settings(each["settings"] | each["inputs"]) for each in (before, now))
+        check_identity(found, wanted, self.root, "--name")
         if before["code"] != now["code"]:
             self.say(f"warning: {self.root} was begun by another version of the code")
 

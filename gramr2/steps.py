@@ -27,7 +27,7 @@ from gramr2.denoise import RationaleFilter
 from gramr2.files import InputError, JsonRow, publish_rows, write_rows
 from gramr2.judge import RewardModel
 from gramr2.prover import Prover, rationale_of
-from gramr2.records import Judgment, Pair, Proof
+from gramr2.records import Judgment, Pair
 from gramr2.run_directory import RunDirectory, Step
 from gramr2.selection import select
 from gramr2.settings import FilterSettings, SelfTrainSettings, TrainSettings
@@ -51,7 +51,7 @@ class Run:
         directory: RunDirectory,
         settings: SelfTrainSettings,
         trainings: Mapping[str, TrainSettings],
-        rules: Mapping[str, RationaleFilter],
+        rules: dict[str, RationaleFilter],
     ):
         self.directory, self.ranks = directory, directory.ranks
         self.settings, self.trainings = settings, trainings
@@ -106,7 +106,8 @@ class Run:
             chosen = select(proofs)
             row: JsonRow = {"pair": pair.to_json(), "chosen": chosen and chosen.to_json()}
             row["rationale"] = chosen and rationale_of(chosen, prover.thinking_open)
-            row["ineligible"] = Counter(reasons_against(proofs))
+            failed = (proof.ineligible for proof in proofs if proof.ineligible)
+            row["ineligible"] = Counter(failed if proofs else ["too long to prove"])
             if self.settings.keep_candidates or number < SHOWN:
                 row["candidates"] = [proof.to_json() for proof in proofs]
             yield row
@@ -118,9 +119,8 @@ class Run:
         with self.directory.step(name) as step:
             if step.to_do:
                 judge, store = None, Store(pairs, Pair.from_json)
-                known = [store[i] for i in range(min(limit, len(store)))] if limit else store
                 with self.ranks.agreeing():
-                    for shard, asked in step.shards(known):
+                    for shard, asked in step.shards(store[:limit] if limit else store):
                         judge = judge or self.load(RewardModel, model)
                         write_rows(shard, self._judgments(judge, asked, votes))
                 step.close(self.ranks.on_rank_0(lambda: join_judgments(step)))
@@ -128,11 +128,10 @@ class Run:
 
     def _judgments(self, judge: RewardModel, pairs: Sequence[Pair], votes: int) -> Iterator[JsonRow]:
         bare = [dataclasses.replace(pair, label=None, rationale=None) for pair in pairs]
-        sampling = {"max_new_tokens": self.settings.judge_tokens, "progress": False}
-        judged = judge.judge_many(bare, votes, self.settings.seed, **sampling)
-        for pair, (_, judgment) in zip(pairs, judged, strict=True):
-            failed = isinstance(judgment, InputError)
-            row = {"error": str(judgment)} if failed else judgment.to_json()
+        seed, longest = self.settings.seed, self.settings.judge_tokens
+        judged = judge.judge_many(bare, votes, seed, max_new_tokens=longest, progress=False)
+        for pair, (_, found) in zip(pairs, judged, strict=True):
+            row = {"error": str(found)} if isinstance(found, InputError) else found.to_json()
             yield {"id": pair.id, **row, "pair": pair.to_json()}
 
     # ------------------------------------------------------------------ filtering
@@ -188,11 +187,6 @@ class Run:
 
 
 # ---------------------------------------------------------------------------------- what shards come to
-
-
-def reasons_against(proofs: Sequence[Proof]) -> list[str]:
-    """Why proofs of a pair are not eligible, one by one."""
-    return [proof.ineligible for proof in proofs if proof.ineligible] if proofs else ["too long to prove"]
 
 
 def join_proofs(step: Step) -> JsonRow:

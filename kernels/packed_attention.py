@@ -45,10 +45,10 @@ def packed_causal(lengths: Sequence[int], device: torch.device | str) -> Attend:
         if len(groups) == 1:
             return _attend_equal(q_THK, k_TGK, v_TGK, len(lengths)).flatten(0, 1)
         parts = [x.split(lengths) for x in (q_THK, k_TGK, v_TGK)]
-        outputs: list[Tensor | None] = [None] * len(lengths)
+        outputs = [q_THK] * len(lengths)
         for members in groups.values():
-            stacked = (torch.cat([part[i] for i in members]) for part in parts)
-            for i, o_LHK in zip(members, _attend_equal(*stacked, len(members)), strict=True):
+            q, k, v = (torch.cat([part[i] for i in members]) for part in parts)
+            for i, o_LHK in zip(members, _attend_equal(q, k, v, len(members)), strict=True):
                 outputs[i] = o_LHK
         return torch.cat(outputs)
 

@@ -121,7 +121,8 @@ def proofs(run: RunReader) -> JsonRow:
 
     Beside them: of how many pairs the likeliest proof is also the best one, and what the score leans to.
     """
-    widest, pairs, same = [], 0, 0
+    widest: list[tuple] = []
+    pairs = same = 0
     steps = [step for step in run.steps if "prove" in step.split("-")]
     for step in steps:
         for row in run.rows(step, "proofs.jsonl"):

@@ -208,10 +208,10 @@ def show(results: JsonRow, root: Path) -> None:
         print(f"{row['name']:26}{row['accuracy']:6.1f}  {span} {row['n']:7}{cells}")
     for number, each in enumerate(results["rounds"], 1):
         right = ["" if hit is None else f"{hit:.1f}" for hit in each["label_accuracy"].values()]
-        lines = {"pairs": [each[stage] for stage in FUNNEL], "labels right, %": right}
+        lines = {f"round {number}": FUNNEL, "pairs": [each[stage] for stage in FUNNEL]}
         print()
-        for head, cells in {f"round {number}": FUNNEL, **lines}.items():
-            print(f"{head:18}" + "".join(f"{cell:>12}" for cell in cells))
+        for head, columns in {**lines, "labels right, %": right}.items():
+            print(f"{head:18}" + "".join(f"{cell:>12}" for cell in columns))
         dropped = ", ".join(f"{name} {n}" for name, n in each["dropped"].items() if n)
         print(f"dropped by {dropped or 'nothing'}")
     if results["prover"]:

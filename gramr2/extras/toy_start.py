@@ -39,7 +39,7 @@ def toy_inputs(
                 text = [place / "pretrain.jsonl"]
                 step.close(fit.train("pretrain", pretraining, text, place / "backbone_init", step.path))
         backbone = step.path / "model"
-    files = {name: (str(place / f"{name}.jsonl"),) for name in KINDS}
+    files: JsonRow = {name: (str(place / f"{name}.jsonl"),) for name in KINDS}
     return prepare(directory, settings, Sources(str(backbone), **files))
 
 

@@ -60,7 +60,7 @@ PHRASES = (
     *(f"This argument justifies the choice of Response {letter}." for letter in "AB"),
     *("The responses in turn:", "Comparing the two:", "Therefore:"),
 )
-WORDS = ("A", "B", "unknown", "Prove")
+WORDS: tuple[str, ...] = ("A", "B", "unknown", "Prove")
 WORDS += tuple(f" {word}" for word in ("A", "B", "yes", "no", "costs", "right", "is", "better", "price"))
 WORDS += ("price", "Prices", " Prices", " of", ":", ",", ".", "?", *(f" {digit}" for digit in range(10)))
 
@@ -162,7 +162,7 @@ def coherent(pair: Pair, written: str, settings: FilterSettings) -> str | None:
         return "the count contradicts the flags"
     if right["A"] == right["B"]:
         return "the count decides nothing"
-    better = max(right, key=right.get)
+    better = "A" if right["A"] > right["B"] else "B"
     stated = f"Response {better} is better." == reading.conclusion
     return None if stated and pair.label in (None, better) else "the conclusion contradicts the count"
 
@@ -198,8 +198,8 @@ def _fragments(names: list[str], asked: int, count: int, rng: random.Random) -> 
         goods = tuple(rng.sample(names, asked))
         pair = make_pair(goods, {good: rng.randint(1, 9) for good in goods}, rng, "human")
         pair = pair.swapped() if rng.random() < 0.5 else pair  # then the statements about B come first
-        written = show(pair.rationale)
-        proof = show(proof_from_rationale(pair.rationale, pair.label))
+        written, label = show(str(pair.rationale)), str(pair.label)
+        proof = show(proof_from_rationale(str(pair.rationale), label))
         copied, kind = judge_prompt(pair, JUDGE_TEMPLATE), rng.random()
         if kind < 0.4:  # copy, compare and count
             yield {"prompt": copied, "response": f"<think>\n{written.partition(_CONCLUSION)[0]}"}
@@ -207,7 +207,7 @@ def _fragments(names: list[str], asked: int, count: int, rng: random.Random) -> 
             yield {"prompt": copied, "response": proof.partition(_THEREFORE)[0]}
         elif kind < 0.9:  # conclude from counts
             counts, _, rest = written.partition("Comparison:\n")[2].partition(_CONCLUSION)
-            yield {"prompt": counts, "response": f"Conclusion:\n{rest}\n</think>\n{label_target(pair.label)}"}
+            yield {"prompt": counts, "response": f"Conclusion:\n{rest}\n</think>\n{label_target(label)}"}
         else:
             counts, _, rest = proof.partition("Comparing the two: ")[2].partition(_THEREFORE)
             yield {"prompt": counts, "response": f"Therefore: {rest}"}
@@ -309,7 +309,8 @@ def is_shipped(settings: WorldSettings) -> bool:
 
 def _distinct_sets(names: list[str], size: int, rng: random.Random) -> Iterator[Goods]:
     """Sets of goods, every good as often as another, and none twice: splits share no question."""
-    drawn, deck = set(), []
+    drawn: set[frozenset[str]] = set()
+    deck: list[str] = []
     while True:
         deck = deck if len(deck) >= size else rng.sample(names, len(names))
         goods = tuple(deck.pop() for _ in range(size))
