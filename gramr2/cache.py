@@ -65,9 +65,8 @@ class BlockPool:
 
     def needs(self, table: BlockTable, count: int) -> int:
         """How many blocks `extend` would take for `count` more tokens."""
-        return (
-            -(-(table.length + count) // self.block_size) - len(table.blocks) + self._must_copy(table, count)
-        )
+        blocks = -(-(table.length + count) // self.block_size)
+        return blocks - len(table.blocks) + self._must_copy(table, count)
 
     def extend(self, table: BlockTable, count: int) -> Growth:
         """Makes room for `count` more tokens at the table's end, in blocks that nobody else holds."""
