@@ -23,6 +23,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -150,6 +151,10 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
+    # Of the checkpoint that it was read from: what ends an answer, and config.json as it stood there.
+    stop_ids: tuple[int, ...] = ()
+    raw_config: dict[str, Any] | None = None
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -207,12 +212,12 @@ def packed_causal(lengths: Sequence[int], device: torch.device | str) -> Attend:
         if len(groups) == 1:
             return _attend_equal(q_THK, k_TGK, v_TGK, len(lengths)).flatten(0, 1)
         parts = [x.split(lengths) for x in (q_THK, k_TGK, v_TGK)]
-        outputs: list[Tensor | None] = [None] * len(lengths)
+        outputs: dict[int, Tensor] = {}
         for members in groups.values():
-            stacked = (torch.cat([part[i] for i in members]) for part in parts)
-            for i, o_LHK in zip(members, _attend_equal(*stacked, len(members)), strict=True):
+            q, k, v = (torch.cat([part[i] for i in members]) for part in parts)
+            for i, o_LHK in zip(members, _attend_equal(q, k, v, len(members)), strict=True):
                 outputs[i] = o_LHK
-        return torch.cat(outputs)
+        return torch.cat([outputs[i] for i in range(len(lengths))])
 
     def attend(layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
         if not lengths:

@@ -218,7 +218,7 @@ def test_a_source_that_does_not_suit_its_judge_is_refused():
 
 def stream(tmp_path, reward, **config) -> policy.Rollouts:
     loop = SimpleNamespace(out=tmp_path, ranks=parallel.Ranks(0, 1, torch.device("cpu")))
-    return policy.Rollouts(PolicySettings(**CONFIG | config), [], None, loop, None, reward)
+    return policy.Rollouts(PolicySettings(**CONFIG | config), [], None, loop, None, reward, None)
 
 
 def rollout(response: str, finish: str = "stop", question: str = "q") -> policy.Rollout:
