@@ -169,9 +169,9 @@ class Loop:
     def save_if_due(self, stop: threading.Event, since: float) -> bool:
         """One clock decides for all ranks, and a signal that reached one of them stops them all."""
         settings, step = self.settings, self.cursor.step
-        due = self.ranks.is_first and 0 < settings.save_minutes <= since / 60
-        stops, due = self.ranks.all_reduce_sum(stop.is_set(), due)
-        due = due or (settings.save_steps and step % settings.save_steps == 0)
+        late = self.ranks.is_first and 0 < settings.save_minutes <= since / 60
+        stops, late_ranks = self.ranks.all_reduce_sum(stop.is_set(), late)
+        due = late_ranks or (settings.save_steps and step % settings.save_steps == 0)
         if step == self.steps or not (stops or due):
             return False
         self.resume.save(step, self.state, dataclasses.asdict(self.cursor))
@@ -194,11 +194,11 @@ class Loop:
         total = torch.zeros((), device=self.ranks.device)
         packs = split_into_packs(examples, self.ranks.size, self.settings.token_budget)[self.ranks.rank]
         for pack in packs:
-            value = self.trainee(collate(pack, self.ranks.size / units, self.ranks.device))
-            value.backward()
-            total += value.detach()
-        norm = nn.utils.clip_grad_norm_(self.trainee.parameters(), self.settings.clip or math.inf)
-        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            loss = self.trainee(collate(pack, self.ranks.size / units, self.ranks.device))
+            loss.backward()
+            total += loss.detach()
+        whole = nn.utils.clip_grad_norm_(self.trainee.parameters(), self.settings.clip or math.inf)
+        norm = float(whole.full_tensor() if isinstance(whole, DTensor) else whole)
         value = self.ranks.all_reduce_sum(float(total) / self.ranks.size)[0]
         finite = math.isfinite(value) and math.isfinite(norm)
         if finite:
@@ -231,11 +231,7 @@ def say(lines: Sequence[str]) -> None:
 
 
 def make_trainee(
-    objective: Objective,
-    settings: TrainSettings,
-    config: ModelConfig,
-    model_dir: Path,
-    ranks: parallel.Ranks,
+    objective: Objective, settings: TrainSettings, config: ModelConfig, model_dir: Path, ranks: parallel.Ranks
 ) -> Trainee:
     """The decoder with its objective, on its ranks, filled from the checkpoint."""
     with torch.device("meta"):
@@ -312,9 +308,9 @@ def keep_metrics(path: Path, steps: int) -> None:
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[threading.Event]:
     """SIGTERM and Ctrl-C ask for a stop between steps; a second one is not waited for."""
-    stop, before = threading.Event(), {}
+    stop, before = threading.Event(), dict[int, Any]()
 
-    def ask(number, frame):
+    def ask(number: int, frame: Any) -> None:
         stop.set()
         signal.signal(number, before.get(number, signal.SIG_DFL))
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 import kernels
 from gramr2.model import Decoder
 from gramr2.records import Example
-from kernels.packed_attention import packed_causal, packed_positions
+from kernels.packed_attention import Attend, packed_causal, packed_positions
 
 NO_LETTER = -1  # at targets that are not the label's letter
 
@@ -52,7 +53,10 @@ def collate(rows: Sequence[Example], scale: float, device: torch.device | str) -
     sequences = [sequence for row in rows for sequence in row.sequences]
     lengths = [len(sequence.ids) for sequence in sequences] or [1]
     ids = [i for sequence in sequences for i in sequence.ids] or [0]
-    places, targets, coefficients, old_logprobs, other_letters, offset = [], [], [], [], [], 0
+    places, other_letters, offset = [], [], 0
+    targets: list[int] = []
+    coefficients: list[float] = []
+    old_logprobs: list[float] = []
     for row in rows:
         for sequence in row.sequences:
             wanted = range(sequence.start, len(sequence.ids))
@@ -63,8 +67,8 @@ def collate(rows: Sequence[Example], scale: float, device: torch.device | str) -
             letter_place, letter = row.other_letter or (None, NO_LETTER)
             other_letters += [letter if place == letter_place else NO_LETTER for place in wanted]
             offset += len(sequence.ids)
-    long = {"dtype": torch.int64, "device": device}
-    real = {"dtype": torch.float32, "device": device}
+    long: dict[str, Any] = {"dtype": torch.int64, "device": device}
+    real: dict[str, Any] = {"dtype": torch.float32, "device": device}
     return Batch(
         ids_T=torch.tensor(ids, **long),
         lengths=lengths,
@@ -146,7 +150,8 @@ class Trainee(nn.Module):
         # Each pack brings its own attention. A compiled block is given this one function instead, which it
         # does not look into; otherwise it would be compiled again for every pack.
         # It does not hold the module: a cycle would outlive the training, with all its weights.
-        self._packs = packs = {}
+        packs: dict[str, Attend] = {}
+        self._packs = packs
         self._attend = torch.compiler.disable(lambda *arguments: packs["now"](*arguments))
 
     def forward(self, batch: Batch) -> Tensor:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -149,6 +150,10 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
+    # Of the checkpoint that it was read from: what ends an answer, and config.json as it stood there.
+    stop_ids: tuple[int, ...] = ()
+    raw_config: dict[str, Any] | None = None
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config

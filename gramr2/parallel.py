@@ -116,7 +116,7 @@ def join_ranks(settings: TrainSettings) -> Iterator[Ranks]:
     owned = not dist.is_initialized() and ("WORLD_SIZE" in os.environ or cuda)
     if owned:
         launched = "WORLD_SIZE" in os.environ
-        alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        alone: dict[str, Any] = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE, **alone)
     groups = []
     try:
@@ -236,9 +236,8 @@ class ResumePoints:
 
     def __init__(self, directory: Path, ranks: Ranks):
         self.directory, self.ranks = directory, ranks
-        self.options = (
-            {"no_dist": True} if ranks.checkpoint_group is None else {"process_group": ranks.checkpoint_group}
-        )
+        group = ranks.checkpoint_group
+        self.options: dict[str, Any] = {"no_dist": True} if group is None else {"process_group": group}
         # One process without a process group is meant. The thread that writes may warn of it at any time.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         self.pending: tuple[Future, Path, Path] | None = None
@@ -265,7 +264,7 @@ class ResumePoints:
                 write_json(temporary / "cursor.json", cursor)
         # Nothing is copied ahead: that takes a CUDA stream, on the first GPU, for tensors of the CPU.
         writer = dcp.FileSystemWriter(temporary, per_thread_copy_ahead=0)
-        future = dcp.async_save(state, storage_writer=writer, **self.options)
+        future: Any = dcp.async_save(state, storage_writer=writer, **self.options)
         self.pending = (future, temporary, final)
 
     def publish_when_written(self) -> None:

@@ -86,7 +86,7 @@ def make_plan(builder: ExampleBuilder, settings: TrainSettings, ranks: Ranks) ->
     mine = range(ranks.rank, builder.size, ranks.size)
 
     def measure() -> tuple[list[tuple[int, int, int]], Counter[str]]:
-        found, dropped = [], Counter()
+        found, dropped = [], Counter[str]()
         for i in tqdm(mine, "reading", disable=not ranks.is_first or builder.size < 10000, leave=False):
             try:
                 example = builder.plain(i)
@@ -104,7 +104,8 @@ def make_plan(builder: ExampleBuilder, settings: TrainSettings, ranks: Ranks) ->
             f"{builder.names}: none of {builder.size} rows can train the stage {stage} ({reasons})"
         )
     examples = settings.steps * settings.batch_size or max(1, round(settings.epochs * len(rows)))
-    return Plan(*rows.T, dict(dropped), settings.batch_size, examples, settings.seed)
+    kept, lengths, units = rows.T
+    return Plan(kept, lengths, units, dict(dropped), settings.batch_size, examples, settings.seed)
 
 
 def split_into_packs(examples: Sequence[Example], ranks: int, budget: int) -> list[list[list[Example]]]:

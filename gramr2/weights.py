@@ -240,7 +240,6 @@ def load_model(directory: str | Path, device="cpu", dtype="float32") -> Decoder:
     }
     model.load_state_dict(state, assign=True)
     model.raw_config = raw
-    model.stop_ids = ()
     return model.eval()
 
 
@@ -337,8 +336,7 @@ def save(
     model: Decoder, tokenizer: Tokenizer | None, directory: str | Path, extra: Mapping[str, str] | None = None
 ) -> None:
     """Publishes a directory that transformers loads unchanged. `extra`: further text files, name → text."""
-    raw = getattr(model, "raw_config", None)
-    save_tensors(model.named_parameters(), model.config, raw, tokenizer, directory, extra)
+    save_tensors(model.named_parameters(), model.config, model.raw_config, tokenizer, directory, extra)
 
 
 def save_tensors(
@@ -352,10 +350,11 @@ def save_tensors(
     """As `save`, from (our name, tensor) pairs, which may come one by one; a file's worth is held."""
     with publish_directory(directory) as place:
         numbers: dict[str, int] = {}  # of the file that a tensor stands in, from 1
-        sizes, tensors, dtype = [0], {}, None
+        tensors: dict[str, Tensor] = {}
+        sizes, dtype = [0], torch.float32
         for name, parameter in named:
             tensor = parameter.detach().to("cpu").contiguous()
-            dtype = dtype or tensor.dtype
+            dtype = dtype if numbers else tensor.dtype  # the first one's, for all
             if tensors and sizes[-1] + tensor.nbytes > MAX_FILE_BYTES:
                 _write_file(tensors, place, len(sizes))
                 sizes.append(0)

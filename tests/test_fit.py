@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from trainings import CONFIG, builder_of, curve, drive, job, make, same_bits, sums, write_rows
 
 from gramr2 import fit, parallel, prompts
 from gramr2.files import InputError
-from gramr2.plan import make_plan
+from gramr2.loss import Trainee
+from gramr2.model import Decoder
+from gramr2.plan import global_batches, make_plan, read_model_config
 from gramr2.records import Tokens
 from gramr2.settings import TrainSettings
 
@@ -88,6 +91,53 @@ def test_a_gpu_trains_near_the_cpu(world, tmp_path):
     train(tmp_path / "cpu", world, device="cpu", **settings)
     train(tmp_path / "gpu", world, device="cuda", checkpointing=True, **settings)
     assert curve(tmp_path / "gpu") == pytest.approx(curve(tmp_path / "cpu"), abs=0.1)
+
+
+# ---------------------------------------------------------------------------------- adapters
+
+
+class Adapter(nn.Module):
+    """A low-rank change of a matrix that stays as it was. A head is read, not called: `weight`."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base
+        self.down = nn.Parameter(torch.empty(2, base.in_features))
+        self.up = nn.Parameter(torch.empty(base.out_features, 2))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base.weight + self.up @ self.down
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+
+@pytest.mark.parametrize("stage", ["reward", "discriminative"])
+def test_adapters_around_every_matrix_are_trained_and_nothing_else(tmp_path, stage):
+    """They go around a decoder on the meta device; the checkpoint fills what they stand around."""
+    config = {"steps": 3, "max_length": 1400, "checkpointing": True}
+    builder = builder_of(stage, make(tmp_path, family="qwen3"), **config)
+    settings, (model, _) = builder.settings, (tmp_path / "start", None)
+    with torch.device("meta"):
+        shape = read_model_config(stage, builder.stage.head, settings, model, builder.tokenizer)
+        trainee = Trainee(Decoder(shape).requires_grad_(False), builder.stage.objective(settings))
+        linear = [name for name, module in trainee.named_modules() if isinstance(module, nn.Linear)]
+        for name in linear:
+            trainee.set_submodule(name, Adapter(trainee.get_submodule(name)))
+    parallel.wrap(trainee, settings, ALONE)
+    parallel.load_weights(trainee, model, fresh_score=stage == "discriminative")
+    trained = {name: each for name, each in trainee.named_parameters() if each.requires_grad}
+    for name, parameter in trained.items():
+        nn.init.zeros_(parameter) if name.endswith("up") else nn.init.normal_(parameter)
+    before = {name: each.clone() for name, each in trainee.named_parameters()}
+    loop = fit.Loop(trainee, settings, ALONE, tmp_path, 3)
+    plan = make_plan(builder, settings, ALONE)
+    losses = [loop.step(batch)["loss"] for batch in global_batches(plan, builder, 0)]
+    changed = {name for name, each in trainee.named_parameters() if not torch.equal(each, before[name])}
+    assert changed == trained.keys() and len(changed) == 2 * len(linear) and losses[-1] < losses[0]
+    assert {name.partition(".")[0] for name in loop.state} == {"weight", "exp_avg", "exp_avg_sq"}
+    assert len(loop.state) == 3 * len(trained)
 
 
 # ---------------------------------------------------------------------------------- resume

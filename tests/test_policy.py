@@ -17,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trainings import same_bits, weights_of, write_rows
 
+import train
 from gramr2 import fit, parallel
 from gramr2.extras import policy, policy_start
 from gramr2.extras.policy_settings import PolicySettings
-from gramr2.files import InputError, write_json
+from gramr2.files import InputError, exit_status, write_json
 from gramr2.judge import RewardModel
 from gramr2.records import Judgment, Vote
 from gramr2.settings import TrainSettings
@@ -218,7 +219,7 @@ def test_a_source_that_does_not_suit_its_judge_is_refused():
 
 def stream(tmp_path, reward, **config) -> policy.Rollouts:
     loop = SimpleNamespace(out=tmp_path, ranks=parallel.Ranks(0, 1, torch.device("cpu")))
-    return policy.Rollouts(PolicySettings(**CONFIG | config), [], None, loop, None, reward)
+    return policy.Rollouts(PolicySettings(**CONFIG | config), [], None, loop, None, reward, None)
 
 
 def rollout(response: str, finish: str = "stop", question: str = "q") -> policy.Rollout:
@@ -299,12 +300,10 @@ def test_prompts_that_cannot_be_used_are_said_before_anything_is_trained(world, 
 # ---------------------------------------------------------------------------------- ranks, and the command
 
 
-def command(recipe: Path, world, judge: Path, out: Path, *more: str, ranks: int = 1):
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    words = ["--recipe", recipe, "--model", world[0], "--data", world[1], "--judge", judge, "--out", out]
-    line = [sys.executable, *launch, ROOT / "train.py", "--stage", "policy", *words, *more]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(list(map(str, line)), env=environment, capture_output=True, text=True)
+def words(recipe: Path, world, judge: Path, out: Path) -> list[str]:
+    given = {"recipe": recipe, "model": world[0], "data": world[1], "judge": judge, "out": out}
+    flags = ((f"--{name}", str(value)) for name, value in given.items())
+    return ["--stage", "policy", *itertools.chain(*flags)]
 
 
 def test_the_command_on_two_ranks_draws_the_same_and_trains_alike(world, tmp_path):
@@ -315,7 +314,10 @@ def test_the_command_on_two_ranks_draws_the_same_and_trains_alike(world, tmp_pat
     recipe.write_text(f"[train.policy]\n{settings}\n")
     reward = policy.Judged(RewardModel.load(judge), PolicySettings(**options))
     run(world, tmp_path / "one", reward, **options)
-    said = command(recipe, world, judge, tmp_path / "two", ranks=2)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, str(ROOT / "train.py"), *words(recipe, world, judge, tmp_path / "two")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    said = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert said.returncode == 0 and said.stdout == f"model: {tmp_path / 'two/model'}\n", said.stderr
     one, two = (rows_of(tmp_path / f"{name}/rollouts.jsonl") for name in ("one", "two"))
     assert one == two and len({row["reward"] for row in one}) > 3
@@ -340,11 +342,13 @@ def test_the_world_is_that_of_the_named_judges_run(tmp_path, monkeypatch):
     assert policy_start.run_of({"test": 5}, Path("runs/old/steps/28-fine-tune/model")) is None
 
 
-def test_the_command_says_in_one_line_what_does_not_fit(world, tmp_path):
+def test_the_command_says_in_one_line_what_does_not_fit(world, tmp_path, capsys):
     """On the command line as in Python: exit status 2, and nothing is left that looks like a run."""
     recipe = tmp_path / "r.toml"
     recipe.write_text("[train.policy]\nmax_new_tokens = 8\n")
-    said = command(recipe, world, world[0], tmp_path / "out", "--reward", "scalar")
-    errors = [line for line in said.stderr.splitlines() if line.startswith("error: ")]
-    assert said.returncode == 2 and said.stdout == "" and not (tmp_path / "out").exists()
+    line = [*words(recipe, world, world[0], tmp_path / "out"), "--reward", "scalar"]
+    assert exit_status(train.main, line) == 2 and not (tmp_path / "out").exists()
+    said = capsys.readouterr()
+    errors = [each for each in said.err.splitlines() if each.startswith("error: ")]
     assert len(errors) == 1 and "scalar cannot come from a judge that writes verdicts" in errors[0]
+    assert said.out == ""

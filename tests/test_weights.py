@@ -1,10 +1,10 @@
 """Every weight is accounted for; what is wrong with a directory is said in one line."""
 
 import json
-import subprocess
-import sys
+import threading
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from checkpoints import make_checkpoint, random_model
@@ -88,6 +88,15 @@ def test_a_broken_directory_is_refused_in_one_line(tmp_path, case):
     assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_window_that_is_not_in_use_is_no_window(tmp_path):
+    """Qwen2's files state a window's size whether it is in use or not."""
+    directory = make_checkpoint(tmp_path / "model", "qwen2")
+    edit_config(directory, sliding_window=32)
+    weights.load_model(directory)
+    edit_config(directory, use_sliding_window=False)
+    weights.load_model(directory)
+
+
 def test_a_tokenizer_larger_than_its_model_is_refused(tmp_path):
     """Its last ids would index past the embedding."""
     directory = make_checkpoint(tmp_path / "model", "qwen2", vocab_size=290)
@@ -160,40 +169,39 @@ def test_files_of_tensors_are_cut_at_the_limit_and_indexed(tmp_path, monkeypatch
     assert torch.equal(model.head.weight, random_model("llama2").head.weight)
 
 
-MEMORY = """
-import gc, sys
-from gramr2 import weights
-def anonymous():
-    lines = open("/proc/self/smaps_rollup").read().splitlines()
+def anonymous() -> int:
+    """kB of this process's memory that are no file's."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
-weights.load_model(sys.argv[1] + "/small")
-gc.collect()
-before = anonymous()
-import threading, time
-peak, done = before, False
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous())
-        time.sleep(0.002)
-thread = threading.Thread(target=watch); thread.start()
-model = weights.load_model(sys.argv[1] + "/large", dtype=sys.argv[2])
-done = True; thread.join()
-size = sum(p.nbytes for p in model.parameters()) / 1024
-print((max(peak, anonymous()) - before) / size)
-"""
+
+
+def write_peak_while_loading(directory: Path, dtype: str) -> int:
+    """Anonymous memory beyond what there was, as a share of the model's size: into a file named `dtype`."""
+    torch.set_num_threads(1)  # this is a fork
+    weights.load_model(directory / "small")
+    before, seen, done = anonymous(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            seen.append(anonymous())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    model = weights.load_model(directory / "large", dtype=dtype)
+    done.set()
+    thread.join()
+    size = sum(parameter.nbytes for parameter in model.parameters()) / 1024
+    (directory / dtype).write_text(str((max(*seen, anonymous()) - before) / size))
+    return 0
 
 
 @pytest.mark.skipif(
     not Path("/proc/self/smaps_rollup").exists(), reason="anonymous memory is read from /proc"
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_loading_holds_one_copy(tmp_path, dtype):
+def test_loading_holds_one_copy(tmp_path):
     """A second copy of an 8B model in memory is what stops people from loading it."""
     make_checkpoint(tmp_path / "small")
-    make_checkpoint(tmp_path / "large", "llama2", vocab_size=16000, hidden_size=1024, intermediate_size=4096)
-    result = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(tmp_path), dtype], capture_output=True, text=True, check=True,
-        cwd=Path(__file__).parents[1],
-    )  # fmt: skip
-    assert float(result.stdout) <= 1.15
+    make_checkpoint(tmp_path / "large", "llama2", vocab_size=16000, hidden_size=768, intermediate_size=3072)
+    for dtype in ("float32", "bfloat16"):
+        children = forks.fork_ranks(lambda _, dtype=dtype: write_peak_while_loading(tmp_path, dtype), 1)
+        assert forks.exits(children) == [0] and float((tmp_path / dtype).read_text()) <= 1.15

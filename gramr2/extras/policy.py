@@ -68,8 +68,9 @@ class Judged:
         if (settings.reward == "scalar") != (judge.format.endings is None):
             kind = "a judge that writes verdicts" if judge.format.endings else "a discriminative model"
             raise InputError(f"reward: {settings.reward} cannot come from {kind}; give another --judge")
-        self.judge, self.log = judge, []
-        self.options = {
+        self.judge = judge
+        self.log: Log = []
+        self.options: dict[str, Any] = {
             "votes": settings.votes,
             "temperature": float(settings.votes > 2),
             "seed": settings.seed,
@@ -145,6 +146,7 @@ class Rollouts:
     loop: fit.Loop
     actor: Decoder
     reward: Reward
+    objective: PolicyGradient
     batch: list[Rollout] = field(default_factory=list)
 
     def __post_init__(self):
@@ -188,7 +190,7 @@ class Rollouts:
         questions, ids = zip(*(self.prompts[i] for i in chosen), strict=True) if chosen else ((), ())
         how = {"max_new_tokens": self.settings.max_new_tokens, "seed": self.settings.seed, "progress": False}
         drawn = generate(self.actor, ids, n=self.settings.group, keys=[f"{step} {i}" for i in chosen], **how)
-        greedy = [None] * len(chosen)
+        greedy: list[str | None] = [None] * len(chosen)
         if self.settings.reward == "pairwise":
             greedy = [self.text(each) for (each,) in generate(self.actor, ids, temperature=0.0, **how)]
         return [
@@ -244,9 +246,8 @@ class Rollouts:
 
     def figures(self) -> dict[str, Any]:
         """What metrics.jsonl says of a step beside its loss, over all ranks."""
-        objective = self.loop.trainee.objective
-        kl, clipped, tokens = self.ranks.all_reduce_sum(*objective.seen)
-        objective.seen = [0.0, 0, 0]
+        kl, clipped, tokens = self.ranks.all_reduce_sum(*self.objective.seen)
+        self.objective.seen = [0.0, 0, 0]
         mean = fmean(each.reward for each in self.batch)
         return {"reward": mean, "kl": kl / tokens, "clipped": clipped / tokens, **self.counts()}
 
@@ -307,7 +308,7 @@ def train(
         objective = PolicyGradient(reference, settings.clip_ratio, settings.kl)
         trainee = fit.make_trainee(objective, settings, config, model_dir, ranks)
         loop = fit.Loop(trainee, settings, ranks, out, steps, tokenizer.decode)
-        rollouts = Rollouts(settings, prompts, plan, loop, actor, reward)
+        rollouts = Rollouts(settings, prompts, plan, loop, actor, reward, objective)
         loop.extra_figures = rollouts.figures
         loop.restore()
         ranks.on_rank_0(

@@ -28,7 +28,7 @@ from gramr2.run_directory import finished_runs
 from gramr2.settings import Sources, TrainSettings
 
 IMITATED = 600  # unlabelled pairs whose lists the toy's policy has read, both of each
-IMITATION = {"batch_size": 64, "steps": 100, "max_length": 64, "lr": 3e-3}
+IMITATION: dict[str, Any] = {"batch_size": 64, "steps": 100, "max_length": 64, "lr": 3e-3}
 
 
 def command(
