@@ -227,22 +227,20 @@ class Reading(NamedTuple):
     label: str | None = None
 
 
+def _heading(words: str) -> re.Pattern:
+    return re.compile(f"^{words}", re.MULTILINE)
+
+
 # The frame of z: a part begins below its heading. "Comparision" is what the published prompt says.
-_RATIONALE_FRAME = {
-    "Feedback": re.compile(r"^Feedback:[ \t]*(?:\n|\Z)", re.MULTILINE),
-    "Comparison": re.compile(r"^Comparisi?on:[ \t]*(?:\n|\Z)", re.MULTILINE),
-    "Conclusion": re.compile(r"^Conclusion:[ \t]*(?:\n|\Z)", re.MULTILINE),
-}
+_Z_HEADINGS = {"Feedback": "Feedback", "Comparison": "Comparisi?on", "Conclusion": "Conclusion"}
+_RATIONALE_FRAME = {part: _heading(rf"{words}:[ \t]*(?:\n|\Z)") for part, words in _Z_HEADINGS.items()}
 # The frame of ẑ: each part begins a line with these words. Feedback that is not given response by response
 # takes the place of the first two.
-_OPENING = re.compile(rf"^This argument justifies the choice of {_NAME}\.[ \t]*$", re.MULTILINE)
-_FIRST = re.compile(rf"^First, {_NAME}\. ?", re.MULTILINE)
-_SECOND = re.compile(rf"^Second, {_NAME}\. ?", re.MULTILINE)
-_IN_TURN = re.compile(r"^The responses in turn: ?", re.MULTILINE)
-_LAST_TWO = {
-    "Comparison": re.compile(r"^Comparing the two: ?", re.MULTILINE),
-    "Conclusion": re.compile(r"^Therefore: ?", re.MULTILINE),
-}
+_OPENING = _heading(rf"This argument justifies the choice of {_NAME}\.[ \t]*$")
+_FIRST = _heading(rf"First, {_NAME}\. ?")
+_SECOND = _heading(rf"Second, {_NAME}\. ?")
+_IN_TURN = _heading("The responses in turn: ?")
+_LAST_TWO = {"Comparison": _heading("Comparing the two: ?"), "Conclusion": _heading("Therefore: ?")}
 _PROOF_FRAME = {"opening": _OPENING, "first response": _FIRST, "second response": _SECOND} | _LAST_TWO
 _PROOF_FRAME_IN_TURN = {"opening": _OPENING, "Feedback": _IN_TURN} | _LAST_TWO
 _TAGS = re.compile(r"</?(?:think|answer)>")
