@@ -84,10 +84,8 @@ class Voter:
 
     def ask(self, pair: Pair, order: str) -> Question:
         """A pair's prompt; neither label nor rationale is shown to a judge."""
-        first, second = pair.response_a, pair.response_b
-        if order == "BA":
-            first, second = second, first
-        content = prompts.judge_prompt(Pair(pair.messages, first, second), self.template)
+        shown = pair.swapped() if order == "BA" else pair
+        content = prompts.judge_prompt(shown, self.template)
         ids = self.tokenizer.chat([{"role": "user", "content": content}])
         return Question(f"{pair.id} {order}", order, ids)
 
@@ -101,9 +99,8 @@ class Voter:
         room = self.model.config.max_positions
         for pair in pairs:
             ballot: list[Vote] = []
-            questions: list[Question] = []
-            if pair.response_a != pair.response_b:
-                questions = [self.ask(pair, order) for order in ("AB", "BA")[: 1 + (count > 1)]]
+            orders = ("AB", "BA")[: 1 + (count > 1)] if pair.response_a != pair.response_b else ()
+            questions = [self.ask(pair, order) for order in orders]
             tokens = max((len(question.ids) for question in questions), default=0)
             if tokens < room:
                 found.append(ballot)
