@@ -96,12 +96,13 @@ def _template_in_card(card: str, kind: str) -> str | None:
 
 
 def template_for(
-    directory: str | Path, prompt_file: str | Path | None = None, kind: str = "judge"
+    directory: str | Path, prompt_file: str | Path | None = None, kind: str = "judge", ours: str | None = None
 ) -> tuple[str, str]:
     """→ (template, note): the prompt that a checkpoint's directory wants, and where it comes from.
 
     In this order: the file that was named; judge_prompt.txt (prover_prompt.txt) in the directory; the
-    directory's model card, README.md, where that shows one; our own, and then the note is a warning.
+    directory's model card, README.md, where that shows one; our own (`ours`, where the judge is of another
+    kind than the paper's), and then the note is a warning.
     """
     directory = Path(directory)
     own = directory / f"{kind}_prompt.txt"
@@ -113,7 +114,7 @@ def template_for(
     card = directory / "README.md"
     if card.is_file() and (template := _template_in_card(read_text(card), kind)) is not None:
         return template, f"prompt: as shown in {card}"
-    ours = {"judge": JUDGE_PROMPT, "prover": PROVER_PROMPT}[kind]
+    ours = ours or {"judge": JUDGE_PROMPT, "prover": PROVER_PROMPT}[kind]
     return ours, f"warning: {directory} brings no {own.name} and no card with a prompt; using this project's"
 
 
