@@ -35,6 +35,7 @@ class InputError(ValueError):
 
 
 def need(holds: bool, message: str) -> None:
+    """What has to hold of the input; where it does not, the message says what to do."""
     if not holds:
         raise InputError(message)
 
