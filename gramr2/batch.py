@@ -73,7 +73,7 @@ class DecodeRows:
     """What a decode batch keeps from step to step, until a sample joins, leaves or gets a page."""
 
     def __init__(self, step: Step, size: int, item_rows: int | None, share_prefix: bool):
-        self.size, self.slots_R = size, np.array(step.slots)
+        self.size, self.slots_R = size, np.array([*step.samples.values()])
         self.seeds_R = np.array([sample.prompt.seeds[sample.number] for sample in step.samples])
         self.shared_R = np.array([sample.prompt.shared_tokens(size) for sample in step.samples])
         tables = [sample.table.blocks for sample in step.samples]

@@ -34,6 +34,12 @@ class InputError(ValueError):
     """Bad input: names the file, row or field, and says what to do. One line."""
 
 
+def need(holds: bool, message: str) -> None:
+    """What has to hold of the input; where it does not, the message says what to do."""
+    if not holds:
+        raise InputError(message)
+
+
 class Parser(argparse.ArgumentParser):
     """A command line whose errors are one line as well, and whose help keeps the lines of its docstring."""
 
@@ -54,7 +60,8 @@ def _sync(path: Path) -> None:
 
 
 def _temporary(target: Path) -> Path:
-    """Unlike any other: processes of several hosts may write into one shared directory."""
+    """In the target's directory, and unlike any other: several hosts may write into a shared one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     return target.with_name(f".{target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
 
 
@@ -62,7 +69,6 @@ def _temporary(target: Path) -> Path:
 def publish_file(target: str | Path) -> Iterator[Path]:
     """Yields a temporary path to write; on a clean exit it replaces `target`, otherwise it is gone."""
     target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(target)
     try:
         yield temporary
@@ -82,7 +88,6 @@ def publish_directory(target: str | Path) -> Iterator[Path]:
     replaces is removed afterwards.
     """
     target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
     for stale in target.parent.glob(f".{target.name}.tmp-*"):  # left by a writer that was killed
         shutil.rmtree(stale, ignore_errors=True)
     temporary = _temporary(target)

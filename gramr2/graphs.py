@@ -12,8 +12,9 @@ Shapes: R rows of a decode step, C columns of what `choose` gives, F numbers of 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +35,7 @@ class CapturedGraph:
     graph: torch.cuda.CUDAGraph
     input_F: Tensor
     outputs_RC: Tensor
-    host_buffers: list[tuple[Tensor, Tensor]]  # pinned: for the input, for the outputs
+    host_buffers: Iterator[tuple[Tensor, ...]]  # pinned: for the input, for the outputs; in turns, for ever
 
 
 class DecodeGraphs:
@@ -48,7 +49,7 @@ class DecodeGraphs:
         own = ((1,), -1), ((1,), 0), (pages, NULL)
         self.layout: list[tuple[tuple, int]] = [slots, positions, seeds, places, *prefix, *own]
         self.captured: dict[int, CapturedGraph] = {}  # by batch size
-        self.memory, self.turn = torch.cuda.graph_pool_handle(), 0
+        self.memory = torch.cuda.graph_pool_handle()
 
     def launch(self, batch: DecodeBatch[np.ndarray], decode: Decode) -> Callable[[], np.ndarray]:
         """Starts a step; -> what waits for its outputs."""
@@ -57,8 +58,7 @@ class DecodeGraphs:
         if size not in self.captured:
             self.captured[size] = self._capture(size, decode)
         captured = self.captured[size]
-        self.turn = (self.turn + 1) % len(captured.host_buffers)
-        host_F, host_RC = captured.host_buffers[self.turn]
+        host_F, host_RC = next(captured.host_buffers)
         self._write(batch, host_F, size)
         captured.input_F.copy_(host_F, non_blocking=True)
         captured.graph.replay()
@@ -92,13 +92,12 @@ class DecodeGraphs:
         for view, (_, fill) in zip(views, self.layout, strict=True):
             view.fill_(fill)
         graph, outputs_RC = self._record(decode, DecodeBatch.of(views))
-        pinned = self.device.type == "cuda"
+        pinned, copied = self.device.type == "cuda", (input_F, outputs_RC)
         host_buffers = [
-            (torch.empty(length, dtype=torch.int64, pin_memory=pinned),
-             torch.empty(outputs_RC.shape, dtype=outputs_RC.dtype, pin_memory=pinned))
+            tuple(torch.empty(each.shape, dtype=each.dtype, pin_memory=pinned) for each in copied)
             for _ in range(3)
-        ]  # fmt: skip
-        return CapturedGraph(graph, input_F, outputs_RC, host_buffers)
+        ]
+        return CapturedGraph(graph, input_F, outputs_RC, itertools.cycle(host_buffers))
 
     def _record(self, decode: Decode, batch: DecodeBatch[Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         # The first run compiles and allocates, on a batch of padding, which leaves no trace.

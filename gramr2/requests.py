@@ -23,10 +23,11 @@ from torch import Tensor
 
 import kernels
 from gramr2.cache import BlockTable, Growth
-from gramr2.files import InputError
+from gramr2.files import need
 from gramr2.model import ModelConfig
 from kernels.choice import Options, noise_seed
 
+MEMORY_BYTES = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # of the machine
 CPU_CACHE_BYTES = 1 << 30  # or what the longest request needs, up to half of the machine's memory
 CUDA_CACHE_SHARE = 0.8  # of the memory that is free when generate is called
 
@@ -72,11 +73,6 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + held_idle
 
 
-def _memory() -> int:
-    """Bytes of the machine's memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 class Decodes(Protocol):
     """What stop texts need of a tokenizer."""
 
@@ -104,60 +100,53 @@ class Request:
     def check(self, config: ModelConfig) -> None:
         """All but the prompts, which `capacity` looks at one by one."""
         temperature, top_p, top_k, watch_W = self.options
-        _need(self.n >= 1, f"n is {self.n}; it must be at least 1")
+        need(self.n >= 1, f"n is {self.n}; it must be at least 1")
         finite = 0 <= temperature < float("inf")
-        _need(finite, f"temperature is {temperature}; it must be 0 (greedy) or positive")
-        _need(0 < top_p <= 1, f"top_p is {top_p}; it must be in (0, 1]")
-        _need(top_k >= 0, f"top_k is {top_k}; it must be 0 (no limit) or positive")
-        _need(not self.stop_texts or self.tokenizer is not None, "stop_texts needs tokenizer=")
-        _need(all(self.stop_texts), "stop_texts holds an empty text")
-        last = config.vocab_size - 1
+        need(finite, f"temperature is {temperature}; it must be 0 (greedy) or positive")
+        need(0 < top_p <= 1, f"top_p is {top_p}; it must be in (0, 1]")
+        need(top_k >= 0, f"top_k is {top_k}; it must be 0 (no limit) or positive")
+        need(not self.stop_texts or self.tokenizer is not None, "stop_texts needs tokenizer=")
+        need(all(self.stop_texts), "stop_texts holds an empty text")
+        last, count = config.vocab_size - 1, len(self.prompts)
         for token in watch_W.tolist():
-            _need(0 <= token <= last, f"watch holds id {token}; the vocabulary has 0 to {last}")
+            need(0 <= token <= last, f"watch holds id {token}; the vocabulary has 0 to {last}")
         for name, values in ("keys", self.keys), ("max_new_tokens", self.max_new_tokens):
             if isinstance(values, Sequence):
-                message = f"{name} has {len(values)} entries for {len(self.prompts)} prompts"
-                _need(len(values) == len(self.prompts), message)
+                need(len(values) == count, f"{name} has {len(values)} entries for {count} prompts")
 
     def capacity(self, config: ModelConfig, weight: Tensor, limits: Limits) -> Capacity:
         """Checks every prompt against model and cache; -> what runs at once. `weight`: any of the model's."""
         cuda, room = weight.device.type == "cuda", config.max_positions
         size = limits.block_size or (64 if cuda else 16)
         budget = limits.token_budget or (8192 if cuda else 1024)
-        _need(kernels.KEYS % size == 0, f"block_size is {size}; it must divide {kernels.KEYS}")
+        need(kernels.KEYS % size == 0, f"block_size is {size}; it must divide {kernels.KEYS}")
         per_block = 2 * config.num_layers * config.num_kv_heads * config.head_size * size * weight.itemsize
-        cache_bytes = limits.cache_bytes or (int(free_bytes(weight.device) * CUDA_CACHE_SHARE) if cuda else 0)
-        allowed = cache_bytes or max(CPU_CACHE_BYTES, _memory() // 2)
-        wanted, largest, longest = 2, 2, 0  # the null block, and one
+        usual = int(free_bytes(weight.device) * CUDA_CACHE_SHARE) if cuda else CPU_CACHE_BYTES
+        cache_bytes = limits.cache_bytes or usual
+        allowed = cache_bytes if limits.cache_bytes or cuda else max(usual, MEMORY_BYTES // 2)
+        wanted, longest = 2, 0  # the null block, and one
         for index, ids in enumerate(self.prompts):
             most = self._checked_most(index, ids, config.vocab_size - 1)
             total = len(ids) + most
             asked = f"prompt {index} has {len(ids)} tokens and may get {most} more"
-            if total > room:
-                raise InputError(f"{asked}: {total}, but the model takes at most {room}")
+            need(total <= room, f"{asked}: {total}, but the model takes at most {room}")
             # One block more than it fills: the prompt's last, half full, is copied when it is forked.
             needed = -(-total // size) + 1
-            if needed + 1 > allowed // per_block:
-                takes = f"{(needed + 1) * per_block:,} bytes of cache; the limit is {allowed:,}"
-                raise InputError(f"{asked}, which takes {takes}")
-            wanted, largest = wanted + self.n * needed, max(largest, needed + 1)
-            longest = max(longest, total)
-        affordable = cache_bytes // per_block if cache_bytes else max(CPU_CACHE_BYTES // per_block, largest)
-        blocks = min(affordable, wanted)
+            takes = f"{(needed + 1) * per_block:,} bytes of cache; the limit is {allowed:,}"
+            need(needed + 1 <= allowed // per_block, f"{asked}, which takes {takes}")
+            wanted, longest = wanted + self.n * needed, max(longest, total)
+        # The longest must run, alone if need be: its blocks, one for a copy, and the null block.
+        blocks = min(max(cache_bytes // per_block, -(-longest // size) + 2), wanted)
         return Capacity(blocks, size, longest, limits.running, budget, limits.share_prefix)
 
     def _checked_most(self, index: int, ids: Sequence[int], last: int) -> int:
         """Checks a prompt in itself; -> the most tokens that a sample of it may get."""
-        if not len(ids):
-            raise InputError(f"prompt {index} is empty; it needs at least one id")
+        need(len(ids) > 0, f"prompt {index} is empty; it needs at least one id")
         for token in (min(ids), max(ids)):
-            if not 0 <= token <= last:
-                raise InputError(f"prompt {index} holds id {token}; the vocabulary has 0 to {last}")
+            need(0 <= token <= last, f"prompt {index} holds id {token}; the vocabulary has 0 to {last}")
         new, of = self._new_tokens(index), f"max_new_tokens of prompt {index}"
-        if len(new) != self.n:
-            raise InputError(f"{of} has {len(new)} entries for n = {self.n} samples")
-        if min(new) < 1:
-            raise InputError(f"{of} is {min(new)}; it must be at least 1")
+        need(len(new) == self.n, f"{of} has {len(new)} entries for n = {self.n} samples")
+        need(min(new) >= 1, f"{of} is {min(new)}; it must be at least 1")
         return max(new)
 
     def _new_tokens(self, index: int) -> list[int]:
@@ -167,15 +156,12 @@ class Request:
 
     def queue(self) -> Iterator[Prompt]:
         """The prompts, taken in one by one: those that wait cost their ids and nothing else."""
-        seen: Counter[bytes] = Counter()
+        seen: Counter[str] = Counter()
         for index, given in enumerate(self.prompts):
             ids = [int(i) for i in given]
-            if self.keys is None:
-                digest = hashlib.blake2b(np.array(ids, np.int64).tobytes(), digest_size=16).digest()
-                key = f"{digest.hex()}/{seen[digest]}"
-                seen[digest] += 1
-            else:
-                key = self.keys[index]
+            digest = hashlib.blake2b(np.array(ids, np.int64).tobytes(), digest_size=16).hexdigest()
+            key = f"{digest}/{seen[digest]}" if self.keys is None else self.keys[index]
+            seen[digest] += 1
             seeds = [noise_seed(self.seed, key, number) for number in range(self.n)]
             yield Prompt(index, ids, self._new_tokens(index), seeds)
 
@@ -185,11 +171,6 @@ class Request:
             return ids[-1] in self.stop_ids
         text = self.tokenizer.decode(ids[-(max(map(len, self.stop_texts)) + 8) :])
         return ids[-1] in self.stop_ids or any(stop in text for stop in self.stop_texts)
-
-
-def _need(holds: bool, message: str) -> None:
-    if not holds:
-        raise InputError(message)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -279,9 +260,8 @@ class Step:
     chunks: list[Chunk] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)  # pages to copy: from, to
     joined: dict[OpenSample, int] = field(default_factory=dict)  # new in the running batch, with their slots
-    samples: list[OpenSample] = field(default_factory=list)  # to be decoded, a row each,
-    slots: list[int] = field(default_factory=list)  # their slots,
-    positions: list[int] = field(default_factory=list)  # and where the tokens that they feed stand
+    samples: dict[OpenSample, int] = field(default_factory=dict)  # to be decoded, a row each, and their slots
+    positions: list[int] = field(default_factory=list)  # where the tokens stand that they feed
     batch_version: tuple[int, int] = (0, 0)  # the same as long as rows, slots and pages are
 
     def add(self, growth: Growth) -> None:

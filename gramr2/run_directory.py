@@ -36,15 +36,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
-from gramr2.files import (
-    InputError,
-    JsonRow,
-    digest,
-    disk_errors_as_input_errors,
-    read_json,
-    read_rows,
-    write_json,
-)
+from gramr2.files import JsonRow, digest, disk_errors_as_input_errors, need, read_json, read_rows, write_json
 from gramr2.settings import FREE, PAIRS_PER_CALL, check_identity
 
 if TYPE_CHECKING:  # torch takes its seconds, and looking for a run needs none of it
@@ -132,12 +124,7 @@ class RunDirectory:
     """A run's directory, its plan and its steps. `until` names the step after which to stop."""
 
     def __init__(
-        self,
-        root: Path,
-        settings: JsonRow,
-        inputs: Iterable[Path],
-        ranks: Ranks,
-        until: str | None = None,
+        self, root: Path, settings: JsonRow, inputs: Iterable[Path], ranks: Ranks, until: str | None = None
     ):
         self.root, self.ranks, self.until = Path(root), ranks, until
         self.paths: dict[str, Path] = {}  # of the steps that this process has come to, by name
@@ -194,15 +181,13 @@ class RunDirectory:
     def forget(self, name: str) -> None:
         """Removes a step and all that came after it, so that they are done again."""
         paths = step_paths(self.root)
-        if name not in paths:
-            known = ", ".join(paths) or "none yet"
-            raise InputError(f"--from: no step {name} in {self.root}; there are {known}")
+        known = ", ".join(paths) or "none yet"
+        need(name in paths, f"--from: no step {name} in {self.root}; there are {known}")
         for concluded in ("results.json", "report.html"):  # from the steps that go
             (self.root / concluded).unlink(missing_ok=True)
-        for each in reversed(paths):  # the last first: a kill leaves no gap
+        names = list(paths)
+        for each in reversed(names[names.index(name) :]):  # the last first: a kill leaves no gap
             shutil.rmtree(paths[each])
-            if each == name:
-                break
 
 
 def frozen_settings(plan: JsonRow) -> JsonRow:

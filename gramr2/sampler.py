@@ -68,8 +68,7 @@ def generate_iter(
     watch_W = torch.tensor(list(watch), dtype=torch.int64, device=model.head_weight.device)
     options = Options(temperature, top_p, top_k, watch_W)
     ends = frozenset(getattr(model, "stop_ids", ()) if stop_ids is None else stop_ids)
-    texts = tuple(stop_texts)
-    request = Request(prompts, n, max_new_tokens, options, ends, texts, tokenizer, seed, keys)
+    request = Request(prompts, n, max_new_tokens, options, ends, tuple(stop_texts), tokenizer, seed, keys)
     request.check(model.config)
     capacity = request.capacity(model.config, model.head_weight, limits or Limits())
     engine = Engine(model, capacity, options)
@@ -79,16 +78,14 @@ def generate_iter(
 @functools.wraps(generate_iter, assigned=(), updated=())
 def generate(model: Decoder, prompts: Sequence[Sequence[int]], **options) -> list[list[Sample]]:
     """`generate_iter` with its arguments, collected: for each prompt its samples, in order."""
-    iterator = generate_iter(model, prompts, **options)
     results: list[list] = [[None] * options.get("n", 1) for _ in prompts]
-    for prompt, number, sample in iterator:
+    for prompt, number, sample in generate_iter(model, prompts, **options):
         results[prompt][number] = sample
     return results
 
 
 # What `help` and editors show for the options of `generate`.
-signature = inspect.signature(generate_iter).replace(return_annotation=list[list[Sample]])
-generate.__signature__ = signature  # type: ignore[attr-defined]
+generate.__signature__ = inspect.signature(generate_iter).replace(return_annotation=list[list[Sample]])  # type: ignore[attr-defined]
 
 
 def _loop(request: Request, scheduler: Scheduler, engine: Engine, progress: bool) -> Iterator[Finished]:

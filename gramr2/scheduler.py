@@ -53,7 +53,6 @@ class Scheduler:
             if budget <= 0 or not self._admit(step):
                 break
         step.samples = self._active()
-        step.slots = [self.running[sample] for sample in step.samples]
         step.positions = [sample.done for sample in step.samples]
         # No sample leaves the active ones and comes back within a version: their number tells the rest.
         step.batch_version = self.version, len(step.samples)
@@ -65,8 +64,8 @@ class Scheduler:
         self._leave(sample)
         self.pool.release(sample.table)
 
-    def _active(self) -> list[OpenSample]:
-        return [sample for sample in self.running if not sample.fully_planned]
+    def _active(self) -> dict[OpenSample, int]:
+        return {sample: slot for sample, slot in self.running.items() if not sample.fully_planned}
 
     def _at_page_end(self) -> list[OpenSample]:
         """Samples that need a page, and each exactly one, before they are decoded."""
@@ -111,7 +110,7 @@ class Scheduler:
         room = sequence.target
         if isinstance(sequence, OpenSample):  # with the page that it is decoded into: it must find one then
             room += size - room % size
-        table = self.pool.match(ids[: len(ids) - 1])
+        table = self.pool.match(ids[:-1])
         if not self._make_room(table, room - table.length, sequence):
             self.pool.release(table)
             return False
@@ -127,15 +126,13 @@ class Scheduler:
         # The last one takes the table itself: nobody forks from it again, and its half page needs no copy.
         table = source.table if is_last else self.pool.fork(source.table)
         sample = OpenSample(prompt=source.prompt, number=source.number, table=table, done=source.done)
-        if is_last:
-            self.sources.remove(source)
         more = self.pool.block_size - table.length % self.pool.block_size
         if not self._make_room(table, more, sample):
-            if is_last:
-                self.sources.append(source)
-            else:
+            if not is_last:
                 self.pool.release(table)
             return False
+        if is_last:
+            self.sources.remove(source)
         source.number += 1
         step.add(self.pool.extend(table, more))
         self._join(sample, step)
@@ -145,14 +142,15 @@ class Scheduler:
         """Whether the table can grow, with one block to spare for each running sample, which may need it.
 
         When nothing else runs, younger prompts that wait to be forked have to give way: also the source of
-        the very sample that is to begin.
+        the very sample that is to begin, unless it grows the source's own table.
         """
         if self.pool.needs(table, count) + len(self.running) <= self.pool.free:
             return True
         if self.running or self.filling:
             return False
         while self.pool.needs(table, count) > self.pool.free:
-            younger = [source for source in self.sources if source.order >= sequence.order]
+            others = [source for source in self.sources if source.table is not table]
+            younger = [source for source in others if source.order >= sequence.order]
             if not younger:
                 return False
             self._preempt(max(younger, key=by_order))

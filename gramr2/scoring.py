@@ -8,13 +8,13 @@ It leaves out: gradients (loss.py) and sampling (sampler.py, which returns the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 import kernels
-from gramr2.files import InputError
+from gramr2.files import need
 from gramr2.model import Decoder
 from kernels.packed_attention import packed_causal, packed_positions
 
@@ -25,40 +25,34 @@ def check_ids(model: Decoder, sequences: Sequence[Sequence[int]]) -> None:
     """Ids of the vocabulary only, one token at least, and not more than the model has positions."""
     size, positions = model.config.vocab_size, model.config.max_positions
     for index, ids in enumerate(sequences):
-        if not len(ids):
-            raise InputError(f"sequence {index} is empty; expected at least one token")
-        if len(ids) > positions:
-            raise InputError(f"sequence {index} has {len(ids)} tokens; the model has {positions} positions")
-        if min(ids) < 0 or max(ids) >= size:
-            bad = min(ids) if min(ids) < 0 else max(ids)
-            raise InputError(f"sequence {index} holds the id {bad}, outside the vocabulary of {size}")
+        of = f"sequence {index}"
+        need(len(ids) > 0, f"{of} is empty; expected at least one token")
+        need(len(ids) <= positions, f"{of} has {len(ids)} tokens; the model has {positions} positions")
+        for token in (min(ids), max(ids)):
+            need(0 <= token < size, f"{of} holds the id {token}, outside the vocabulary of {size}")
 
 
-def _packs(sequences: Sequence[Sequence[int]], budget: int) -> Iterator[list[int]]:
+def _packs(sequences: Sequence[Sequence[int]]) -> list[list[int]]:
     """Indices by length, filled up to the budget: equal lengths meet, which attention likes."""
-    pack: list[int] = []
-    tokens = 0
+    packs: list[list[int]] = []
+    room = 0
     for index in sorted(range(len(sequences)), key=lambda i: len(sequences[i])):
-        if pack and tokens + len(sequences[index]) > budget:
-            yield pack
-            pack, tokens = [], 0
-        pack.append(index)
-        tokens += len(sequences[index])
-    if pack:
-        yield pack
+        if len(sequences[index]) > room:
+            packs.append([])
+            room = TOKEN_BUDGET
+        packs[-1].append(index)
+        room -= len(sequences[index])
+    return packs
 
 
 @torch.no_grad()
-def logprobs(
-    model: Decoder, sequences: Sequence[Sequence[int]], token_budget: int = TOKEN_BUDGET
-) -> list[Tensor]:
+def logprobs(model: Decoder, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
     """For each sequence of n ids the n-1 values log p(id_t | ids before t), t >= 1, in fp32."""
-    if model.config.num_labels:
-        raise InputError("log-probs need a language model; this one has a scalar head")
+    need(not model.config.num_labels, "log-probs need a language model; this one has a scalar head")
     check_ids(model, sequences)
     device = model.embed.weight.device
     results: list[Tensor] = [torch.empty(0)] * len(sequences)
-    for pack in _packs(sequences, token_budget):
+    for pack in _packs(sequences):
         lengths = [len(sequences[i]) for i in pack]
         ids_T = torch.tensor([token for i in pack for token in sequences[i]], device=device)
         hidden_TD = model(ids_T, packed_positions(lengths, device), packed_causal(lengths, device))

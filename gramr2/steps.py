@@ -40,23 +40,22 @@ class NothingKept(InputError):
     """The loop cannot go on: nothing is left to train on. What was reached stands."""
 
 
+@dataclasses.dataclass
 class Run:
     """The steps of one run, over its directory.
 
     `trainings`: the settings of each stage. `rules`: the world's own rationale filters, by name.
     """
 
-    def __init__(
-        self,
-        directory: RunDirectory,
-        settings: SelfTrainSettings,
-        trainings: Mapping[str, TrainSettings],
-        rules: dict[str, RationaleFilter],
-    ):
-        self.directory, self.ranks = directory, directory.ranks
-        self.settings, self.trainings = settings, trainings
-        self.coherence_rules = denoise.COHERENCE | rules
-        self.rationale_rules = denoise.RATIONALE_FILTERS | rules
+    directory: RunDirectory
+    settings: SelfTrainSettings
+    trainings: Mapping[str, TrainSettings]
+    rules: dict[str, RationaleFilter]
+
+    def __post_init__(self) -> None:
+        self.ranks = self.directory.ranks
+        self.coherence_rules = denoise.COHERENCE | self.rules
+        self.rationale_rules = denoise.RATIONALE_FILTERS | self.rules
 
     def load(self, kind: type[Model], directory: Path) -> Model:
         """A model to sample from, whole on this rank's device."""
@@ -228,10 +227,7 @@ def filtered(
 def part(step: Step) -> JsonRow:
     """Makes kept.jsonl and dropped.jsonl of the shards; → counts, and what each filter alone would drop."""
     counts, dropped, alone, lead = Counter({"in": 0, "kept": 0}), Counter[str](), Counter[str](), 0
-    with (
-        publish_rows(step.path / "kept.jsonl") as keep,
-        publish_rows(step.path / "dropped.jsonl") as drop,
-    ):
+    with publish_rows(step.path / "kept.jsonl") as keep, publish_rows(step.path / "dropped.jsonl") as drop:
         for row in step.rows():
             pair, reason = Pair.from_json(row["pair"]), row["reason"]
             counts.update({"in": 1, "kept": reason is None})

@@ -34,9 +34,9 @@ def test_the_default_cache_takes_one_request_that_needs_more(monkeypatch):
     options = dict(n=2, max_new_tokens=20, stop_ids=(), progress=False)
     wanted = generate(model, prompts, **options)
     monkeypatch.setattr(requests, "CPU_CACHE_BYTES", cache_bytes(model, 3))
-    monkeypatch.setattr(requests, "_memory", lambda: cache_bytes(model, 40))
+    monkeypatch.setattr(requests, "MEMORY_BYTES", cache_bytes(model, 40))
     assert generate(model, prompts, **options) == wanted
-    monkeypatch.setattr(requests, "_memory", lambda: cache_bytes(model, 16))
+    monkeypatch.setattr(requests, "MEMORY_BYTES", cache_bytes(model, 16))
     with pytest.raises(ValueError, match="prompt 0 has 100 tokens and may get 20 more, which takes"):
         generate(model, prompts, **options)
 
