@@ -316,7 +316,7 @@ def train(
         )  # the others read what is left
         loop.run(rollouts.global_batches(loop.cursor.step), stop, "policy", progress)
         figures = asdict(loop.cursor)
-        fit.publish_model(loop, tokenizer, config, model_dir, {"run": now, "figures": figures}, {})
+        fit.publish_model(loop, tokenizer, model_dir, {"run": now, "figures": figures}, {})
         return figures
 
 
