@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,8 @@ class Ranks:
     device: torch.device
     mesh: DeviceMesh | None = None  # None: one CPU process
     object_group: dist.ProcessGroup | None = None  # for numbers and objects, on the host
-    checkpoint_group: dist.ProcessGroup | None = (
-        None  # for the thread that saves: two threads must not share a group
-    )
+    # For the thread that saves: two threads must not share a group.
+    checkpoint_group: dist.ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
@@ -176,11 +176,7 @@ def _wrap_forward(block: nn.Module, settings: TrainSettings) -> None:
     if settings.compile:
         forward = torch.compile(forward, dynamic=True)
     if settings.checkpointing:
-        compiled = forward
-
-        def forward(*arguments):
-            return checkpoint(compiled, *arguments, use_reentrant=False, preserve_rng_state=False)
-
+        forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
     block.forward = forward
 
 

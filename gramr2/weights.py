@@ -245,16 +245,11 @@ def checkpoint_tensors(
     expected = {published_name(name): (name, tuple(p.shape)) for name, p in plain_parameters(model)}
     if fresh_score:
         del expected["score.weight"]
-    missing = [name for name in expected if name not in files]
-    if missing:
+    if missing := [name for name in expected if name not in files]:
         raise InputError(f"{directory}: {_some(missing)} missing from the checkpoint")
-    tied = model.config.tie_embeddings or fresh_score
-    unused = [
-        name
-        for name in files
-        if name not in expected and not COMPUTED.fullmatch(name) and not (tied and name == "lm_head.weight")
-    ]
-    if unused:
+    head, embedding = published_name("head.weight"), published_name("embed.weight")
+    known = {*expected, head} if model.config.tie_embeddings or fresh_score else expected.keys()
+    if unused := [name for name in files if name not in known and not COMPUTED.fullmatch(name)]:
         raise InputError(f"{directory}: {_some(unused)} in the checkpoint, but not in the model")
     opened = {path: _open(path) for path in set(files.values())}
     stored = {name: opened[path] for name, path in files.items()}
@@ -262,7 +257,6 @@ def checkpoint_tensors(
         shape = tuple(stored[name].get_slice(name).get_shape())
         if shape != wanted:
             raise InputError(f"{files[name]}: {name} has shape {list(shape)}, expected {list(wanted)}")
-    head, embedding = published_name("head.weight"), published_name("embed.weight")
     if model.config.tie_embeddings and head in files:
         # Some tied checkpoints store the head as well; it must then say the same as the embedding.
         copy, original = (stored[name].get_tensor(name) for name in (head, embedding))
