@@ -66,11 +66,10 @@ class ExampleBuilder:
 
     def __call__(self, i: int, epoch: int, letter: str) -> Example:
         record = self.record(i)
-        if self.stage.template is None:  # no prompt that shows both responses, in an order
-            return self.stage.example(record, self.frame, Draws())
-        turned = record.swapped() if record.label != letter and record.swappable else record
+        # Without a prompt that shows both responses there is no order.
+        turns = self.stage.template and record.label != letter and record.swappable
         draws = Draws(*np.random.default_rng([self.settings.seed, epoch, i]).random(2))
-        example = self.stage.example(turned, self.frame, draws)
+        example = self.stage.example(record.swapped() if turns else record, self.frame, draws)
         if example.length <= self.settings.max_length:
             return example
         # The other order may be a token longer. Nothing is cut: the row stands as it was measured.

@@ -136,9 +136,8 @@ class Loop:
         self, batches: Iterator[list[Example]], stop: threading.Event, name: str, progress: bool = True
     ) -> None:
         """Steps until all are done; saves on the way, and saves and raises Stopped where `stop` is set."""
-        rate = 0.0
-        if self.ranks.device.type == "cuda":
-            rate = matmul_rate(self.ranks.device) * self.ranks.size
+        device = self.ranks.device
+        rate = matmul_rate(device) * self.ranks.size if device.type == "cuda" else 0.0
         shown = {"desc": name, "unit": "step", "disable": not (progress and self.ranks.is_first)}
         shown["mininterval"] = 0.2 if sys.stderr.isatty() else 10
         saved = clock = time.monotonic()

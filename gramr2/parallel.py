@@ -72,9 +72,8 @@ class Ranks:
 
     def all_gather(self, value: Any) -> list[Any]:
         """Every rank's value, by rank."""
-        values = [value]
+        values = [value] * self.size
         if self.size > 1:
-            values = [None] * self.size
             dist.all_gather_object(values, value, group=self.object_group)
         return values
 

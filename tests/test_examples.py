@@ -7,7 +7,7 @@ from trainings import builder_of, make, sums, write_rows
 
 from gramr2 import prompts
 from gramr2.examples import ExampleBuilder
-from gramr2.records import Example, Pair
+from gramr2.records import Example, Pair, show
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def test_each_stage_asks_and_answers_what_its_equation_says(world, letter):
     pair = Pair.from_json(next(sums(1)))
     turned = pair if pair.label == letter else pair.swapped()
     judge = f"{turned.question}\nA: {turned.response_a}\nB: {turned.response_b}"
-    z = prompts.show(turned.rationale)
+    z = show(turned.rationale)
     expected = {
         "reward": (judge, f"<think>\n{z}\n</think>\n<answer>\n{letter}\n</answer>"),
         "prover": (f"Prove {letter}. {judge}", prompts.proof_from_rationale(z, letter)),
