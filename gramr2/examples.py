@@ -32,6 +32,7 @@ class ExampleBuilder:
     def __init__(self, stage: str, settings: TrainSettings, data: Sequence[Path], model_dir: Path):
         self.stage, self.settings = STAGES[stage], settings
         self.stores = [Store(path, self.stage.record) for path in data]
+        self.names = ", ".join(map(str, data))
         self.starts = np.cumsum([0, *map(len, self.stores)])
         self.size = min(int(self.starts[-1]), settings.limit or int(self.starts[-1]))
         if not self.size:
@@ -44,10 +45,6 @@ class ExampleBuilder:
             if self.stage.own_prompt and template == prompts.JUDGE_PROMPT:
                 template = self.stage.own_prompt
         self.frame = Frame(self.tokenizer, template, settings)
-
-    @property
-    def names(self) -> str:
-        return ", ".join(str(store.path) for store in self.stores)
 
     def record(self, i: int) -> Any:
         file = int(np.searchsorted(self.starts, i, side="right")) - 1

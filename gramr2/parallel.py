@@ -184,20 +184,15 @@ def load_weights(trainee: Trainee, directory: Path, fresh_score: bool) -> None:
     parameters = dict(plain_parameters(trainee.decoder))
     with torch.no_grad():
         for name, tensor in checkpoint_tensors(directory, trainee.decoder, fresh_score):
-            _place(parameters[name], tensor)
+            parameter = parameters[name]
+            if isinstance(parameter, DTensor):
+                mesh, placements = parameter.device_mesh, parameter.placements
+                # Without a source rank nothing is sent: it is the same on each, and each cuts its part.
+                tensor = distribute_tensor(tensor.to(mesh.device_type), mesh, placements, src_data_rank=None)
+            parameter.copy_(tensor)
         if fresh_score:
             # Zero: the first scores are equal, and no seed is needed.
             parameters["score.weight"].zero_()
-
-
-def _place(parameter: Tensor, tensor: Tensor) -> None:
-    if not isinstance(parameter, DTensor):
-        parameter.copy_(tensor)
-        return
-    mesh, placements = parameter.device_mesh, parameter.placements
-    # Without a source rank nothing is sent: the tensor is the same on each, and each cuts its part.
-    part = distribute_tensor(tensor.to(mesh.device_type), mesh, placements, src_data_rank=None)
-    parameter.to_local().copy_(part.to_local())
 
 
 def whole_tensors(trainee: Trainee, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

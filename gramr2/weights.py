@@ -31,6 +31,7 @@ from gramr2.model import Decoder, Llama3Rope, ModelConfig
 from gramr2.tokenizer import Tokenizer
 
 MAX_FILE_BYTES = 5 * 10**9  # the largest file of tensors that the hub's own tools write
+NamedTensors = Iterable[tuple[str, Tensor]]  # by our names; they may come one by one
 
 
 @dataclass(frozen=True)
@@ -231,10 +232,8 @@ def load_model(directory: str | Path, device="cpu", dtype="float32") -> Decoder:
     return model.eval()
 
 
-def checkpoint_tensors(
-    directory: str | Path, model: Decoder, fresh_score: bool = False
-) -> Iterator[tuple[str, Tensor]]:
-    """(our name, tensor still in the file's map) for every weight of `model`, all checked beforehand.
+def checkpoint_tensors(directory: str | Path, model: Decoder, fresh_score: bool = False) -> NamedTensors:
+    """Every weight of `model`, still in its file's map, all checked beforehand.
 
     With `fresh_score` a language model's checkpoint fills the backbone of a model with a scalar head: the
     vocabulary's head is left behind, and the score is not expected.
@@ -305,11 +304,11 @@ def save(
     tokenizer: Tokenizer | None,
     directory: str | Path,
     extra: Mapping[str, str] | None = None,
-    named: Iterable[tuple[str, Tensor]] | None = None,
+    named: NamedTensors | None = None,
 ) -> None:
     """Publishes a directory that transformers loads unchanged. `extra`: further text files, name → text.
 
-    `named`: (our name, tensor) pairs in place of the model's own; they may come one by one.
+    `named` takes the place of the model's own tensors.
     """
     with publish_directory(directory) as place:
         dtype = _write_tensors(named or model.named_parameters(), place)
@@ -321,7 +320,7 @@ def save(
             (place / name).write_bytes(content)
 
 
-def _write_tensors(named: Iterable[tuple[str, Tensor]], place: Path) -> torch.dtype:
+def _write_tensors(named: NamedTensors, place: Path) -> torch.dtype:
     """One file, or several and their index, of which one at a time is held; → the first tensor's dtype."""
     numbers: dict[str, int] = {}  # of the file that a tensor stands in, from 1
     tensors: dict[str, Tensor] = {}
