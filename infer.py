@@ -30,13 +30,12 @@ from gramr2.data import Store
 from gramr2.extras import evaluate
 from gramr2.extras.bulk import Judge, JudgeSettings, json_bytes, judge_into, newest_model
 from gramr2.extras.printing import judgment_text, ranking_lines
-from gramr2.files import InputError, JsonRow, Parser, exit_status, read_json
+from gramr2.files import InputError, Parser, exit_status, read_json
 from gramr2.rankings import METHODS
 from gramr2.records import Messages, Pair, messages_of
 
 VOTES = {"pair": 16, "rank": 4, "pairs": 4, "bench": 1}  # 16 is what the paper's best figures use
 
-Item = Pair | JsonRow  # of bulk work: a pair, or one of a benchmark's lists
 Made = TypeVar("Made")
 
 

@@ -14,6 +14,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from gramr2.stages import STAGES  # noqa: E402
+
 READMES = ROOT / "README.md", ROOT / "benchmarks/README.md"
 MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TABLES = {}
@@ -385,6 +389,20 @@ def policy_best_of_n(result):
         f"Means over seeds {', '.join(map(str, result['seeds']))}, {result['lists']} held-out questions each."
     )
     return f"{about}\n\n{grid(('picked by', *(f'n = {n}' for n in sizes)), lines)}"
+
+
+@table("stages")
+def stages(read):
+    """Made from the code, and not from a measurement: the stages of train.py."""
+    rows = [
+        (f"`{name}`", stage.equation, stage.template or "none", stage.head, stage.data)
+        for name, stage in STAGES.items()
+    ]
+    rows.append(
+        ("`policy`", "a model's own answers, as a judge rewards them", "none", "vocabulary", "prompts")
+    )
+    header = ("`--stage`", "what it minimises", "prompt", "head", "data")
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ("---",) * 5, *rows))
 
 
 # ---------------------------------------------------------------------------------- rewriting

@@ -312,16 +312,16 @@ class Walk:
         data = [*human, self.path("filter-labelled", "kept.jsonl"), *kept]
         step = self.name + "train"
         model = self.path(step, "model")
-        curriculum = ExampleBuilder("reward", self.training, data, model)
-        plan = make_plan(curriculum, self.training, parallel.Ranks(0, 1, "cpu"))
-        number = next(i for i in range(curriculum.size) if curriculum.record(i).id == self.found.id)
+        builder = ExampleBuilder("reward", self.training, data, model)
+        plan = make_plan(builder, self.training, parallel.Ranks(0, 1, "cpu"))
+        number = next(i for i in range(builder.size) if builder.record(i).id == self.found.id)
         met = [(n, *each[1:]) for n in range(plan.steps) for each in plan.step(n) if each[0] == number]
         functions = fit.train, make_plan, ExampleBuilder.__call__, Tokenizer.example
         yield self.section("7. A training example", step, "metrics.jsonl", *functions)
         names = ", ".join(f"`{path.relative_to(self.run.root).as_posix()}`" for path in data)
         yield (
             f"The next model is trained from the backbone on all synthesized data so far: {names}: "
-            f"{curriculum.size} rows. This pair is met {len(met)} times in {plan.steps} steps of "
+            f"{builder.size} rows. This pair is met {len(met)} times in {plan.steps} steps of "
             f"{plan.batch_size} examples, with A as the better response in one epoch and B in the next. "
             "An example is the prompt in its chat frame, then the rationale and the verdict, then the "
             "token that ends the turn; only what follows the prompt is a target."
@@ -329,8 +329,8 @@ class Walk:
         if not met:
             return
         first, epoch, letter = met[0]
-        (example,) = curriculum(number, epoch, letter).sequences
-        tokenizer = curriculum.tokenizer
+        (example,) = builder(number, epoch, letter).sequences
+        tokenizer = builder.tokenizer
         yield f"Step {first + 1}, with {letter} as the better one. {example.start} tokens that are given:"
         yield block(tokenizer.decode(example.ids[: example.start], skip_special=False))
         yield block(some_ids(example.ids[: example.start]))

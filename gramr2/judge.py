@@ -69,10 +69,9 @@ class RewardModel:
             raise InputError(f"{directory}: has {head}, and cannot be read as {format.name}")
         template = format.prompt
         if format.endings:
-            template, note = prompts.template_for(directory, prompt)
+            template, note = prompts.template_for(directory, prompt, ours=format.prompt)
             if note.startswith("warning"):
                 print(note, file=sys.stderr)
-                template = format.prompt
         judge = cls(model, tokenizer, template, format)
         if (Path(directory) / CALIBRATION).is_file():
             judge.calibration = read_json(Path(directory) / CALIBRATION)
@@ -105,13 +104,10 @@ class RewardModel:
         pairs = iter(pairs)
         while together := list(islice(pairs, per_call)):
             if self.voter:
-                found = self.voter.votes(together, votes, seed, temperature, max_new_tokens, progress)
-                judgments = [
-                    each if isinstance(each, InputError) else Judgment.from_votes(each) for each in found
-                ]
+                judged = self.voter.judgments(together, votes, seed, temperature, max_new_tokens, progress)
             else:
-                judgments = [self._compare_scores(pair) for pair in together]
-            for pair, judgment in zip(together, judgments, strict=True):
+                judged = [self._compare_scores(pair) for pair in together]
+            for pair, judgment in zip(together, judged, strict=True):
                 yield pair, self._calibrated(judgment) if calibrated else judgment
 
     def calibrates(self, votes: int, temperature: float) -> bool:

@@ -96,12 +96,13 @@ def _template_in_card(card: str, kind: str) -> str | None:
 
 
 def template_for(
-    directory: str | Path, prompt_file: str | Path | None = None, kind: str = "judge"
+    directory: str | Path, prompt_file: str | Path | None = None, kind: str = "judge", ours: str | None = None
 ) -> tuple[str, str]:
     """→ (template, note): the prompt that a checkpoint's directory wants, and where it comes from.
 
     In this order: the file that was named; judge_prompt.txt (prover_prompt.txt) in the directory; the
-    directory's model card, README.md, where that shows one; our own, and then the note is a warning.
+    directory's model card, README.md, where that shows one; our own (`ours`, where the judge is of another
+    kind than the paper's), and then the note is a warning.
     """
     directory = Path(directory)
     own = directory / f"{kind}_prompt.txt"
@@ -113,7 +114,7 @@ def template_for(
     card = directory / "README.md"
     if card.is_file() and (template := _template_in_card(read_text(card), kind)) is not None:
         return template, f"prompt: as shown in {card}"
-    ours = {"judge": JUDGE_PROMPT, "prover": PROVER_PROMPT}[kind]
+    ours = ours or {"judge": JUDGE_PROMPT, "prover": PROVER_PROMPT}[kind]
     return ours, f"warning: {directory} brings no {own.name} and no card with a prompt; using this project's"
 
 
@@ -227,22 +228,20 @@ class Reading(NamedTuple):
     label: str | None = None
 
 
+def _heading(words: str) -> re.Pattern:
+    return re.compile(f"^{words}", re.MULTILINE)
+
+
 # The frame of z: a part begins below its heading. "Comparision" is what the published prompt says.
-_RATIONALE_FRAME = {
-    "Feedback": re.compile(r"^Feedback:[ \t]*(?:\n|\Z)", re.MULTILINE),
-    "Comparison": re.compile(r"^Comparisi?on:[ \t]*(?:\n|\Z)", re.MULTILINE),
-    "Conclusion": re.compile(r"^Conclusion:[ \t]*(?:\n|\Z)", re.MULTILINE),
-}
+_Z_HEADINGS = {"Feedback": "Feedback", "Comparison": "Comparisi?on", "Conclusion": "Conclusion"}
+_RATIONALE_FRAME = {part: _heading(rf"{words}:[ \t]*(?:\n|\Z)") for part, words in _Z_HEADINGS.items()}
 # The frame of ẑ: each part begins a line with these words. Feedback that is not given response by response
 # takes the place of the first two.
-_OPENING = re.compile(rf"^This argument justifies the choice of {_NAME}\.[ \t]*$", re.MULTILINE)
-_FIRST = re.compile(rf"^First, {_NAME}\. ?", re.MULTILINE)
-_SECOND = re.compile(rf"^Second, {_NAME}\. ?", re.MULTILINE)
-_IN_TURN = re.compile(r"^The responses in turn: ?", re.MULTILINE)
-_LAST_TWO = {
-    "Comparison": re.compile(r"^Comparing the two: ?", re.MULTILINE),
-    "Conclusion": re.compile(r"^Therefore: ?", re.MULTILINE),
-}
+_OPENING = _heading(rf"This argument justifies the choice of {_NAME}\.[ \t]*$")
+_FIRST = _heading(rf"First, {_NAME}\. ?")
+_SECOND = _heading(rf"Second, {_NAME}\. ?")
+_IN_TURN = _heading("The responses in turn: ?")
+_LAST_TWO = {"Comparison": _heading("Comparing the two: ?"), "Conclusion": _heading("Therefore: ?")}
 _PROOF_FRAME = {"opening": _OPENING, "first response": _FIRST, "second response": _SECOND} | _LAST_TWO
 _PROOF_FRAME_IN_TURN = {"opening": _OPENING, "Feedback": _IN_TURN} | _LAST_TWO
 _TAGS = re.compile(r"</?(?:think|answer)>")

@@ -49,16 +49,10 @@ class Prover:
         return cls(model, tokenizer, template)
 
     def prove_many(
-        self,
-        pairs: Iterable[Pair],
-        k: int = 4,
-        seed: int = 0,
-        *,
-        temperature: float = 0.7,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        select_by: str = "equation-5",
-        progress: bool = True,
-    ) -> Iterator[tuple[Pair, list[Proof]]]:
+        self, pairs: Iterable[Pair], k: int = 4, seed: int = 0, *,
+        temperature: float = 0.7, max_new_tokens: int = MAX_NEW_TOKENS,
+        select_by: str = "equation-5", progress: bool = True,
+    ) -> Iterator[tuple[Pair, list[Proof]]]:  # fmt: skip
         """(pair, its k proofs with their scores), in the pairs' order; no proofs where a pair is too long."""
         if k < 1 or temperature <= 0:
             raise InputError(f"proofs: k = {k} at temperature {temperature}; both must be above 0")
@@ -71,13 +65,10 @@ class Prover:
             eligible = [(pair, proof) for pair, proofs in proved for proof in proofs if not proof.ineligible]
             seconds = iter(self.second_terms(eligible, select_by))
             for pair, proofs in proved:
-                yield (
-                    pair,
-                    [
-                        proof if proof.ineligible else with_score(proof, next(seconds), select_by)
-                        for proof in proofs
-                    ],
-                )
+                scored = [
+                    each if each.ineligible else with_score(each, next(seconds), select_by) for each in proofs
+                ]
+                yield pair, scored
 
     def frame(self, turn: str) -> list[int]:
         """The ids that stand before ẑ: the chat frame with this user turn."""
@@ -86,16 +77,11 @@ class Prover:
     def _write(self, pairs: Sequence[Pair], k: int, longest: int, **sampling: Any) -> list[list[Proof]]:
         """The k proofs of each pair, without scores; none where the prompt leaves no room for any."""
         fronts = [self.frame(prompts.prover_prompt(pair, self.template)) for pair in pairs]
-        positions = self.model.config.max_positions
-        fits = [i for i, front in enumerate(fronts) if len(front) < positions]
-        samples = generate(
-            self.model,
-            [fronts[i] for i in fits],
-            n=k,
-            max_new_tokens=[min(longest, positions - len(fronts[i])) for i in fits],
-            keys=[f"{pairs[i].id} proves {pairs[i].label}" for i in fits],
-            **sampling,
-        )
+        room = [self.model.config.max_positions - len(front) for front in fronts]
+        fits = [i for i, tokens in enumerate(room) if tokens > 0]
+        asked, lengths = [fronts[i] for i in fits], [min(longest, room[i]) for i in fits]
+        keys = [f"{pairs[i].id} proves {pairs[i].label}" for i in fits]
+        samples = generate(self.model, asked, n=k, max_new_tokens=lengths, keys=keys, **sampling)
         proofs: list[list[Proof]] = [[] for _ in pairs]
         for i, group in zip(fits, samples, strict=True):
             proofs[i] = [self._read(pairs[i], sample) for sample in group]

@@ -14,11 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any, TypeVar
 
 from gramr2.files import InputError, JsonRow
-from gramr2.records import UNDECIDED, Judgment
+from gramr2.records import UNDECIDED, Judgment, mean_over_orders
 
 METHODS = ("linear", "knockout", "merge", "selection")
 BEST_METHODS = ("linear", "knockout")  # those that find the best without ranking the others
@@ -35,12 +34,7 @@ def preference(judgment: Judgment | InputError) -> float:
     """
     if isinstance(judgment, InputError):
         return UNDECIDED
-    by_order = [
-        [vote.p_a for vote in judgment.details if vote.order == order and vote.p_a is not None]
-        for order in ("AB", "BA")
-    ]
-    means = [fmean(each) for each in by_order if each]
-    return fmean(means) if means else judgment.p_a
+    return mean_over_orders(judgment.details, judgment.p_a)
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,11 @@ What it leaves out: prompts and parsing (prompts.py), files (data.py), published
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
@@ -94,15 +93,18 @@ def _is_stored(text: str) -> bool:
 
 @dataclass(frozen=True)
 class _Record:
-    """JSON both ways for the flat records: every field by its name; unknown names are refused."""
+    """JSON both ways for the flat records: every field by its name; unknown names are refused.
+
+    JSON has lists for tuples, and no record has a list.
+    """
 
     def to_json(self) -> JsonRow:
-        return dataclasses.asdict(self)
+        return asdict(self)
 
     @classmethod
     def from_json(cls, row: JsonRow):
         try:
-            return cls(**row)
+            return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in row.items()})
         except TypeError as error:
             raise InputError(f"not a {cls.__name__} record: {error}") from None
 
@@ -157,13 +159,9 @@ class Pair:
 
     def swapped(self) -> Pair:
         """The same pair in the other order. Ask `swappable` first where there is a rationale."""
-        return dataclasses.replace(
-            self,
-            response_a=self.response_b,
-            response_b=self.response_a,
-            label=OTHER[self.label],
-            rationale=self.rationale and swap(self.rationale),
-        )
+        a, b, label = self.response_b, self.response_a, OTHER[self.label]
+        rationale = self.rationale and swap(self.rationale)
+        return replace(self, response_a=a, response_b=b, label=label, rationale=rationale)
 
     def to_json(self) -> JsonRow:
         row = {name: value for name, value in vars(self).items() if value not in (None, "", {})}
@@ -180,27 +178,17 @@ class Pair:
         """A row of a pair file, in any of the common spellings (`SPELLINGS`)."""
         if not isinstance(row, dict):
             raise InputError("not an object with named fields")
-        texts = [_text(row, name) for name in ("response_a", "response_b")]
-        rationale = _optional(row, "rationale", str)
-        label = _optional(row, "label", str)
+        a, b = _text(row, "response_a"), _text(row, "response_b")
+        given = {name: _typed(row, name) for name in OPTIONAL if row.get(name) is not None}
         if not any(name in row for name in SPELLINGS["response_a"][:-1]):  # "chosen" it is
-            if label not in (None, "A"):
+            if given.get("label", "A") != "A":
                 raise InputError('fields "chosen" and "label" disagree; leave one of them out')
-            label = "A"
-        if rationale is not None and not _is_stored(rationale):
-            rationale = mark(rationale)
-        return cls(
-            messages=messages_of(row),
-            response_a=texts[0],
-            response_b=texts[1],
-            label=label,
-            rationale=rationale,
-            source=_optional(row, "source", str) or "",
-            domain=_optional(row, "domain", str) or "",
-            margin=_optional(row, "margin", (int, float)),
-            meta=_optional(row, "meta", dict) or {},
-            id="" if row.get("id") is None else str(row["id"]),
-        )
+            given["label"] = "A"
+        if "rationale" in given and not _is_stored(given["rationale"]):
+            given["rationale"] = mark(given["rationale"])
+        if row.get("id") is not None:
+            given["id"] = str(row["id"])
+        return cls(messages_of(row), a, b, **given)
 
 
 # Spellings of a pair file's fields; "chosen" and "rejected" bring the label with them.
@@ -209,6 +197,9 @@ SPELLINGS = {
     "response_a": ("response_a", "response_A", "response1", "response_1", "chosen"),
     "response_b": ("response_b", "response_B", "response2", "response_2", "rejected"),
 }
+# The fields that a pair need not have, and what they hold.
+OPTIONAL: dict[str, type | tuple[type, ...]] = {"rationale": str, "label": str, "source": str, "domain": str}
+OPTIONAL |= {"margin": (int, float), "meta": dict}
 
 
 def _text(row: JsonRow, field_name: str) -> str:
@@ -220,10 +211,9 @@ def _text(row: JsonRow, field_name: str) -> str:
     raise InputError(f'no field "{field_name}" (nor {", ".join(SPELLINGS[field_name][1:])})')
 
 
-def _optional(row: JsonRow, name: str, kind: type | tuple[type, ...]) -> Any:
-    value = row.get(name)
-    fits = isinstance(value, kind) and not isinstance(value, bool) and value == value  # NaN is not itself
-    if value is None or fits:
+def _typed(row: JsonRow, name: str) -> Any:
+    value = row[name]
+    if isinstance(value, OPTIONAL[name]) and not isinstance(value, bool) and value == value:  # not NaN
         return value
     raise InputError(f'field "{name}" is {value!r:.40}, of another type than expected')
 
@@ -232,11 +222,9 @@ def as_messages(turns: Any, name: str = "messages") -> Messages:
     """[{"role": …, "content": …}, …] → the frozen form, or says what is not as it must be."""
     if not isinstance(turns, list) or not turns:
         raise InputError(f'field "{name}" is not a list of turns')
-    for turn in turns:
-        if not isinstance(turn, dict) or not all(
-            isinstance(turn.get(key), str) for key in ("role", "content")
-        ):
-            raise InputError(f'field "{name}" has a turn without a text "role" and "content"')
+    texts = [turn.get(key) for turn in turns if isinstance(turn, dict) for key in ("role", "content")]
+    if len(texts) < 2 * len(turns) or not all(isinstance(text, str) for text in texts):
+        raise InputError(f'field "{name}" has a turn without a text "role" and "content"')
     return tuple((turn["role"], turn["content"]) for turn in turns)
 
 
@@ -281,33 +269,22 @@ class Judgment(_Record):
 
     @classmethod
     def from_votes(cls, votes: Sequence[Vote]) -> Judgment:
-        """p_a is the mean of the orders' means; 0.5 where the orders' majorities are not the same letter.
+        """p_a is `mean_over_orders`; 0.5 where the orders' majorities are not the same letter.
 
         The label is the side of 0.5 on which that mean lies, also where the orders disagree.
         """
-        means, majorities = {}, {}
-        for order in dict.fromkeys(vote.order for vote in votes):
+        mean = mean_over_orders(votes, UNDECIDED)
+        label = None if mean == UNDECIDED else "A" if mean > UNDECIDED else "B"
+        majorities = []
+        for order in {vote.order for vote in votes}:
             labels = [vote.label for vote in votes if vote.order == order]
             lead = labels.count("A") - labels.count("B")
-            majorities[order] = "A" if lead > 0 else "B" if lead < 0 else None
-            sure = [vote.p_a for vote in votes if vote.order == order and vote.p_a is not None]
-            if sure:
-                means[order] = fmean(sure)
-        mean = fmean(means.values()) if means else UNDECIDED
-        label = None if mean == UNDECIDED else "A" if mean > UNDECIDED else "B"
-        agree = None
-        if len(majorities) == 2:
-            agree = majorities["AB"] is not None and majorities["AB"] == majorities["BA"]
+            majorities.append("A" if lead > 0 else "B" if lead < 0 else None)
+        agree = majorities in (["A", "A"], ["B", "B"]) if len(majorities) == 2 else None
+        p_a = UNDECIDED if agree is False else mean
         given = [vote.label for vote in votes]
-        return cls(
-            label=label,
-            p_a=UNDECIDED if agree is False else mean,
-            votes={"A": given.count("A"), "B": given.count("B"), "none": given.count(None)},
-            abstained=given.count(None),
-            rationale=_surest_rationale(label, votes),
-            orders_agree=agree,
-            details=tuple(votes),
-        )
+        counts = {"A": given.count("A"), "B": given.count("B"), "none": given.count(None)}
+        return cls(label, p_a, counts, counts["none"], _surest_rationale(label, votes), agree, tuple(votes))
 
     @classmethod
     def from_json(cls, row: JsonRow) -> Judgment:
@@ -318,6 +295,15 @@ class Judgment(_Record):
     def from_row(cls, row: JsonRow) -> Judgment:
         """The judgment in a row of a judged file, without what says which pair it is of, and whose it is."""
         return cls.from_json({key: row[key] for key in row if key not in ("id", "pair", "judge")})
+
+
+def mean_over_orders(votes: Sequence[Vote], otherwise: float) -> float:
+    """The mean of the two orders' means of p_a: both weigh the same. `otherwise`: where no vote has one."""
+    by_order: dict[str, list[float]] = {}
+    for vote in votes:
+        if vote.p_a is not None:
+            by_order.setdefault(vote.order, []).append(vote.p_a)
+    return fmean(map(fmean, by_order.values())) if by_order else otherwise
 
 
 def _surest_rationale(label: str | None, votes: Sequence[Vote]) -> str | None:
@@ -345,10 +331,6 @@ class Proof(_Record):
     ids: tuple[int, ...] = ()
     select_by: str | None = None  # the score's name; equation-5: - logp_given / logp_blank, in (-inf, 0]
 
-    @classmethod
-    def from_json(cls, row: JsonRow) -> Proof:
-        return super().from_json(row | {"ids": tuple(row.get("ids", ()))})
-
 
 @dataclass(frozen=True)
 class Tokens(_Record):
@@ -356,10 +338,6 @@ class Tokens(_Record):
 
     ids: tuple[int, ...]
     start: int
-
-    @classmethod
-    def from_json(cls, row: JsonRow) -> Tokens:
-        return cls(tuple(row["ids"]), row["start"])
 
 
 @dataclass(frozen=True)

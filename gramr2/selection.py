@@ -20,9 +20,8 @@ a chosen rationale must still pass (denoise.py).
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gramr2.prompts import prover_prompt
 from gramr2.records import OTHER, Pair, Proof
@@ -35,7 +34,7 @@ def empty_turn(pair: Pair, template: str) -> str:
 
 def other_label(pair: Pair, template: str) -> str:
     """The same s with the other label."""
-    return prover_prompt(dataclasses.replace(pair, label=OTHER[pair.label]), template)
+    return prover_prompt(replace(pair, label=OTHER[pair.label]), template)
 
 
 def certain(given: float, second: float) -> str | None:
@@ -72,12 +71,12 @@ def with_score(proof: Proof, second: float, select_by: str = "equation-5") -> Pr
     score = SCORES[select_by]
     blank = second if score.second is empty_turn else None
     if score.guard and (reason := score.guard(proof.logp_given, second)):
-        return dataclasses.replace(proof, logp_blank=blank, ineligible=reason)
+        return replace(proof, logp_blank=blank, ineligible=reason)
     value = score.value(proof.logp_given, second)
-    return dataclasses.replace(proof, logp_blank=blank, score=value, select_by=select_by)
+    return replace(proof, logp_blank=blank, score=value, select_by=select_by)
 
 
 def select(proofs: Sequence[Proof]) -> Proof | None:
     """The eligible proof with the highest score, the earliest among equals; None where there is none."""
     eligible = [proof for proof in proofs if proof.score is not None]
-    return max(eligible, key=lambda proof: proof.score, default=None)
+    return max(eligible, key=lambda proof: proof.score or 0.0, default=None)

@@ -135,7 +135,7 @@ def text_example(row: JsonRow, frame: Frame, _: Draws) -> Example:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of training. `name` is what a run's books call it."""
+    """One stage of training. `name` is what a run says of itself."""
 
     name: str
     equation: str
@@ -168,7 +168,7 @@ STAGES = {
         data="human", tables=("train.prover",), template="prover", start="prover",
     ),
     "reward": REWARD,
-    # The loop's last training is the stage reward again, and its books say so.
+    # The loop's last training is the stage reward again, and says so of itself.
     "finetune": replace(
         REWARD, equation="equation 2 again, on the human rationales: the last training of the loop",
         tables=("train.reward", "train.finetune"),

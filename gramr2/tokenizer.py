@@ -182,53 +182,40 @@ class Tokenizer:
             raise InputError(f"{self.where}: chat template does not parse: {error}") from None
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables) -> str:
-        names = ("bos_token", "eos_token", "pad_token", "unk_token")
-        known = {name: self._special_text(name) for name in names}
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+            if (text := self._special_text(name)) is not None:
+                variables[name] = text
+        turns = [dict(message) for message in messages]
         try:
             return self._template.render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                **{name: text for name, text in known.items() if text is not None},
-                **variables,
+                variables, messages=turns, add_generation_prompt=add_generation_prompt
             )
         except Exception as error:  # a template may raise anything
             raise InputError(f"{self.where}: chat template refuses the messages: {error}") from None
 
     def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables) -> list[int]:
-        """Ids of a conversation in the checkpoint's own frame, ready for an answer."""
+        """Ids of a conversation in the checkpoint's own frame, ready for an answer.
+
+        Where a message spells special tokens, each spelling is hidden behind a private-use character while
+        the template runs. Around the specials that remain, which are the template's own, the text is encoded
+        piece by piece, as the tokenizer itself would cut it, with the hidden spellings back in place.
+        """
         spelled = [text for text in self.special if any(text in m["content"] for m in messages)]
         if not spelled:
             return self.encode(self.render(messages, add_generation_prompt, **variables))
-        return self._encode_guarded(messages, spelled, add_generation_prompt, variables)
-
-    def _encode_guarded(
-        self, messages: Sequence[Message], spelled: list[str], add_generation_prompt: bool, variables: dict
-    ) -> list[int]:
-        """As `chat`, where a message spells special tokens: those spellings stay ordinary text.
-
-        Each spelling is hidden behind a private-use character while the template runs. Around the
-        specials that remain, which are the template's own, the text is encoded piece by piece, as the
-        tokenizer itself would cut it, with the hidden spellings back in place.
-        """
         said = "".join(m["content"] for m in messages)
         free = (chr(c) for c in range(0xF0000, 0xFFFFE) if chr(c) not in said)
-        hidden = {text: next(free) for text in sorted(spelled, key=len, reverse=True)}
-        masked = []
-        for message in messages:
-            content = message["content"]
-            for text, mark in hidden.items():
-                content = content.replace(text, mark)
-            masked.append({**message, "content": content})
-        rendered = self.render(masked, add_generation_prompt, **variables)
+        hidden = dict(zip(spelled, free, strict=False))
         cut = "|".join(re.escape(text) for text in sorted(self.special, key=len, reverse=True))
+        contents = [re.sub(cut, lambda found: hidden[found[0]], each["content"]) for each in messages]
+        masked = [{**each, "content": text} for each, text in zip(messages, contents, strict=True)]
+        shown = str.maketrans({mark: text for text, mark in hidden.items()})
         ids: list[int] = []
-        for piece in re.split(f"({cut})", rendered):
+        for piece in re.split(f"({cut})", self.render(masked, add_generation_prompt, **variables)):
             if piece in self.special:
                 ids.append(self.special[piece])
-                continue
-            for text, mark in hidden.items():
-                piece = piece.replace(mark, text)
-            ids += self._encode_plain(piece)
+            else:
+                ids += self._encode_plain(piece.translate(shown))
         return ids
 
     def _encode_plain(self, text: str) -> list[int]:
@@ -238,13 +225,13 @@ class Tokenizer:
         finally:
             self._fast.encode_special_tokens = False
 
-    def opens_thinking(self, messages: Sequence[Message], **variables) -> bool:
+    def opens_thinking(self, messages: Sequence[Message]) -> bool:
         """Whether the frame has already opened <think>, so that the answer will not."""
-        return self.render(messages, True, **variables).rstrip().endswith("<think>")
+        return self.render(messages).rstrip().endswith("<think>")
 
-    def example(self, messages: Sequence[Message], target: str, **variables) -> tuple[list[int], int]:
+    def example(self, messages: Sequence[Message], target: str) -> tuple[list[int], int]:
         """(ids, start): a training example, and where its target begins. The stop id closes it."""
-        prompt_ids = self.chat(messages, **variables)
+        prompt_ids = self.chat(messages)
         return [*prompt_ids, *self.encode(target), self.turn_end], len(prompt_ids)
 
     def answered(self, turns: Iterable[tuple[str, str]], response: str) -> tuple[list[int], int]:

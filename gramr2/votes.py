@@ -22,7 +22,7 @@ from typing import NamedTuple
 from gramr2 import prompts
 from gramr2.files import InputError
 from gramr2.model import Decoder
-from gramr2.records import OTHER, UNDECIDED, Pair, Vote
+from gramr2.records import OTHER, UNDECIDED, Judgment, Pair, Vote
 from gramr2.sampler import Sample, generate
 from gramr2.scoring import logprobs
 from gramr2.tokenizer import Tokenizer
@@ -84,26 +84,23 @@ class Voter:
 
     def ask(self, pair: Pair, order: str) -> Question:
         """A pair's prompt; neither label nor rationale is shown to a judge."""
-        first, second = pair.response_a, pair.response_b
-        if order == "BA":
-            first, second = second, first
-        content = prompts.judge_prompt(Pair(pair.messages, first, second), self.template)
+        shown = pair.swapped() if order == "BA" else pair
+        content = prompts.judge_prompt(shown, self.template)
         ids = self.tokenizer.chat([{"role": "user", "content": content}])
         return Question(f"{pair.id} {order}", order, ids)
 
-    def votes(
+    def judgments(
         self, pairs: Sequence[Pair], count: int, seed: int,
         temperature: float, max_new_tokens: int, progress: bool,
-    ) -> list[list[Vote] | InputError]:  # fmt: skip
-        """`count` votes on each pair, from one generate call; none on identical responses."""
+    ) -> list[Judgment | InputError]:  # fmt: skip
+        """Each pair by `count` votes, all from one generate call; by none on identical responses."""
         found: list[list[Vote] | InputError] = []
         asked: list[tuple[Question, list[Vote]]] = []  # with the list that its votes go to
         room = self.model.config.max_positions
         for pair in pairs:
             ballot: list[Vote] = []
-            questions: list[Question] = []
-            if pair.response_a != pair.response_b:
-                questions = [self.ask(pair, order) for order in ("AB", "BA")[: 1 + (count > 1)]]
+            orders = ("AB", "BA")[: 1 + (count > 1)] if pair.response_a != pair.response_b else ()
+            questions = [self.ask(pair, order) for order in orders]
             tokens = max((len(question.ids) for question in questions), default=0)
             if tokens < room:
                 found.append(ballot)
@@ -124,7 +121,7 @@ class Voter:
         for (question, ballot), samples in zip(asked, answers, strict=True):
             for number, sample in enumerate(samples):
                 ballot.append(self.read(question, sample, noise_seed(seed, question.key, number)))
-        return found
+        return [each if isinstance(each, InputError) else Judgment.from_votes(each) for each in found]
 
     def read(self, question: Question, sample: Sample, seed: int) -> Vote:
         """One sampled answer as a vote in the pair's own order."""

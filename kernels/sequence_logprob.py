@@ -82,17 +82,16 @@ def _gradients(
         logp_T[rows] = implementation.logits_to_gradient_(
             gradient_CV, targets_T[rows], d_logp_T[rows], d_lse_T[rows]
         )
-        if needs_hidden:
+        if d_hidden_TD is not None:
             torch.mm(gradient_CV, weight_VD, out=d_hidden_TD[rows])
-        if needs_weight:
+        if d_weight_VD is not None:
             _accumulate_(d_weight_VD, gradient_CV, hidden_TD[rows])
-    return logp_T, d_hidden_TD, d_weight_VD.to(weight_VD.dtype) if needs_weight else None
+    return logp_T, d_hidden_TD, None if d_weight_VD is None else d_weight_VD.to(weight_VD.dtype)
 
 
 def _accumulate_(total_VD, gradient_CV, hidden_CD):
     """total += gradient^T hidden, in fp32: no chunk's share is rounded to 16 bits on its way."""
     if total_VD.is_cuda:  # the matmul itself takes 16-bit operands and adds to fp32
-        factors, fp32 = (gradient_CV.T, hidden_CD), {"out_dtype": torch.float32}
+        torch.addmm(total_VD, gradient_CV.T, hidden_CD, out_dtype=torch.float32, out=total_VD)
     else:
-        factors, fp32 = (gradient_CV.T.float(), hidden_CD.float()), {}
-    torch.addmm(total_VD, *factors, out=total_VD, **fp32)
+        torch.addmm(total_VD, gradient_CV.T.float(), hidden_CD.float(), out=total_VD)

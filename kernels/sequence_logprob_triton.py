@@ -100,7 +100,7 @@ def score(hidden_TD, weight_VD, targets_T):
     operands = hidden_TD, weight_VD
     if tiles["COPY_ENGINE"]:
         blocks = [tiles["BLOCK_T"], tiles["BLOCK_D"]], [tiles["BLOCK_V"], tiles["BLOCK_D"]]
-        operands = map(TensorDescriptor.from_tensor, operands, blocks)
+        operands = tuple(map(TensorDescriptor.from_tensor, operands, blocks))
     sizes = T, V, D, row_blocks, splits, per_split
     with torch.cuda.device_of(hidden_TD):
         _score_kernel[(row_blocks * splits,)](*operands, targets_T, *partials, *sizes, **tiles, **options)

@@ -9,11 +9,9 @@ a fresh start and costs no import. Jobs come on stdin, a JSON object a line, and
     die_at      [rank, step]: that rank SIGKILLs itself
     nan_at      steps whose loss is made not a number
     file_limit  bytes that a file may have (a full disk)
-    backend     of torch.compile
     sgd         one plain gradient step of rate 1 instead of AdamW
 """
 
-import functools
 import gc
 import importlib
 import json
@@ -83,8 +81,6 @@ def child(job: dict, rank: int) -> int:
     if rank == 0:
         count_publications(job.get("kill"), Path(job["out"] + ".publications"))
     patch_steps(job, rank)
-    if "backend" in job:
-        torch.compile = functools.partial(torch.compile, backend=job["backend"])
     if job.get("sgd"):
         fit.make_optimizer = lambda trainee, config: torch.optim.SGD(trainee.parameters(), lr=1.0)
         fit.scheduled = lambda *arguments: 1.0

@@ -5,6 +5,7 @@ as good as a fresh start and costs no import: JSON jobs come on stdin, a line ea
 """
 
 import errno
+import gc
 import importlib
 import json
 import math
@@ -176,5 +177,6 @@ if __name__ == "__main__":
     # A training step imports the first late, and a run the others: in every fork anew if they are not here.
     for module in ["torch._dynamo", "gramr2.steps", "gramr2.extras.toy_start", "selftrain"]:
         importlib.import_module(module)
+    gc.freeze()  # a fork that collects its garbage need not look at all that was imported
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)

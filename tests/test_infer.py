@@ -10,6 +10,7 @@ from inferruns import Forks
 
 import infer
 from gramr2.extras.formats import FORMATS
+from gramr2.extras.printing import judgment_text
 from gramr2.files import exit_status
 from gramr2.rankings import METHODS
 from gramr2.records import Pair
@@ -118,7 +119,7 @@ def test_no_preference_is_told_from_an_answer_that_cannot_be_read():
     known = {"label": None, "p_a": 0.5, "orders_agree": None, "rationale": None}
     for votes, said in (((0, 0, 0), "scores are equal"), ((1, 1, 0), "tied"), ((0, 0, 2), "could be read")):
         judgment = known | {"votes": dict(zip(("A", "B", "none"), votes, strict=True))}
-        assert said in infer.readable(pair, judgment).splitlines()[0]
+        assert said in judgment_text(pair, judgment).splitlines()[0]
 
 
 def test_identical_responses_are_said_to_be_so(model, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Ranks and accumulation change rounding and nothing else; one rank's death ends all."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -108,15 +109,13 @@ def test_bad_input_is_said_by_the_first_rank_alone(monkeypatch, capsys):
 
 
 def test_compiled_blocks_train_the_same(tmp_path):
-    """Level 2, 1e-4; attention is an argument that changes from pack to pack, and must not recompile.
-
-    What is traced here runs as it was traced: the code that torch would make of it takes a compiler's time.
-    """
+    """Level 2, 1e-4; attention is an argument that changes from pack to pack, and must not recompile."""
+    if not shutil.which("g++") and not shutil.which("clang++"):
+        pytest.skip("torch.compile finds no C++ compiler here")
     model, data = make(tmp_path)
     settings = {"steps": 4, "save_steps": 0, "token_budget": 1500}
     jobs = [job(tmp_path / "plain", model, data, config=settings)]
-    compiled = settings | {"compile": True}
-    jobs.append(job(tmp_path / "compiled", model, data, config=compiled, backend="aot_eager"))
+    jobs.append(job(tmp_path / "compiled", model, data, config=settings | {"compile": True}))
     for result in drive(jobs):
         assert result["statuses"] == [0], result
         assert "recompile_limit" not in result["log"]

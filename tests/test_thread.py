@@ -30,7 +30,7 @@ def run(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("thread")
     done = micro(place)
     assert done.returncode == 0, done.stderr
-    said = ("voting@16", "report.html", "95% interval", "1 disputed", "labels right", "seconds:", "books:")
+    said = ("voting@16", "report.html", "95% interval", "1 disputed", "labels right", "seconds:", "steps:")
     assert not [text for text in said if text not in done.stdout]
     next_words = done.stdout.partition("next:")[2].split()
     assert next_words[:3] == ["python", "infer.py", "--pair"]

@@ -158,7 +158,8 @@ class _Window:
     def peek(self) -> str:
         """The next character that is not white; "" at the end."""
         while True:
-            self.at = _WHITE.match(self.text, self.at).end()
+            white = _WHITE.match(self.text, self.at)
+            self.at = white.end() if white else self.at
             if self.at < len(self.text) or self.ended:
                 return self.text[self.at : self.at + 1]
             self.fill()

@@ -219,5 +219,5 @@ def show(results: JsonRow, root: Path) -> None:
         print(f"\nproofs that pass every rule, by the label asked for: {', '.join(asked)}")
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in results["seconds"].items())
     print("\n" + textwrap.fill(f"seconds: {seconds}", 110, break_on_hyphens=False))
-    print(f"model:   {os.path.normpath(root / results['model'])}\nbooks:   {root / 'steps'}")
+    print(f"model:   {os.path.normpath(root / results['model'])}\nsteps:   {root / 'steps'}")
     print(f"results: {root / 'results.json'}, {root / 'report.html'}\nnext:    {results['next']}")
