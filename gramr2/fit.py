@@ -55,12 +55,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def train(
-    stage: str,
-    settings: TrainSettings,
-    data: Sequence[Path],
-    model_dir: Path,
-    out: Path,
-    progress: bool = True,
+    stage: str, settings: TrainSettings, data: Sequence[Path], model_dir: Path, out: Path
 ) -> dict[str, Any]:
     """Trains a stage whole, or goes on with it, or finds it done; returns its figures.
 
@@ -76,12 +71,12 @@ def train(
             return figures
         plan = make_plan(builder, settings, ranks)
         open_run(out, now, ranks)
-        if ranks.is_first and progress:
+        if ranks.is_first:
             say(describe(plan, builder, model_dir, config))
         trainee = make_trainee(its.objective(settings), settings, config, model_dir, ranks)
         loop = Loop(trainee, settings, ranks, out, plan.steps, tokenizer.decode)
         loop.restore()
-        loop.run(global_batches(plan, builder, loop.cursor.step), stop, its.name, progress)
+        loop.run(global_batches(plan, builder, loop.cursor.step), stop, its.name)
         figures = dataclasses.asdict(loop.cursor) | {"dropped": plan.dropped, "examples": plan.examples}
         prompt = {f"{its.template}_prompt.txt": builder.frame.template} if its.template else {}
         publish_model(loop, tokenizer, model_dir, {"run": now, "figures": figures}, prompt)
@@ -132,13 +127,11 @@ class Loop:
                 state["step"].fill_(self.cursor.updates)
         self.ranks.on_rank_0(lambda: keep_metrics(self.out / "metrics.jsonl", self.cursor.step))
 
-    def run(
-        self, batches: Iterator[list[Example]], stop: threading.Event, name: str, progress: bool = True
-    ) -> None:
+    def run(self, batches: Iterator[list[Example]], stop: threading.Event, name: str) -> None:
         """Steps until all are done; saves on the way, and saves and raises Stopped where `stop` is set."""
         device = self.ranks.device
         rate = matmul_rate(device) * self.ranks.size if device.type == "cuda" else 0.0
-        shown = {"desc": name, "unit": "step", "disable": not (progress and self.ranks.is_first)}
+        shown = {"desc": name, "unit": "step", "disable": not self.ranks.is_first}
         shown["mininterval"] = 0.2 if sys.stderr.isatty() else 10
         saved = clock = time.monotonic()
         with (
@@ -151,8 +144,7 @@ class Loop:
                 self.cursor.seconds += elapsed
                 if self.ranks.is_first:
                     row = {"step": self.cursor.step, **figures, "seconds": elapsed}
-                    metrics.write(json.dumps(row) + "\n")
-                    metrics.flush()
+                    print(json.dumps(row), file=metrics, flush=True)
                 value = math.nan if figures["loss"] is None else figures["loss"]
                 text = f"loss {value:.4f}, {figures['tokens'] / elapsed:,.0f} tokens/s"
                 if rate:

@@ -49,7 +49,7 @@ def world(tmp_path_factory):
 
 def run(world, out: Path, function, **config):
     settings = PolicySettings(**CONFIG | config)
-    return policy.train(settings, [world[1]], world[0], out, function, progress=False)
+    return policy.train(settings, [world[1]], world[0], out, function)
 
 
 def rows_of(path: Path) -> list[dict]:
