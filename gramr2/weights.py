@@ -1,4 +1,4 @@
-"""Hugging Face model directories ↔ the decoder: one table of names, read in both directions.
+"""Hugging Face model directories ↔ the decoder: the same tables of names for loading and saving.
 
 Loading checks every name and every shape before a byte is read: a missing, an unused or a misshapen
 tensor is an error that names it. The model is built on the meta device and each tensor is copied from
