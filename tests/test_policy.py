@@ -43,7 +43,7 @@ def world(tmp_path_factory):
     said = [{"question": f"What is {n} + {n}?", "response": "it is " * k} for n in range(8) for k in range(4)]
     random = make_checkpoint(place / "random", max_positions=1024)
     config = TrainSettings(batch_size=16, steps=60, lr=1e-2, device="cpu")
-    fit.train("pretrain", config, [write_rows(place / "said.jsonl", said)], random, place / "start", False)
+    fit.train("pretrain", config, [write_rows(place / "said.jsonl", said)], random, place / "start")
     return place / "start/model", write_rows(place / "prompts.jsonl", asked)
 
 
