@@ -10,6 +10,7 @@ What it leaves out: what a row means (records.py), and which examples are droppe
 from __future__ import annotations
 
 import bisect
+import contextlib
 import json
 import os
 import sys
@@ -58,11 +59,9 @@ class Store(Sequence[Any]):
         words = self._read_index(index, stat)
         if words is None:
             words = self._build_index(stat)
-            try:
-                with publish_file(index) as temporary:
-                    words.tofile(temporary)
-            except OSError:
-                pass  # a directory that cannot be written: the index is kept in memory
+            # Where the directory cannot be written, the index is kept in memory.
+            with contextlib.suppress(OSError), publish_file(index) as temporary:
+                words.tofile(temporary)
         self._offsets = words[_HEADER:]
         self._end = int(words[3])
         self.torn = stat.st_size - self._end

@@ -32,6 +32,7 @@ class ExampleBuilder:
     def __init__(self, stage: str, settings: TrainSettings, data: Sequence[Path], model_dir: Path):
         self.stage, self.settings = STAGES[stage], settings
         self.stores = [Store(path, self.stage.record) for path in data]
+        self.names = ", ".join(map(str, data))
         self.starts = np.cumsum([0, *map(len, self.stores)])
         self.size = min(int(self.starts[-1]), settings.limit or int(self.starts[-1]))
         if not self.size:
@@ -44,10 +45,6 @@ class ExampleBuilder:
             if self.stage.own_prompt and template == prompts.JUDGE_PROMPT:
                 template = self.stage.own_prompt
         self.frame = Frame(self.tokenizer, template, settings)
-
-    @property
-    def names(self) -> str:
-        return ", ".join(str(store.path) for store in self.stores)
 
     def record(self, i: int) -> Any:
         file = int(np.searchsorted(self.starts, i, side="right")) - 1
@@ -66,11 +63,10 @@ class ExampleBuilder:
 
     def __call__(self, i: int, epoch: int, letter: str) -> Example:
         record = self.record(i)
-        if self.stage.template is None:  # no prompt that shows both responses, in an order
-            return self.stage.example(record, self.frame, Draws())
-        turned = record.swapped() if record.label != letter and record.swappable else record
+        # Without a prompt that shows both responses there is no order.
+        turns = self.stage.template and record.label != letter and record.swappable
         draws = Draws(*np.random.default_rng([self.settings.seed, epoch, i]).random(2))
-        example = self.stage.example(turned, self.frame, draws)
+        example = self.stage.example(record.swapped() if turns else record, self.frame, draws)
         if example.length <= self.settings.max_length:
             return example
         # The other order may be a token longer. Nothing is cut: the row stands as it was measured.

@@ -45,7 +45,7 @@ from gramr2.plan import global_batches, make_plan, read_model_config, split_into
 from gramr2.records import Example
 from gramr2.settings import FREE, TrainSettings, check_identity
 from gramr2.tokenizer import Tokenizer
-from gramr2.weights import read_config, save_tensors
+from gramr2.weights import read_config, save
 
 BAD_STEPS = 3  # steps in a row whose loss or gradient is not finite; then the run stops
 
@@ -55,12 +55,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def train(
-    stage: str,
-    settings: TrainSettings,
-    data: Sequence[Path],
-    model_dir: Path,
-    out: Path,
-    progress: bool = True,
+    stage: str, settings: TrainSettings, data: Sequence[Path], model_dir: Path, out: Path
 ) -> dict[str, Any]:
     """Trains a stage whole, or goes on with it, or finds it done; returns its figures.
 
@@ -76,15 +71,15 @@ def train(
             return figures
         plan = make_plan(builder, settings, ranks)
         open_run(out, now, ranks)
-        if ranks.is_first and progress:
+        if ranks.is_first:
             say(describe(plan, builder, model_dir, config))
         trainee = make_trainee(its.objective(settings), settings, config, model_dir, ranks)
         loop = Loop(trainee, settings, ranks, out, plan.steps, tokenizer.decode)
         loop.restore()
-        loop.run(global_batches(plan, builder, loop.cursor.step), stop, its.name, progress)
+        loop.run(global_batches(plan, builder, loop.cursor.step), stop, its.name)
         figures = dataclasses.asdict(loop.cursor) | {"dropped": plan.dropped, "examples": plan.examples}
         prompt = {f"{its.template}_prompt.txt": builder.frame.template} if its.template else {}
-        publish_model(loop, tokenizer, config, model_dir, {"run": now, "figures": figures}, prompt)
+        publish_model(loop, tokenizer, model_dir, {"run": now, "figures": figures}, prompt)
         return figures
 
 
@@ -132,14 +127,11 @@ class Loop:
                 state["step"].fill_(self.cursor.updates)
         self.ranks.on_rank_0(lambda: keep_metrics(self.out / "metrics.jsonl", self.cursor.step))
 
-    def run(
-        self, batches: Iterator[list[Example]], stop: threading.Event, name: str, progress: bool = True
-    ) -> None:
+    def run(self, batches: Iterator[list[Example]], stop: threading.Event, name: str) -> None:
         """Steps until all are done; saves on the way, and saves and raises Stopped where `stop` is set."""
-        rate = 0.0
-        if self.ranks.device.type == "cuda":
-            rate = matmul_rate(self.ranks.device) * self.ranks.size
-        shown = {"desc": name, "unit": "step", "disable": not (progress and self.ranks.is_first)}
+        device = self.ranks.device
+        rate = matmul_rate(device) * self.ranks.size if device.type == "cuda" else 0.0
+        shown = {"desc": name, "unit": "step", "disable": not self.ranks.is_first}
         shown["mininterval"] = 0.2 if sys.stderr.isatty() else 10
         saved = clock = time.monotonic()
         with (
@@ -152,8 +144,7 @@ class Loop:
                 self.cursor.seconds += elapsed
                 if self.ranks.is_first:
                     row = {"step": self.cursor.step, **figures, "seconds": elapsed}
-                    metrics.write(json.dumps(row) + "\n")
-                    metrics.flush()
+                    print(json.dumps(row), file=metrics, flush=True)
                 value = math.nan if figures["loss"] is None else figures["loss"]
                 text = f"loss {value:.4f}, {figures['tokens'] / elapsed:,.0f} tokens/s"
                 if rate:
@@ -237,9 +228,8 @@ def make_trainee(
     with torch.device("meta"):
         trainee = Trainee(Decoder(config), objective)
     parallel.wrap(trainee, settings, ranks)
-    parallel.load_weights(
-        trainee, model_dir, fresh_score=config.num_labels > read_config(model_dir)[0].num_labels
-    )
+    stored, trainee.decoder.raw_config = read_config(model_dir)
+    parallel.load_weights(trainee, model_dir, fresh_score=config.num_labels > stored.num_labels)
     return trainee.train()
 
 
@@ -271,9 +261,8 @@ def scheduled(step: int, steps: int, settings: TrainSettings) -> float:
 
 def identity(stage: str, settings: TrainSettings, data: Sequence[Path], model_dir: Path) -> dict[str, str]:
     """What a run computes, field by field; a run is continued only where all of it is the same."""
-    fields = {"stage": stage} | {
-        name: str(value) for name, value in vars(settings).items() if name not in FREE
-    }
+    fields = {"stage": stage}
+    fields |= {name: str(value) for name, value in vars(settings).items() if name not in FREE}
     fields |= {f"data file {n + 1}": f"{path.name} {digest(path)}" for n, path in enumerate(data)}
     files = sorted(path for path in model_dir.iterdir() if path.is_file() and path.name != "training.json")
     return fields | {f"model's {path.name}": digest(path) for path in files}
@@ -324,28 +313,26 @@ def stop_on_signals() -> Iterator[threading.Event]:
 
 
 def publish_model(
-    loop: Loop, tokenizer: Tokenizer, config: ModelConfig, model_dir: Path, record: dict, own: dict[str, str]
+    loop: Loop, tokenizer: Tokenizer, model_dir: Path, record: dict[str, Any], own: dict[str, str]
 ) -> None:
     """Leaves model/ with the prompts that it was trained on and the run's figures; then drops the states."""
-    raw = read_config(model_dir)[1]
-    named = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    wanted = named if loop.settings.save_dtype == "auto" else loop.settings.save_dtype
+    model, place, wanted = loop.trainee.decoder, loop.out / "model", loop.settings.save_dtype
+    if wanted == "auto":
+        raw = model.raw_config or {}
+        wanted = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     extra = {path.name: path.read_text(encoding="utf-8") for path in sorted(model_dir.glob("*_prompt.txt"))}
     extra |= own | {"training.json": json.dumps(record, indent=2)}
-    tensors, place = parallel.whole_tensors(loop.trainee, getattr(torch, wanted)), loop.out / "model"
-
-    def save() -> None:
+    tensors = parallel.whole_tensors(loop.trainee, getattr(torch, wanted))
+    with loop.ranks.agreeing():
         try:
             if loop.ranks.is_first:
-                save_tensors(tensors, config, raw, tokenizer, place, extra)
+                save(model, tokenizer, place, extra, tensors)
         except (OSError, SafetensorError) as error:
             mend = "free some space, and run it again"
             raise InputError(f"{place}: could not be written ({error}); {mend}") from None
         finally:
             for _ in tensors:  # the other ranks take part in every tensor that the first one writes
                 pass
-
-    loop.ranks.on_all_ranks(save)
     if loop.ranks.is_first:
         for state in (path for path in loop.resume.directory.iterdir() if path.is_dir()):
             shutil.rmtree(state)

@@ -11,7 +11,8 @@ Every loss is a sum. Coefficients carry the normalisation, one over the units of
 It leaves out: equation (5), which scores and does not train (selection.py), building the targets (stages.py),
 and the policy gradient (extras/policy_loss.py), whose coefficients are advantages.
 
-Shapes: T tokens of a pack, S its sequences, P its pairs, N target tokens in it, D model width, V vocabulary.
+Shapes: T tokens of a pack, S its sequences, P its pairs, N target tokens in it, L of which are the
+label's letter, D model width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -119,17 +120,18 @@ def smoothed_label(smoothing: float) -> Objective:
         hidden_ND, weight_VD = hidden_TD.index_select(0, batch.places_N), decoder.head_weight
         loss = token_loss(hidden_ND, weight_VD, batch.targets_N, batch.coefficients_N)
         letter_N = batch.other_letters_N != NO_LETTER
-        towards = (
-            weight_VD[batch.targets_N[letter_N]].float() - weight_VD[batch.other_letters_N[letter_N]].float()
-        )
-        gap = (hidden_ND[letter_N].float() * towards).sum(-1)  # log p(right) - log p(other)
-        return loss + smoothing * (batch.coefficients_N[letter_N] * gap).sum()
+        right_LD = weight_VD[batch.targets_N[letter_N]].float()
+        other_LD = weight_VD[batch.other_letters_N[letter_N]].float()
+        # log p(right) - log p(other)
+        gap_L = (hidden_ND[letter_N].float() * (right_LD - other_LD)).sum(-1)
+        return loss + smoothing * (batch.coefficients_N[letter_N] * gap_L).sum()
 
     return objective
 
 
 def preference(decoder: Decoder, hidden_TD: Tensor, batch: Batch) -> Tensor:
     """Bradley-Terry on the scalar head, read at each sequence's last token."""
+    assert decoder.score is not None
     scores_S = decoder.score(hidden_TD[batch.ends_S]).float().squeeze(-1)
     if not len(batch.margins_P):
         return scores_S.sum() * 0

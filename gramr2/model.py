@@ -72,9 +72,8 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
         rope = config.rope_llama3
         wavelengths = 2 * math.pi / frequencies
         # 0 where a wave does not fit the original context (stretched), 1 where it fits often (kept).
-        keep = (rope.original_max_positions / wavelengths - rope.low_freq_factor) / (
-            rope.high_freq_factor - rope.low_freq_factor
-        )
+        width = rope.high_freq_factor - rope.low_freq_factor
+        keep = (rope.original_max_positions / wavelengths - rope.low_freq_factor) / width
         keep = keep.clamp(0, 1)
         frequencies = (1 - keep) * frequencies / rope.factor + keep * frequencies
     return frequencies.to(device)

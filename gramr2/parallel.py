@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,8 @@ class Ranks:
     device: torch.device
     mesh: DeviceMesh | None = None  # None: one CPU process
     object_group: dist.ProcessGroup | None = None  # for numbers and objects, on the host
-    checkpoint_group: dist.ProcessGroup | None = (
-        None  # for the thread that saves: two threads must not share a group
-    )
+    # For the thread that saves: two threads must not share a group.
+    checkpoint_group: dist.ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
@@ -72,9 +72,8 @@ class Ranks:
 
     def all_gather(self, value: Any) -> list[Any]:
         """Every rank's value, by rank."""
-        values = [value]
+        values = [value] * self.size
         if self.size > 1:
-            values = [None] * self.size
             dist.all_gather_object(values, value, group=self.object_group)
         return values
 
@@ -176,11 +175,7 @@ def _wrap_forward(block: nn.Module, settings: TrainSettings) -> None:
     if settings.compile:
         forward = torch.compile(forward, dynamic=True)
     if settings.checkpointing:
-        compiled = forward
-
-        def forward(*arguments):
-            return checkpoint(compiled, *arguments, use_reentrant=False, preserve_rng_state=False)
-
+        forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
     block.forward = forward
 
 
@@ -189,20 +184,15 @@ def load_weights(trainee: Trainee, directory: Path, fresh_score: bool) -> None:
     parameters = dict(plain_parameters(trainee.decoder))
     with torch.no_grad():
         for name, tensor in checkpoint_tensors(directory, trainee.decoder, fresh_score):
-            _place(parameters[name], tensor)
+            parameter = parameters[name]
+            if isinstance(parameter, DTensor):
+                mesh, placements = parameter.device_mesh, parameter.placements
+                # Without a source rank nothing is sent: it is the same on each, and each cuts its part.
+                tensor = distribute_tensor(tensor.to(mesh.device_type), mesh, placements, src_data_rank=None)
+            parameter.copy_(tensor)
         if fresh_score:
             # Zero: the first scores are equal, and no seed is needed.
             parameters["score.weight"].zero_()
-
-
-def _place(parameter: Tensor, tensor: Tensor) -> None:
-    if not isinstance(parameter, DTensor):
-        parameter.copy_(tensor)
-        return
-    mesh, placements = parameter.device_mesh, parameter.placements
-    # Without a source rank nothing is sent: the tensor is the same on each, and each cuts its part.
-    part = distribute_tensor(tensor.to(mesh.device_type), mesh, placements, src_data_rank=None)
-    parameter.to_local().copy_(part.to_local())
 
 
 def whole_tensors(trainee: Trainee, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -78,9 +78,8 @@ class TrainSettings:
         _require(self, (*not_negative, "weight_decay"), lambda value: value >= 0, "must not be negative")
         _require(self, shares, _share, "must be from 0 to 1")
         _require(self, ("device",), ("auto", "cpu", "cuda").__contains__, "must be auto, cpu or cuda")
-        for name in ("dtype", "save_dtype"):
-            kinds = ("auto", "float32", "bfloat16")
-            _require(self, (name,), kinds.__contains__, f"must be one of {', '.join(kinds)}")
+        kinds = ("auto", "float32", "bfloat16")
+        _require(self, ("dtype", "save_dtype"), kinds.__contains__, f"must be one of {', '.join(kinds)}")
         if self.token_budget < self.max_length:
             raise InputError(
                 f"token_budget: {self.token_budget} is less than max_length {self.max_length}, so that the "

@@ -2,8 +2,7 @@
 
 Everything that tells one stage from another stands here. The loop (fit.py) is the same for all of them, so
 comparing two trained models compares their objectives. `STAGES` is at the end; above it stand the functions
-that make a record into an example, one for each target, and the objectives' names, which are looked up in
-loss.py only when a training begins: reading this table costs no torch.
+that make a record into an example, one for each target.
 
 It leaves out: the losses themselves (loss.py), which rows are used and in which order (plan.py), and the
 settings that a stage runs under (recipes.py lays the tables named here over one another).
@@ -131,27 +130,6 @@ def text_example(row: JsonRow, frame: Frame, _: Draws) -> Example:
     return Example((Tokens(tuple(ids), start),))
 
 
-# ---------------------------------------------------------------------------------- what is minimised
-
-
-def likelihood(settings: TrainSettings) -> Objective:
-    from gramr2 import loss
-
-    return loss.likelihood
-
-
-def smoothed_likelihood(settings: TrainSettings) -> Objective:
-    from gramr2 import loss
-
-    return loss.smoothed_label(settings.label_smoothing) if settings.label_smoothing else loss.likelihood
-
-
-def preference(settings: TrainSettings) -> Objective:
-    from gramr2 import loss
-
-    return loss.preference
-
-
 # ---------------------------------------------------------------------------------- the table
 
 
@@ -166,10 +144,18 @@ class Stage:
     tables: tuple[str, ...]  # of a recipe, in the order in which they lie over [train]
     template: str | None = None  # which prompt is shown: "judge", "prover", or none
     own_prompt: str | None = None  # takes the place of this project's prompt, which asks for a rationale
-    objective: Callable[[TrainSettings], Objective] = likelihood
-    head: str = "vocabulary"  # or "scalar"
+    head: str = "vocabulary"  # or "scalar", which is trained by preference and not by likelihood
+    smoothed: bool = False  # whether the setting label_smoothing is of this stage
     start: str = "backbone"  # the model that it begins from: a field of settings.Sources
     record: Callable[[JsonRow], Any] | None = Pair.from_json  # what a row of data is; None: as it stands
+
+    def objective(self, settings: TrainSettings) -> Objective:
+        """What it minimises. Looked up when a training begins: reading the table costs no torch."""
+        from gramr2 import loss
+
+        if self.smoothed and settings.label_smoothing:
+            return loss.smoothed_label(settings.label_smoothing)
+        return loss.preference if self.head == "scalar" else loss.likelihood
 
 
 REWARD = Stage(
@@ -190,11 +176,11 @@ STAGES = {
     "generative": Stage(
         "generative", "equation 1: the label alone", label_example,
         data="labelled", tables=("train.generative",), template="judge", own_prompt=prompts.LABEL_PROMPT,
-        objective=smoothed_likelihood,
+        smoothed=True,
     ),
     "discriminative": Stage(
         "discriminative", "Bradley-Terry on a scalar head", scored_example,
-        data="labelled", tables=("train.discriminative",), objective=preference, head="scalar",
+        data="labelled", tables=("train.discriminative",), head="scalar",
     ),
     "pretrain": Stage(
         "pretrain", "language modelling", text_example,

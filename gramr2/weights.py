@@ -1,4 +1,4 @@
-"""Hugging Face model directories ↔ the decoder: one table of names, read in both directions.
+"""Hugging Face model directories ↔ the decoder: the same tables of names for loading and saving.
 
 Loading checks every name and every shape before a byte is read: a missing, an unused or a misshapen
 tensor is an error that names it. The model is built on the meta device and each tensor is copied from
@@ -31,6 +31,7 @@ from gramr2.model import Decoder, Llama3Rope, ModelConfig
 from gramr2.tokenizer import Tokenizer
 
 MAX_FILE_BYTES = 5 * 10**9  # the largest file of tensors that the hub's own tools write
+NamedTensors = Iterable[tuple[str, Tensor]]  # by our names; they may come one by one
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,6 @@ class Family:
     name: str  # its classes' names begin with it
     only_qkv_bias: bool = False  # biases on q, k and v whatever attention_bias says, and none on the output
     qk_norm: bool = False
-    window: str = "use_sliding_window"  # the field that is set where a sliding window is in use
 
 
 # By model_type. Of those that a configuration would fit, the first is what a fresh config.json names.
@@ -70,36 +70,25 @@ ROPE = {name: name for name in ("factor", "low_freq_factor", "high_freq_factor")
 ROPE["original_max_positions"] = "original_max_position_embeddings"
 HEADS = ("ForCausalLM", "ForSequenceClassification")
 
-# Our name ↔ theirs; {} is the layer's number, and .weight or .bias follows.
-NAMES = {
-    "embed": "model.embed_tokens",
-    "norm": "model.norm",
+# Our word ↔ theirs, for each part of a tensor's name but the layer's number.
+WORDS = {word: word for word in ("norm", "q_norm", "k_norm", "mlp", "score", "weight", "bias")}
+WORDS |= {word: f"{word}_proj" for word in ("q", "k", "v", "o", "gate", "up", "down")}
+WORDS |= {
+    "embed": "embed_tokens",
     "head": "lm_head",
-    "score": "score",
-    "blocks.{}.attention_norm": "model.layers.{}.input_layernorm",
-    "blocks.{}.attention.q": "model.layers.{}.self_attn.q_proj",
-    "blocks.{}.attention.k": "model.layers.{}.self_attn.k_proj",
-    "blocks.{}.attention.v": "model.layers.{}.self_attn.v_proj",
-    "blocks.{}.attention.o": "model.layers.{}.self_attn.o_proj",
-    "blocks.{}.attention.q_norm": "model.layers.{}.self_attn.q_norm",
-    "blocks.{}.attention.k_norm": "model.layers.{}.self_attn.k_norm",
-    "blocks.{}.mlp_norm": "model.layers.{}.post_attention_layernorm",
-    "blocks.{}.mlp.gate": "model.layers.{}.mlp.gate_proj",
-    "blocks.{}.mlp.up": "model.layers.{}.mlp.up_proj",
-    "blocks.{}.mlp.down": "model.layers.{}.mlp.down_proj",
+    "blocks": "layers",
+    "attention": "self_attn",
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
 }
 # Old LLaMA-2 files carry this table; it is a function of the configuration and is computed anew.
 COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 def published_name(ours: str) -> str:
-    """`blocks.3.mlp.up.weight` → `model.layers.3.mlp.up_proj.weight`."""
-    stem, _, kind = ours.rpartition(".")
-    number = re.search(r"\.(\d+)\.", stem)
-    if number is None:
-        return f"{NAMES[stem]}.{kind}"
-    pattern = stem.replace(number[0], ".{}.", 1)
-    return f"{NAMES[pattern].format(number[1])}.{kind}"
+    """`blocks.3.mlp.up.weight` → `model.layers.3.mlp.up_proj.weight`; the heads stand outside of `model`."""
+    theirs = ".".join(word if word.isdigit() else WORDS[word] for word in ours.split("."))
+    return theirs if ours.startswith(("head.", "score.")) else f"model.{theirs}"
 
 
 def plain_parameters(model: Decoder) -> Iterator[tuple[str, nn.Parameter]]:
@@ -135,7 +124,7 @@ def read_config(directory: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
     """config.json's fields as the decoder's; what it cannot compute is refused by name."""
-    model_type = raw.get("model_type")
+    model_type = str(raw.get("model_type"))
     family = FAMILIES.get(model_type)
     architecture = (raw.get("architectures") or [f"{family and family.name}ForCausalLM"])[0]
     supported = [each.name + head for each in FAMILIES.values() for head in HEADS]
@@ -147,7 +136,7 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
     refused = {
         "hidden_act": raw.get("hidden_act", "silu") != "silu",
         "mlp_bias": raw.get("mlp_bias", False),
-        family.window: raw.get(family.window, False),
+        "use_sliding_window": raw.get("use_sliding_window", False),
         "quantization_config": "quantization_config" in raw,
     }
     for field in (name for name, present in refused.items() if present):
@@ -243,10 +232,8 @@ def load_model(directory: str | Path, device="cpu", dtype="float32") -> Decoder:
     return model.eval()
 
 
-def checkpoint_tensors(
-    directory: str | Path, model: Decoder, fresh_score: bool = False
-) -> Iterator[tuple[str, Tensor]]:
-    """(our name, tensor still in the file's map) for every weight of `model`, all checked beforehand.
+def checkpoint_tensors(directory: str | Path, model: Decoder, fresh_score: bool = False) -> NamedTensors:
+    """Every weight of `model`, still in its file's map, all checked beforehand.
 
     With `fresh_score` a language model's checkpoint fills the backbone of a model with a scalar head: the
     vocabulary's head is left behind, and the score is not expected.
@@ -256,32 +243,25 @@ def checkpoint_tensors(
     expected = {published_name(name): (name, tuple(p.shape)) for name, p in plain_parameters(model)}
     if fresh_score:
         del expected["score.weight"]
-    missing = [name for name in expected if name not in files]
-    if missing:
+    if missing := [name for name in expected if name not in files]:
         raise InputError(f"{directory}: {_some(missing)} missing from the checkpoint")
-    tied = model.config.tie_embeddings or fresh_score
-    unused = [
-        name
-        for name in files
-        if name not in expected and not COMPUTED.fullmatch(name) and not (tied and name == "lm_head.weight")
-    ]
-    if unused:
+    head, embedding = published_name("head.weight"), published_name("embed.weight")
+    known = {*expected, head} if model.config.tie_embeddings or fresh_score else expected.keys()
+    if unused := [name for name in files if name not in known and not COMPUTED.fullmatch(name)]:
         raise InputError(f"{directory}: {_some(unused)} in the checkpoint, but not in the model")
-    by_file: dict[Path, list[str]] = {}
-    for name in expected:
-        by_file.setdefault(files[name], []).append(name)
-    for path, names in by_file.items():
-        with _open(path) as file:
-            for name in names:
-                shape, wanted = tuple(file.get_slice(name).get_shape()), expected[name][1]
-                if shape != wanted:
-                    raise InputError(f"{path}: {name} has shape {list(shape)}, expected {list(wanted)}")
-    if model.config.tie_embeddings and "lm_head.weight" in files:
-        _check_tie(files)
-    for path, names in by_file.items():
-        with _open(path) as file:
-            for name in names:
-                yield expected[name][0], file.get_tensor(name)
+    opened = {path: _open(path) for path in set(files.values())}
+    stored = {name: opened[path] for name, path in files.items()}
+    for name, (_, wanted) in expected.items():
+        shape = tuple(stored[name].get_slice(name).get_shape())
+        if shape != wanted:
+            raise InputError(f"{files[name]}: {name} has shape {list(shape)}, expected {list(wanted)}")
+    if model.config.tie_embeddings and head in files:
+        # Some tied checkpoints store the head as well; it must then say the same as the embedding.
+        copy, original = (stored[name].get_tensor(name) for name in (head, embedding))
+        if not torch.equal(copy, original):
+            raise InputError(f"{files[head]}: tie_word_embeddings is true, but {head} differs")
+    for name, (ours, _) in expected.items():
+        yield ours, stored[name].get_tensor(name)
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
@@ -290,8 +270,7 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
     if not index.is_file():
         if not single.is_file():
             raise InputError(f"{directory}: holds neither model.safetensors nor an index of files")
-        with _open(single) as file:
-            return dict.fromkeys(file.keys(), single)
+        return dict.fromkeys(_open(single).keys(), single)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: has no weight_map")
@@ -299,29 +278,17 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
     for path in sorted(set(files.values())):
         if not path.is_file():
             raise InputError(f"{path}: missing, though {index.name} names it")
-        with _open(path) as file:
-            absent = {name for name, place in files.items() if place == path} - set(file.keys())
+        absent = {name for name, place in files.items() if place == path} - set(_open(path).keys())
         if absent:
             raise InputError(f"{path}: {_some(sorted(absent))} missing, though {index.name} places it there")
     return files
 
 
-def _open(path: Path):
+def _open(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: truncated or not safetensors ({error}); copy the file again") from None
-
-
-def _check_tie(files: Mapping[str, Path]) -> None:
-    """Some tied checkpoints store the head as well; it must then say the same as the embedding."""
-    pair = []
-    for name in ("lm_head.weight", "model.embed_tokens.weight"):
-        with _open(files[name]) as file:
-            pair.append(file.get_tensor(name))
-    if not torch.equal(*pair):
-        where = files["lm_head.weight"]
-        raise InputError(f"{where}: tie_word_embeddings is true, but lm_head.weight differs")
 
 
 def _some(names: list[str]) -> str:
@@ -333,59 +300,50 @@ def _some(names: list[str]) -> str:
 
 
 def save(
-    model: Decoder, tokenizer: Tokenizer | None, directory: str | Path, extra: Mapping[str, str] | None = None
-) -> None:
-    """Publishes a directory that transformers loads unchanged. `extra`: further text files, name → text."""
-    save_tensors(model.named_parameters(), model.config, model.raw_config, tokenizer, directory, extra)
-
-
-def save_tensors(
-    named: Iterable[tuple[str, Tensor]],
-    config: ModelConfig,
-    raw: Mapping[str, Any] | None,
+    model: Decoder,
     tokenizer: Tokenizer | None,
     directory: str | Path,
     extra: Mapping[str, str] | None = None,
+    named: NamedTensors | None = None,
 ) -> None:
-    """As `save`, from (our name, tensor) pairs, which may come one by one; a file's worth is held."""
+    """Publishes a directory that transformers loads unchanged. `extra`: further text files, name → text.
+
+    `named` takes the place of the model's own tensors.
+    """
     with publish_directory(directory) as place:
-        numbers: dict[str, int] = {}  # of the file that a tensor stands in, from 1
-        tensors: dict[str, Tensor] = {}
-        sizes, dtype = [0], torch.float32
-        for name, parameter in named:
-            tensor = parameter.detach().to("cpu").contiguous()
-            dtype = dtype if numbers else tensor.dtype  # the first one's, for all
-            if tensors and sizes[-1] + tensor.nbytes > MAX_FILE_BYTES:
-                _write_file(tensors, place, len(sizes))
-                sizes.append(0)
-                tensors = {}
-            tensors[published_name(name)] = tensor
-            numbers[published_name(name)] = len(sizes)
-            sizes[-1] += tensor.nbytes
-        _write_file(tensors, place, len(sizes))
-        _name_files(place, numbers, sum(sizes))
+        dtype = _write_tensors(named or model.named_parameters(), place)
         text = dict(tokenizer.files) if tokenizer else {}
         text |= {name: content.encode() for name, content in (extra or {}).items()}
-        text["config.json"] = json.dumps(published_config(config, dtype, raw), indent=2).encode() + b"\n"
+        config = published_config(model.config, dtype, model.raw_config)
+        text["config.json"] = json.dumps(config, indent=2).encode() + b"\n"
         for name, content in text.items():
             (place / name).write_bytes(content)
 
 
-def _write_file(tensors: dict[str, Tensor], place: Path, number: int) -> None:
-    save_file(tensors, place / f"file-{number}", metadata={"format": "pt"})
-
-
-def _name_files(place: Path, numbers: Mapping[str, int], total_bytes: int) -> None:
-    """Files get their final names once their count is known; the index only where there are several."""
-    count = max(numbers.values())
-    if count == 1:
-        (place / "file-1").rename(place / "model.safetensors")
-        return
+def _write_tensors(named: NamedTensors, place: Path) -> torch.dtype:
+    """One file, or several and their index, of which one at a time is held; → the first tensor's dtype."""
+    numbers: dict[str, int] = {}  # of the file that a tensor stands in, from 1
+    tensors: dict[str, Tensor] = {}
+    sizes, dtype = [0], torch.float32
+    for name, parameter in named:
+        tensor = parameter.detach().to("cpu").contiguous()
+        dtype = dtype if numbers else tensor.dtype
+        if tensors and sizes[-1] + tensor.nbytes > MAX_FILE_BYTES:
+            save_file(tensors, place / f"file-{len(sizes)}", metadata={"format": "pt"})
+            sizes.append(0)
+            tensors = {}
+        tensors[published_name(name)] = tensor
+        numbers[published_name(name)] = len(sizes)
+        sizes[-1] += tensor.nbytes
+    count = len(sizes)
+    save_file(tensors, place / f"file-{count}", metadata={"format": "pt"})
+    # Files get their final names once their count is known; the index only where there are several.
     names = {n: f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)}
+    names = names if count > 1 else {1: "model.safetensors"}
     for number, name in names.items():
         (place / f"file-{number}").rename(place / name)
-    index = {
-        "metadata": {"total_size": total_bytes},
-        "weight_map": {tensor: names[number] for tensor, number in numbers.items()},
-    }
-    (place / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    if count > 1:
+        weight_map = {tensor: names[number] for tensor, number in numbers.items()}
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+        (place / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    return dtype

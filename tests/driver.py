@@ -87,7 +87,7 @@ def child(job: dict, rank: int) -> int:
         parallel.training_state = lambda trainee, optimizer: {}
     try:
         figures = fit.train(
-            job["stage"], TrainSettings(**job["config"]), job["data"], job["model"], Path(job["out"]), False
+            job["stage"], TrainSettings(**job["config"]), job["data"], job["model"], Path(job["out"])
         )
         if rank == 0:
             Path(job["out"] + ".figures").write_text(json.dumps(figures))

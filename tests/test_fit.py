@@ -26,7 +26,7 @@ def world(tmp_path_factory):
 
 def train(out: Path, world, stage: str = "reward", data=None, **config) -> dict:
     settings = TrainSettings(**CONFIG | config)
-    return fit.train(stage, settings, [data or world[1]], world[0], out, progress=False)
+    return fit.train(stage, settings, [data or world[1]], world[0], out)
 
 
 # ---------------------------------------------------------------------------------- against transformers

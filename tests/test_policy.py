@@ -43,13 +43,13 @@ def world(tmp_path_factory):
     said = [{"question": f"What is {n} + {n}?", "response": "it is " * k} for n in range(8) for k in range(4)]
     random = make_checkpoint(place / "random", max_positions=1024)
     config = TrainSettings(batch_size=16, steps=60, lr=1e-2, device="cpu")
-    fit.train("pretrain", config, [write_rows(place / "said.jsonl", said)], random, place / "start", False)
+    fit.train("pretrain", config, [write_rows(place / "said.jsonl", said)], random, place / "start")
     return place / "start/model", write_rows(place / "prompts.jsonl", asked)
 
 
 def run(world, out: Path, function, **config):
     settings = PolicySettings(**CONFIG | config)
-    return policy.train(settings, [world[1]], world[0], out, function, progress=False)
+    return policy.train(settings, [world[1]], world[0], out, function)
 
 
 def rows_of(path: Path) -> list[dict]:

@@ -280,7 +280,6 @@ def train(
     out: Path,
     reward: Reward,
     judge_dir: Path | None = None,
-    progress: bool = True,
 ) -> dict[str, Any]:
     """Optimises the policy in `model_dir` whole, or goes on with it, or finds it done, as fit.train does.
 
@@ -297,7 +296,7 @@ def train(
         prompts, too_long = read_prompts(data, tokenizer, settings)
         plan, steps = make_plan(settings, len(prompts))
         fit.open_run(out, now, ranks)
-        if ranks.is_first and progress:
+        if ranks.is_first:
             how = f"{settings.reward} reward from {judge_dir or reward}"
             size = f"{plan.batch_size} x {settings.group} rollouts, {settings.inner} steps on each batch"
             shown = f"{len(prompts):,} prompts ({too_long:,} more are too long), {size}"
@@ -314,9 +313,9 @@ def train(
         ranks.on_rank_0(
             lambda: fit.keep_metrics(rollouts.path, loop.cursor.step)
         )  # the others read what is left
-        loop.run(rollouts.global_batches(loop.cursor.step), stop, "policy", progress)
+        loop.run(rollouts.global_batches(loop.cursor.step), stop, "policy")
         figures = asdict(loop.cursor)
-        fit.publish_model(loop, tokenizer, config, model_dir, {"run": now, "figures": figures}, {})
+        fit.publish_model(loop, tokenizer, model_dir, {"run": now, "figures": figures}, {})
         return figures
 
 
