@@ -47,7 +47,8 @@ def self_train(run: Run, inputs: RunInputs, results: Results) -> None:
     prover = run.train("prover", "prover", [inputs.human], inputs.prover_base)
     results.ask_wrong_labels("wrong-labels", prover)
 
-    # 2. It writes k proofs for each labelled pair; the best by equation 5 becomes the rationale.
+    # 2. It writes k proofs for each labelled pair; the best by equation 5 becomes the rationale
+    #    (selection.py).
     proofs = run.prove("prove-labelled", prover, inputs.labelled)
     synthesized = [*human, run.filter_rationales("filter-labelled", proofs)]
 
@@ -56,7 +57,8 @@ def self_train(run: Run, inputs: RunInputs, results: Results) -> None:
     results.test("initial", judge)
 
     for number, batch in enumerate(inputs.unlabelled, 1):
-        # 4. The reward model labels unlabelled pairs by votes; labels it is not sure of are filtered out.
+        # 4. The reward model labels unlabelled pairs by votes; labels it is not sure of are filtered out
+        #    (denoise.py).
         judged = run.judge(f"round-{number}-predict", judge, batch, settings.votes)
         labelled = run.filter_labels(f"round-{number}-labels", judged, number)
         # 5. The prover writes the rationales, and unreliable ones are filtered out.
@@ -79,7 +81,7 @@ def baselines(run: Run, inputs: RunInputs, results: Results) -> None:
         results.test(stage, model, baseline=True)
     kept = run.directory.paths["filter-labelled"] / "kept.jsonl"
     human = [inputs.human] if run.settings.mix_human else []
-    longer = run.train("labelled-2x", "reward", [*human, kept], inputs.backbone, longer=2)
+    longer = run.train("labelled-2x", "reward", [*human, kept], inputs.backbone, times=2)
     results.test("labelled only, 2x steps", longer, baseline=True)
 
 

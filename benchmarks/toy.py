@@ -220,7 +220,7 @@ class Seed:
         run, data = self.open("other lengths", Run, {}), self.step("data")
         known = [*self.human, self.step("filter-labelled") / "kept.jsonl"]
         for name, share in LENGTHS.items():
-            model = run.train(_slug(name), "reward", known, self.backbone, longer=share)
+            model = run.train(_slug(name), "reward", known, self.backbone, times=share)
             run.judge(f"test-{_slug(name)}", model, data / "test.jsonl", 1)
 
     @property

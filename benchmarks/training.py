@@ -67,7 +67,7 @@ def sequences(case: str) -> list[list[int]]:
 def ours(case: str, model_dir: Path):
     rows = [Example((Tokens(tuple(ids), 1),)) for ids in sequences(case)]
     ranks = parallel.Ranks(0, 1, torch.device("cpu"))
-    trainee = fit.make_trainee(loss.likelihood, CONFIG, SMALL, model_dir, ranks)
+    trainee = fit.make_trainee(loss.negative_log_likelihood, CONFIG, SMALL, model_dir, ranks)
     loop = fit.Loop(trainee, CONFIG, ranks, model_dir, 10**6)
     return lambda: loop.step(rows)
 
@@ -164,7 +164,7 @@ def measure(
         CONFIG, max_length=length, token_budget=tokens // 2, checkpointing=True, compile=compiled
     )
     with torch.device("meta"):
-        trainee = Trainee(Decoder(model), loss.likelihood)
+        trainee = Trainee(Decoder(model), loss.negative_log_likelihood)
     parallel.wrap(trainee, settings, ranks)
     with torch.no_grad():
         for parameter in trainee.parameters():

@@ -204,8 +204,15 @@ class Walk:
         row = self.row(self.name + "predict", "judged.jsonl")
         _, judgment = as_filtered(self.run, row)
         name = "kept.jsonl" if self.found.reached >= 3 else "dropped.jsonl"
-        functions = steps.Run.filter_labels, denoise.only_coherent, denoise.objections, denoise.balance
-        yield self.section("4. Can the label be trusted?", self.name + "labels", name, *functions)
+        functions = (
+            steps.Run.filter_labels,
+            denoise.without_incoherent_votes,
+            denoise.objections,
+            denoise.balance,
+        )
+        yield self.section(
+            "4. Can the label be trusted?", self.name + "labels", name, steps.Run.filter_labels, *functions
+        )
         lost = [vote for vote in judgment.details if vote.reason and vote.label is None]
         counted = ", ".join(f"{count} {label}" for label, count in judgment.votes.items())
         agree = "agree" if judgment.orders_agree else "do not agree"
@@ -215,8 +222,7 @@ class Walk:
             + f". That leaves {counted}, and the orders {agree}. Then each filter may object:"
         )
         said = denoise.objections(denoise.LABEL_FILTERS, judgment, settings=self.filters)
-        used = denoise.used(denoise.LABEL_FILTERS, self.filters)
-        yield table(["filter", "objects"], [(name, said.get(name, "–")) for name in used])
+        yield table(["filter", "objects"], [(name, reason or "–") for name, reason in said.items()])
         if self.found.reached >= 3:
             turned = "This one was: from here on its responses stand exchanged, and so does its label."
             yield (
@@ -284,7 +290,7 @@ class Walk:
         if row["rationale"]:
             yield (
                 "The chosen proof is turned back into a rationale by "
-                f"{code(prompts.rationale_from_proof)} and {code(prover.rationale_of)}. In the stored "
+                f"{code(prompts.rationale_from_proof)} and {code(prover.as_rationale)}. In the stored "
                 "form each mention of a response is a slot, ⟦A⟧ or ⟦B⟧, so that a swap can exchange the "
                 "slots and nothing else:"
             )
@@ -300,7 +306,7 @@ class Walk:
         said = denoise.objections(rules, pair, row["rationale"], settings=self.filters)
         yield table(
             ["rule", "code", "objects"],
-            [(name, code(rules[name]), said.get(name, "–")) for name in denoise.used(rules, self.filters)],
+            [(name, code(rules[name]), reason or "–") for name, reason in said.items()],
         )
         yield "It is kept: this row is what the next model is trained on."
         yield row_block(self.row(self.name + "rationales", "kept.jsonl"))

@@ -20,7 +20,7 @@ import numpy as np
 
 import kernels
 from gramr2.cache import NULL
-from gramr2.requests import Chunk, Step
+from gramr2.requests import Chunk, DeviceStep
 from kernels.reads import Array, Item, Reads, items_of, reads_by_size, reads_of, stack
 
 
@@ -72,7 +72,7 @@ class DecodeBatch(Generic[Array]):
 class DecodeRows:
     """What a decode batch keeps from step to step, until a sample joins, leaves or gets a page."""
 
-    def __init__(self, step: Step, size: int, item_rows: int | None, share_prefix: bool):
+    def __init__(self, step: DeviceStep, size: int, item_rows: int | None, share_prefix: bool):
         self.size, self.slots_R = size, np.array([*step.samples.values()])
         self.seeds_R = np.array([sample.prompt.seeds[sample.number] for sample in step.samples])
         self.shared_R = np.array([sample.prompt.shared_tokens(size) for sample in step.samples])

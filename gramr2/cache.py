@@ -8,8 +8,9 @@ written. Full blocks may be given a name, a number that stands for their tokens 
 them; another prompt that begins alike finds them by it. A named block that nobody holds keeps its content
 until its place is needed, longest unused first.
 
-It is bookkeeping only: the sampler owns the tensors, does the copies, and decides who has to give way when
-blocks run out. It leaves out: swapping to another memory, and sharing between calls (weights may change).
+It is bookkeeping only: the engine owns the tensors, as pages, and does the copies; the scheduler decides who
+has to give way when blocks run out. It leaves out: swapping to another memory, and sharing between calls
+(weights may change).
 """
 
 from __future__ import annotations

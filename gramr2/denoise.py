@@ -23,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from gramr2 import prompts
@@ -62,7 +62,7 @@ def softmax(judgment: Judgment, settings: FilterSettings) -> str | None:
 LABEL_FILTERS: dict[str, LabelFilter] = {rule.__name__: rule for rule in (agreement, confidence, softmax)}
 
 
-def only_coherent(
+def without_incoherent_votes(
     pair: Pair, judgment: Judgment, rules: Mapping[str, RationaleFilter], settings: FilterSettings
 ) -> Judgment:
     """The judgment with those votes turned into abstentions whose own rationale breaks a rule of coherence.
@@ -176,24 +176,21 @@ FILTERS: tuple[str, ...] = (*LABEL_FILTERS, *RATIONALE_FILTERS)
 # ---------------------------------------------------------------------------------- applying them
 
 
-def used(rules: Iterable[str], settings: FilterSettings) -> list[str]:
-    """The names of the rules that are not switched off."""
-    return [name for name in rules if name not in settings.without]
-
-
 def objections(
     rules: Mapping[str, Callable[..., str | None]], *what: Any, settings: FilterSettings
-) -> dict[str, str]:
-    """Each used rule's reason against a judgment, or a pair and its rationale, in the rules' order."""
-    said = {name: rules[name](*what, settings) for name in used(rules, settings)}
-    return {name: reason for name, reason in said.items() if reason}
+) -> dict[str, str | None]:
+    """What each rule has against a judgment, or against a pair and its rationale; None where it has nothing.
+
+    A rule that is switched off does not stand there.
+    """
+    return {name: rule(*what, settings) for name, rule in rules.items() if name not in settings.without}
 
 
 def objection(
     pair: Pair, rationale: str, rules: Mapping[str, RationaleFilter], settings: FilterSettings
 ) -> str | None:
     """The first reason against a rationale."""
-    return next(iter(objections(rules, pair, rationale, settings=settings).values()), None)
+    return next(filter(None, objections(rules, pair, rationale, settings=settings).values()), None)
 
 
 def balance(pair: Pair, lead: int) -> Pair:

@@ -6,7 +6,7 @@ in one item with all of them. On CUDA with Triton decode steps are graphs (graph
 step behind the device.
 
 It leaves out: which work is next, and what becomes of it. It knows slots, pages and positions from the
-`Step` that it is given, and keeps nothing of a sample but its last id.
+`DeviceStep` that it is given, and keeps nothing of a sample but its last id.
 
 Shapes: R rows of a decode step, T tokens of a pass, U tokens without padding, D width, V vocabulary, H query
 heads, G key/value heads, K head size, L layers, N pages, P tokens of a page, S slots, C columns of what
@@ -26,7 +26,7 @@ from gramr2.batch import DecodeBatch, DecodeRows, padded, prefill_arrays
 from gramr2.cache import NULL
 from gramr2.graphs import DecodeGraphs
 from gramr2.model import Decoder
-from gramr2.requests import Capacity, Chunk, Step
+from gramr2.requests import Capacity, Chunk, DeviceStep
 from kernels.choice import Column, Options, choose, uniforms
 from kernels.linear_cpu import column_major, projection
 from kernels.packed_attention import Attend
@@ -60,7 +60,7 @@ class Engine:
         self.prefix: Reads[Tensor]
 
     @torch.inference_mode()
-    def launch(self, step: Step) -> Callable[[], np.ndarray] | None:
+    def launch(self, step: DeviceStep) -> Callable[[], np.ndarray] | None:
         """Starts a step; -> what waits for the decoded rows' outputs, if there are any."""
         if step.fresh and not self.graphs:
             self._clear(step.fresh)

@@ -179,7 +179,7 @@ class Loop:
         FSDP takes the mean of the ranks' gradients; times their number, it is the sum.
         """
         units = sum(example.units for example in examples)
-        learning_rate = scheduled(self.cursor.step, self.steps, self.settings)
+        learning_rate = learning_rate_at(self.cursor.step, self.steps, self.settings)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         total = torch.zeros((), device=self.ranks.device)
@@ -247,7 +247,7 @@ def make_optimizer(trainee: Trainee, settings: TrainSettings) -> torch.optim.Ada
     return optimizer
 
 
-def scheduled(step: int, steps: int, settings: TrainSettings) -> float:
+def learning_rate_at(step: int, steps: int, settings: TrainSettings) -> float:
     """Linear warm-up, then a cosine down to its final share."""
     rising = math.ceil(settings.warmup * steps)
     if step < rising:
@@ -323,7 +323,7 @@ def publish_model(
     extra = {path.name: path.read_text(encoding="utf-8") for path in sorted(model_dir.glob("*_prompt.txt"))}
     extra |= own | {"training.json": json.dumps(record, indent=2)}
     tensors = parallel.whole_tensors(loop.trainee, getattr(torch, wanted))
-    with loop.ranks.agreeing():
+    with loop.ranks.errors_on_all_ranks():
         try:
             if loop.ranks.is_first:
                 save(model, tokenizer, place, extra, tensors)

@@ -102,7 +102,7 @@ def bradley_terry(better_P: Tensor, worse_P: Tensor, margins_P: Tensor) -> Tenso
 Objective = Callable[[Decoder, Tensor, Batch], Tensor]  # (decoder, hidden_TD, batch) -> the sum over a pack
 
 
-def likelihood(decoder: Decoder, hidden_TD: Tensor, batch: Batch) -> Tensor:
+def negative_log_likelihood(decoder: Decoder, hidden_TD: Tensor, batch: Batch) -> Tensor:
     """Only the states that predict a target meet the vocabulary."""
     hidden_ND = hidden_TD.index_select(0, batch.places_N)
     return token_loss(hidden_ND, decoder.head_weight, batch.targets_N, batch.coefficients_N)

@@ -10,8 +10,8 @@ biases (Qwen2 has them on q, k and v), a norm on queries and keys (Qwen3), the h
 vocabulary's two matrices are one. The model stops at hidden states: `head_weight` is for whoever needs
 log-probs or a next token, `score` is the scalar head of a discriminative reward model.
 
-It leaves out: reading checkpoints (weights.py), the vocabulary projection (kernels/), the cache
-(sampler.py), dropout, sliding windows, mixtures of experts and every RoPE but the plain one and llama3's.
+It leaves out: reading checkpoints (weights.py), the vocabulary projection (kernels/), the cache (cache.py,
+engine.py), dropout, sliding windows, mixtures of experts and every RoPE but the plain one and llama3's.
 
 Shapes: T tokens of all sequences, D model width, F width of the MLP, V vocabulary, H query heads,
 G key/value heads, K head size.

@@ -43,7 +43,8 @@ from gramr2.weights import checkpoint_tensors, plain_parameters
 
 KEPT = 2  # resume points: the newest, and the one before in case a disk lied
 PATIENCE = datetime.timedelta(minutes=30)  # within a training step
-# Between steps one rank may sample, or read, for hours while the others wait. A dead one is seen at once.
+# Between steps one rank may sample, or read, for hours while the others wait. A dead one breaks the next
+# exchange.
 LONG_PATIENCE = datetime.timedelta(days=2)
 
 
@@ -78,8 +79,11 @@ class Ranks:
         return values
 
     @contextlib.contextmanager
-    def agreeing(self) -> Iterator[None]:
-        """What fails in the block on one rank fails on all of them, once each is through with it."""
+    def errors_on_all_ranks(self) -> Iterator[None]:
+        """An InputError, or one of the disk, on one rank is raised on all, once each is through the block.
+
+        Any other exception ends its rank alone, and the others at their next exchange.
+        """
         error = None
         try:
             yield
@@ -92,7 +96,7 @@ class Ranks:
     def on_all_ranks(self, work: Callable[[], Any]) -> list[Any]:
         """What `work` returns on each rank; where it fails on one of them, it fails on all of them alike."""
         result = None
-        with self.agreeing():
+        with self.errors_on_all_ranks():
             result = work()
         return self.all_gather(result)
 

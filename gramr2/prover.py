@@ -63,10 +63,10 @@ class Prover:
         while asked := list(islice(pairs, PAIRS_PER_CALL)):
             proved = list(zip(asked, self._write(asked, k, max_new_tokens, **sampling), strict=True))
             eligible = [(pair, proof) for pair, proofs in proved for proof in proofs if not proof.ineligible]
-            seconds = iter(self.second_terms(eligible, select_by))
+            terms = iter(self.second_terms(eligible, select_by))
             for pair, proofs in proved:
                 scored = [
-                    each if each.ineligible else with_score(each, next(seconds), select_by) for each in proofs
+                    each if each.ineligible else with_score(each, next(terms), select_by) for each in proofs
                 ]
                 yield pair, scored
 
@@ -102,13 +102,14 @@ class Prover:
         return Proof(pair.id, text, logp_given, finish=sample.finish, ineligible=reason, ids=ids)
 
     def second_terms(self, proofs: Sequence[tuple[Pair, Proof]], select_by: str) -> list[float]:
-        """The log-prob of each proof after the score's own user turn. All come from one packed call."""
-        second = SCORES[select_by].second
-        rows = [[*self.frame(second(pair, self.template)), *proof.ids] for pair, proof in proofs]
+        """The second term of each proof's score: log π(ẑ | empty user turn), equation (5)'s denominator, or
+        what another score asks for. One packed pass over all of them."""
+        condition = SCORES[select_by].condition
+        rows = [[*self.frame(condition(pair, self.template)), *proof.ids] for pair, proof in proofs]
         tails = zip(logprobs(self.model, rows), proofs, strict=True)
         return [float(tail[-len(proof.ids) :].double().sum()) for tail, (_, proof) in tails]
 
 
-def rationale_of(proof: Proof, thinking_open: bool = False) -> str:
+def as_rationale(proof: Proof, thinking_open: bool = False) -> str:
     """A chosen proof turned back into the rationale z, in the stored form."""
     return mark(str(prompts.rationale_from_proof(proof.text, thinking_open).rationale))

@@ -2,8 +2,8 @@
 
 A `Request` is one call of `generate`; it is checked here, whole, before anything runs. Its prompts become
 `Prompt`s one by one, and these are what the scheduler works on: a `PromptSource` is a prompt that is being
-computed, once for all its samples, and an `OpenSample` is a sample that is not finished. A `Step` is what
-the scheduler tells the device to do next. A finished sample is a `Sample`.
+computed, once for all its samples, and an `OpenSample` is a sample that is not finished. A `DeviceStep` is
+what the scheduler tells the device to do next. A finished sample is a `Sample`.
 
 It leaves out: which of them runs when (scheduler.py), and every tensor (engine.py).
 """
@@ -203,7 +203,7 @@ class TokenSequence:
         return self.prompt.ids
 
     @property
-    def target(self) -> int:
+    def prefill_length(self) -> int:
         """Tokens that have to be in the cache before samples are forked from it, or it is decoded.
 
         All but the last one: a decode step feeds it, so that logits come from these steps only.
@@ -253,7 +253,7 @@ class Chunk(NamedTuple):
 
 
 @dataclass
-class Step:
+class DeviceStep:
     """What the device does next, in this order."""
 
     fresh: list[int] = field(default_factory=list)  # pages to clear

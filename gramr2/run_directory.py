@@ -8,7 +8,7 @@ settings under the same name are refused, field by field.
 
     with directory.step("prove-labelled") as step:
         if step.to_do:
-            with ranks.agreeing():
+            with ranks.errors_on_all_ranks():
                 for shard, pairs in step.shards(Store(path, Pair.from_json)):
                     write_rows(shard, ...)
             counts = ranks.on_rank_0(...)  # reads step.rows(), and writes what the step leaves
@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # torch takes its seconds, and looking for a run needs none o
     from gramr2.parallel import Ranks
 
 T = TypeVar("T")
+SHARD_ROWS = PAIRS_PER_CALL  # what is lost by a kill is one generate call
 
 
 def finished_runs() -> list[Path]:
@@ -86,8 +87,8 @@ class Step:
         shown: dict[str, Any] = {"desc": self.path.name, "unit": "pair", "leave": False}
         shown |= {"disable": not self.ranks.is_first, "mininterval": 0.2 if sys.stderr.isatty() else 10}
         with tqdm(total=len(rows), **shown) as bar:
-            for start in range(0, len(rows), PAIRS_PER_CALL):
-                stop = min(start + PAIRS_PER_CALL, len(rows))
+            for start in range(0, len(rows), SHARD_ROWS):
+                stop = min(start + SHARD_ROWS, len(rows))
                 shard = self.path / "shards" / f"{start:09}.jsonl"
                 # The claim comes first: a name that was never looked up is not remembered as absent.
                 if claim(shard) and not shard.is_file():
@@ -124,26 +125,26 @@ class RunDirectory:
     """A run's directory, its plan and its steps. `until` names the step after which to stop."""
 
     def __init__(
-        self, root: Path, settings: JsonRow, inputs: Iterable[Path], ranks: Ranks, until: str | None = None
+        self, root: Path, begun_with: JsonRow, inputs: Iterable[Path], ranks: Ranks, until: str | None = None
     ):
         self.root, self.ranks, self.until = Path(root), ranks, until
         self.paths: dict[str, Path] = {}  # of the steps that this process has come to, by name
         self.seconds: dict[str, float] = {}
         self.counts: dict[str, JsonRow] = {}
-        ranks.on_rank_0(lambda: self._begin(settings, inputs))
+        ranks.on_rank_0(lambda: self._begin(begun_with, inputs))
 
     def say(self, text: str) -> None:
         if self.ranks.is_first:
             print(text, file=sys.stderr, flush=True)
 
-    def _begin(self, settings: JsonRow, inputs: Iterable[Path]) -> None:
+    def _begin(self, begun_with: JsonRow, inputs: Iterable[Path]) -> None:
         """Settings and inputs must be what they were. Other code is allowed, and said."""
         remove_leftovers(self.root)
         hashes = {str(path): digest(path) for path in inputs}
         # As plan.json gives it back: a tuple of settings comes as a list.
-        now = json.loads(json.dumps({"settings": settings, "inputs": hashes, "code": code_version()}))
+        now = json.loads(json.dumps({"settings": begun_with, "inputs": hashes, "code": code_version()}))
         plan = self.root / "plan.json"
-        if not any(self.root.glob("steps/*/done.json")):  # what has done nothing yet is bound to nothing
+        if not any(self.root.glob("steps/*/done.json")):  # until a step is closed, it may begin with others
             with disk_errors_as_input_errors(self.root):
                 write_json(plan, now)
         before = read_json(plan)

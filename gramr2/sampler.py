@@ -32,7 +32,7 @@ from tqdm import tqdm
 from gramr2.cache import BlockPool
 from gramr2.engine import Engine
 from gramr2.model import Decoder
-from gramr2.requests import Decodes, Limits, Request, Sample, Step
+from gramr2.requests import Decodes, DeviceStep, Limits, Request, Sample
 from gramr2.scheduler import Scheduler
 from kernels.choice import Column, Options
 
@@ -91,7 +91,7 @@ generate.__signature__ = inspect.signature(generate_iter).replace(return_annotat
 def _loop(request: Request, scheduler: Scheduler, engine: Engine, progress: bool) -> Iterator[Finished]:
     """Plan, run, collect. `in_flight`: steps that the device has been given, and what waits for each."""
     lag = 1 if engine.graphs else 0  # steps that the host is behind the device
-    in_flight: deque[tuple[Step, Callable[[], np.ndarray]]] = deque()
+    in_flight: deque[tuple[DeviceStep, Callable[[], np.ndarray]]] = deque()
     counts: Counter[str] = Counter()
     total = request.n * len(request.prompts)
     with tqdm(total=total, unit="sample", disable=not progress, dynamic_ncols=True) as bar:
@@ -114,7 +114,9 @@ def _loop(request: Request, scheduler: Scheduler, engine: Engine, progress: bool
                     yield finished
 
 
-def _collect(request: Request, scheduler: Scheduler, step: Step, outputs_RC: np.ndarray) -> list[Finished]:
+def _collect(
+    request: Request, scheduler: Scheduler, step: DeviceStep, outputs_RC: np.ndarray
+) -> list[Finished]:
     """Gives each sample what was drawn for it; -> those that are finished."""
     finished = []
     for sample, row in zip(step.samples, outputs_RC.tolist(), strict=True):

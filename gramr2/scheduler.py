@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from operator import attrgetter
 
 from gramr2.cache import BlockPool, BlockTable
-from gramr2.requests import Capacity, Chunk, OpenSample, Prompt, PromptSource, Step, TokenSequence
+from gramr2.requests import Capacity, Chunk, DeviceStep, OpenSample, Prompt, PromptSource, TokenSequence
 
 by_order = attrgetter("order")
 
@@ -26,7 +26,7 @@ class Scheduler:
         self.queue, self.next_prompt = prompts, next(prompts, None)
         self.pool = BlockPool(capacity.blocks, capacity.block_size)
         self.token_budget = capacity.token_budget
-        self.waiting: list[TokenSequence] = []  # without blocks: preempted
+        self.waiting: list[TokenSequence] = []  # without blocks: new, or preempted
         self.filling: list[TokenSequence] = []  # being computed in chunks
         self.sources: list[PromptSource] = []  # computed, with samples still to begin
         self.running: dict[OpenSample, int] = {}  # and the slot of each
@@ -42,14 +42,14 @@ class Scheduler:
         """Whether some running sample would lose its blocks if the next step were planned now."""
         return len(self._at_page_end()) > self.pool.free
 
-    def plan(self) -> Step:
+    def plan(self) -> DeviceStep:
         """The next step: those that run come first, then prompts in chunks, as far as the budget goes."""
-        step = Step()
+        step = DeviceStep()
         self._grow(step)
         budget = self.token_budget - len(self._active())
         while True:
             for sequence in list(self.filling):
-                budget = self._compute(sequence, step, budget)
+                budget = self._plan_chunks(sequence, step, budget)
             if budget <= 0 or not self._admit(step):
                 break
         step.samples = self._active()
@@ -71,7 +71,7 @@ class Scheduler:
         """Samples that need a page, and each exactly one, before they are decoded."""
         return [sample for sample in self._active() if sample.done == sample.table.length]
 
-    def _grow(self, step: Step) -> None:
+    def _grow(self, step: DeviceStep) -> None:
         """A page more for every running sample that is at its page's end, older ones first."""
         for sample in sorted(self._at_page_end(), key=by_order):
             while not self.pool.free and sample in self.running:
@@ -92,7 +92,7 @@ class Scheduler:
         sequence.done = 0
         self.waiting.append(sequence)
 
-    def _admit(self, step: Step) -> bool:
+    def _admit(self, step: DeviceStep) -> bool:
         """Lets the oldest that waits begin, if there is a slot and room for it."""
         if self.next_prompt and not (self.waiting or self.sources):
             self.waiting.append(PromptSource(prompt=self.next_prompt))
@@ -104,10 +104,10 @@ class Scheduler:
             return self._fork(oldest, step)
         return self._start(oldest, step)
 
-    def _start(self, sequence: TokenSequence, step: Step) -> bool:
+    def _start(self, sequence: TokenSequence, step: DeviceStep) -> bool:
         """Gives blocks to a sequence whose tokens are to be computed, as far as no other has them already."""
         ids, size = sequence.prompt.ids, self.pool.block_size
-        room = sequence.target
+        room = sequence.prefill_length
         if isinstance(sequence, OpenSample):  # with the page that it is decoded into: it must find one then
             room += size - room % size
         table = self.pool.match(ids[:-1])
@@ -120,7 +120,7 @@ class Scheduler:
         self.filling.append(sequence)
         return True
 
-    def _fork(self, source: PromptSource, step: Step) -> bool:
+    def _fork(self, source: PromptSource, step: DeviceStep) -> bool:
         """Begins the next sample of a computed prompt."""
         is_last = source.number + 1 == len(source.prompt.limits)
         # The last one takes the table itself: nobody forks from it again, and its half page needs no copy.
@@ -156,17 +156,19 @@ class Scheduler:
             self._preempt(max(younger, key=by_order))
         return True
 
-    def _compute(self, sequence: TokenSequence, step: Step, budget: int) -> int:
+    def _plan_chunks(self, sequence: TokenSequence, step: DeviceStep, budget: int) -> int:
         """Plans as many of its missing tokens as the budget allows; -> what is left of the budget."""
         shared = sequence.prompt.shared_tokens(self.pool.block_size)
-        while sequence.done < sequence.target and budget > 0:
+        while sequence.done < sequence.prefill_length and budget > 0:
             start = sequence.done
-            stop = min(sequence.target, start + budget, shared if start < shared else sequence.target)
+            stop = min(
+                sequence.prefill_length, start + budget, shared if start < shared else sequence.prefill_length
+            )
             step.chunks.append(Chunk(sequence, start, stop, list(sequence.table.blocks)))
             sequence.done, budget = stop, budget - (stop - start)
             # From here on others may read these pages: they are written before anything of this step reads.
             self.pool.name(sequence.table, sequence.prompt.ids[: min(stop, shared)])
-        if sequence.done == sequence.target:
+        if sequence.done == sequence.prefill_length:
             self.filling.remove(sequence)
             if isinstance(sequence, PromptSource):
                 self.sources.append(sequence)
@@ -174,7 +176,7 @@ class Scheduler:
                 self._join(sequence, step)
         return budget
 
-    def _join(self, sample: OpenSample, step: Step) -> None:
+    def _join(self, sample: OpenSample, step: DeviceStep) -> None:
         self.running[sample] = step.joined[sample] = self.free_slots.pop()
         self.version += 1
 

@@ -9,13 +9,13 @@ paper leaves open what exactly is scored; here:
 - every token that the prover sampled counts, its stop token included, and nothing that was prefilled;
 - both terms are untempered sums, without further normalisation by length;
 - π(ẑ) is taken in the same chat frame with an exactly empty user turn: no task, no question, no label.
-  Training drops the condition in a tenth of the examples (fit.py), so that this means something.
+  Training drops the condition in a tenth of the examples (stages.py), so that this means something.
 
 Scores rank the proofs of one pair. They are not compared across pairs. Another way to pick a proof is
 another entry of `SCORES`.
 
-It leaves out: how log-probs are computed, and which proofs are well-formed (prover.py), and the rules that
-a chosen rationale must still pass (denoise.py).
+It leaves out: how both log-probs are computed (prover.py; the denominator's in `Prover.second_terms`), which
+proofs are well-formed (prover.py), and the rules that a chosen rationale must still pass (denoise.py).
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ def other_label(pair: Pair, template: str) -> str:
     return prover_prompt(replace(pair, label=OTHER[pair.label]), template)
 
 
-def certain(given: float, second: float) -> str | None:
+def refuse_if_certain(given: float, second_term: float) -> str | None:
     """What is certain without a condition says nothing about this pair, and zero divides nothing."""
-    return "certain without a condition" if second >= 0 else None
+    return "certain without a condition" if second_term >= 0 else None
 
 
 @dataclass(frozen=True)
 class Score:
     """A way to rank the proofs of one pair; higher is better.
 
-    `second` makes a user turn of a pair and the prover's template. `value` is computed from log π(ẑ | s, l)
-    and log π(ẑ | that user turn). `guard` is asked before it with the same two, and its reason makes a proof
-    not eligible; a score that does not divide needs none.
+    `value` is computed from log π(ẑ | s, l) and a second term, which is log π(ẑ | another user turn):
+    `condition` writes that turn for a pair, given the prover's template. `guard` is asked with the same two
+    terms before they are divided, and its reason makes a proof not eligible.
     """
 
     value: Callable[[float, float], float]
-    second: Callable[[Pair, str], str]
-    guard: Callable[[float, float], str | None] | None = certain
+    condition: Callable[[Pair, str], str]  # of the second term; for equation (5), of the denominator
+    guard: Callable[[float, float], str | None] | None = refuse_if_certain
 
 
 SCORES: dict[str, Score] = {
@@ -66,13 +66,13 @@ SCORES: dict[str, Score] = {
 }
 
 
-def with_score(proof: Proof, second: float, select_by: str = "equation-5") -> Proof:
+def with_score(proof: Proof, second_term: float, select_by: str = "equation-5") -> Proof:
     """A proof with its score, or with its guard's reason. π(ẑ) is written down wherever it was taken."""
     score = SCORES[select_by]
-    blank = second if score.second is empty_turn else None
-    if score.guard and (reason := score.guard(proof.logp_given, second)):
+    blank = second_term if score.condition is empty_turn else None
+    if score.guard and (reason := score.guard(proof.logp_given, second_term)):
         return replace(proof, logp_blank=blank, ineligible=reason)
-    value = score.value(proof.logp_given, second)
+    value = score.value(proof.logp_given, second_term)
     return replace(proof, logp_blank=blank, score=value, select_by=select_by)
 
 

@@ -155,7 +155,7 @@ class Stage:
 
         if self.smoothed and settings.label_smoothing:
             return loss.smoothed_label(settings.label_smoothing)
-        return loss.preference if self.head == "scalar" else loss.likelihood
+        return loss.preference if self.head == "scalar" else loss.negative_log_likelihood
 
 
 REWARD = Stage(

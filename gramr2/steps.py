@@ -26,7 +26,7 @@ from gramr2.data import Store
 from gramr2.denoise import RationaleFilter
 from gramr2.files import InputError, JsonRow, publish_rows, write_rows
 from gramr2.judge import RewardModel
-from gramr2.prover import Prover, rationale_of
+from gramr2.prover import Prover, as_rationale
 from gramr2.records import Judgment, Pair
 from gramr2.run_directory import RunDirectory, Step
 from gramr2.selection import select
@@ -66,10 +66,10 @@ class Run:
 
     # ------------------------------------------------------------------ training
 
-    def train(self, name: str, stage: str, data: Sequence[Path], start: Path, longer: float = 1) -> Path:
-        """Trains from `start`, `longer` times as long as the stage's settings say; → the model directory."""
+    def train(self, name: str, stage: str, data: Sequence[Path], start: Path, times: float = 1) -> Path:
+        """Trains from `start`, `times` as long as the stage's settings say; → the model directory."""
         settings = self.trainings[stage]
-        steps, epochs = round(settings.steps * longer), settings.epochs * longer
+        steps, epochs = round(settings.steps * times), settings.epochs * times
         settings = dataclasses.replace(settings, steps=steps, epochs=epochs)
         with self.directory.step(name) as step:
             if step.to_do:
@@ -93,7 +93,7 @@ class Run:
         with self.directory.step(name) as step:
             if step.to_do:
                 model = None
-                with self.ranks.agreeing():
+                with self.ranks.errors_on_all_ranks():
                     for shard, asked in step.shards(Store(pairs, Pair.from_json)):
                         model = model or self.load(Prover, prover)
                         write_rows(shard, self._proofs(model, asked))
@@ -104,7 +104,7 @@ class Run:
         for number, (pair, proofs) in enumerate(prover.prove_many(pairs, self.settings.k, **self.proving)):
             chosen = select(proofs)
             row: JsonRow = {"pair": pair.to_json(), "chosen": chosen and chosen.to_json()}
-            row["rationale"] = chosen and rationale_of(chosen, prover.thinking_open)
+            row["rationale"] = chosen and as_rationale(chosen, prover.thinking_open)
             failed = (proof.ineligible for proof in proofs if proof.ineligible)
             row["ineligible"] = Counter(failed if proofs else ["too long to prove"])
             if self.settings.keep_candidates or number < SHOWN:
@@ -118,7 +118,7 @@ class Run:
         with self.directory.step(name) as step:
             if step.to_do:
                 judge, store = None, Store(pairs, Pair.from_json)
-                with self.ranks.agreeing():
+                with self.ranks.errors_on_all_ranks():
                     for shard, asked in step.shards(store[:limit] if limit else store):
                         judge = judge or self.load(RewardModel, model)
                         write_rows(shard, self._judgments(judge, asked, votes))
@@ -138,43 +138,43 @@ class Run:
     def filter_labels(self, name: str, judged: Path, number: int) -> Path:
         """Pairs whose votes can be trusted, with the label that these give; every drop with its reason."""
         settings = self.settings.filters(number)
-        return self._filter(name, judged, lambda row: self._filter_label(row, settings))
+        return self._filter_step(name, judged, lambda row: self._decide_label(row, settings))
 
-    def _filter_label(self, row: JsonRow, settings: FilterSettings) -> JsonRow:
+    def _decide_label(self, row: JsonRow, settings: FilterSettings) -> JsonRow:
         pair = Pair.from_json(row["pair"])
         if "error" in row:
-            return filtered(pair, [], {}, f"not judged: {row['error']}")
-        judgment = denoise.only_coherent(pair, Judgment.from_row(row), self.coherence_rules, settings)
-        used = denoise.used(denoise.LABEL_FILTERS, settings)
+            return decision(pair, {}, f"not judged: {row['error']}")
+        judgment = denoise.without_incoherent_votes(
+            pair, Judgment.from_row(row), self.coherence_rules, settings
+        )
         objections = denoise.objections(denoise.LABEL_FILTERS, judgment, settings=settings)
         pair = dataclasses.replace(pair, label=judgment.label, rationale=None)
         # Without a label there is nothing to prove, whatever filters are switched off.
-        otherwise = None if judgment.label else "no label: no side has more votes"
-        return filtered(pair, used, objections, otherwise, votes=judgment.votes, p_a=judgment.p_a)
+        other_reason = None if judgment.label else "no label: no side has more votes"
+        return decision(pair, objections, other_reason, votes=judgment.votes, p_a=judgment.p_a)
 
     def filter_rationales(self, name: str, proofs: Path) -> Path:
         """Pairs whose chosen rationale passes every rule, ready to train on."""
         settings = self.settings.filters()
-        return self._filter(name, proofs, lambda row: self._filter_rationale(row, settings))
+        return self._filter_step(name, proofs, lambda row: self._decide_rationale(row, settings))
 
-    def _filter_rationale(self, row: JsonRow, settings: FilterSettings) -> JsonRow:
+    def _decide_rationale(self, row: JsonRow, settings: FilterSettings) -> JsonRow:
         pair, rationale = Pair.from_json(row["pair"]), row["rationale"]
         if not rationale:
             failed = ", ".join(f"{count} {reason}" for reason, count in row["ineligible"].items())
-            return filtered(pair, [], {}, f"no eligible proof: {failed}")
-        used = denoise.used(self.rationale_rules, settings)
+            return decision(pair, {}, f"no eligible proof: {failed}")
         objections = denoise.objections(self.rationale_rules, pair, rationale, settings=settings)
         pair = dataclasses.replace(pair, rationale=rationale)
-        return filtered(pair, used, objections, score=row["chosen"] and row["chosen"]["score"])
+        return decision(pair, objections, score=row["chosen"] and row["chosen"]["score"])
 
-    def _filter(self, name: str, source: Path, decide: Callable[[JsonRow], JsonRow]) -> Path:
-        """Decides on a file's rows in shards, and parts them: the kept are balanced, drops written down."""
+    def _filter_step(self, name: str, source: Path, decide: Callable[[JsonRow], JsonRow]) -> Path:
+        """Decides on a file's rows in shards, and splits them: the kept are balanced, drops written down."""
         with self.directory.step(name) as step:
             if step.to_do:
-                with self.ranks.agreeing():
+                with self.ranks.errors_on_all_ranks():
                     for shard, rows in step.shards(Store(source)):
                         write_rows(shard, map(decide, rows))
-                step.close(self.ranks.on_rank_0(lambda: part(step)))
+                step.close(self.ranks.on_rank_0(lambda: split_kept_and_dropped(step)))
         counts = self.directory.counts[name]
         if not counts["kept"]:
             most = max(counts["dropped"].items(), key=lambda item: item[1], default=("nothing came in", 0))
@@ -215,16 +215,16 @@ def join_judgments(step: Step) -> JsonRow:
     return {"judged": labels.total(), "labels": dict(labels)}
 
 
-def filtered(
-    pair: Pair, used: list[str], objections: dict[str, str], otherwise: str | None = None, **figures: Any
+def decision(
+    pair: Pair, objections: dict[str, str | None], other_reason: str | None = None, **figures: Any
 ) -> JsonRow:
-    """A pair that went through filters: the first reason to drop it (None: it is kept), and who objected."""
-    reason = next((f"{name}: {why}" for name, why in objections.items()), otherwise)
-    alone = {name: int(name in objections) for name in used}
+    """Whether a pair is kept: the first reason to drop it, or None; and which filters alone would drop it."""
+    reason = next((f"{name}: {why}" for name, why in objections.items() if why), other_reason)
+    alone = {name: int(why is not None) for name, why in objections.items()}
     return {"pair": pair.to_json(), "reason": reason, "alone": alone, "figures": figures}
 
 
-def part(step: Step) -> JsonRow:
+def split_kept_and_dropped(step: Step) -> JsonRow:
     """Makes kept.jsonl and dropped.jsonl of the shards; → counts, and what each filter alone would drop."""
     counts, dropped, alone, lead = Counter({"in": 0, "kept": 0}), Counter[str](), Counter[str](), 0
     with publish_rows(step.path / "kept.jsonl") as keep, publish_rows(step.path / "dropped.jsonl") as drop:

@@ -38,7 +38,7 @@ class Format:
     """
 
     name: str
-    verdict: str  # whose kind it is, and how its verdict is read, in words
+    description: str  # whose kind it is, and where its verdict stands, in words
     endings: tuple[str, str] | None = None  # its canonical verdicts, for A and for B
     openings: tuple[str, ...] = ()  # how the verdicts that `parse` reads may begin
     parse: Callable[[str, bool], prompts.Verdict] | None = None  # (text, thinking_open) → the verdict
@@ -52,7 +52,7 @@ class Format:
             p = "the sigmoid of the difference of the two (Bradley-Terry)"
         elif self.parse is None:
             p = "the softmax over A and B at the first token, mean over both orders; nothing is sampled"
-        return f"{self.verdict}; p is {p}"
+        return f"{self.description}; p is {p}"
 
 
 _CANONICAL = (prompts.label_target("A"), prompts.label_target("B"))
@@ -61,7 +61,7 @@ THINK = Format("think", _AFTER_THINKING, _CANONICAL, ("<answer>",), prompts.pars
 SCALAR = Format("scalar", "a discriminative model: the response with the higher scalar")
 
 
-class Question(NamedTuple):
+class Query(NamedTuple):
     """A pair as it is asked in one order."""
 
     key: str  # names it to the sampler's noise
@@ -82,12 +82,12 @@ class Voter:
         self.letters, self.verdict_prefix = (a[differ], b[differ]), tokenizer.decode(a[:differ])
         self.thinking_open = tokenizer.opens_thinking([{"role": "user", "content": ""}])
 
-    def ask(self, pair: Pair, order: str) -> Question:
+    def ask(self, pair: Pair, order: str) -> Query:
         """A pair's prompt; neither label nor rationale is shown to a judge."""
         shown = pair.swapped() if order == "BA" else pair
         content = prompts.judge_prompt(shown, self.template)
         ids = self.tokenizer.chat([{"role": "user", "content": content}])
-        return Question(f"{pair.id} {order}", order, ids)
+        return Query(f"{pair.id} {order}", order, ids)
 
     def judgments(
         self, pairs: Sequence[Pair], count: int, seed: int,
@@ -95,35 +95,35 @@ class Voter:
     ) -> list[Judgment | InputError]:  # fmt: skip
         """Each pair by `count` votes, all from one generate call; by none on identical responses."""
         found: list[list[Vote] | InputError] = []
-        asked: list[tuple[Question, list[Vote]]] = []  # with the list that its votes go to
+        asked: list[tuple[Query, list[Vote]]] = []  # with the list that its votes go to
         room = self.model.config.max_positions
         for pair in pairs:
             ballot: list[Vote] = []
             orders = ("AB", "BA")[: 1 + (count > 1)] if pair.response_a != pair.response_b else ()
-            questions = [self.ask(pair, order) for order in orders]
-            tokens = max((len(question.ids) for question in questions), default=0)
+            queries = [self.ask(pair, order) for order in orders]
+            tokens = max((len(query.ids) for query in queries), default=0)
             if tokens < room:
                 found.append(ballot)
-                asked += [(question, ballot) for question in questions]
+                asked += [(query, ballot) for query in queries]
             else:
                 found.append(too_long(pair, tokens, room))
         answers = generate(
             self.model,
-            [question.ids for question, _ in asked],
+            [query.ids for query, _ in asked],
             n=max(1, count // 2),
-            max_new_tokens=[min(max_new_tokens, room - len(question.ids)) for question, _ in asked],
+            max_new_tokens=[min(max_new_tokens, room - len(query.ids)) for query, _ in asked],
             temperature=temperature,
             watch=self.letters,
             seed=seed,
-            keys=[question.key for question, _ in asked],
+            keys=[query.key for query, _ in asked],
             progress=progress,
         )
-        for (question, ballot), samples in zip(asked, answers, strict=True):
+        for (query, ballot), samples in zip(asked, answers, strict=True):
             for number, sample in enumerate(samples):
-                ballot.append(self.read(question, sample, noise_seed(seed, question.key, number)))
+                ballot.append(self.read(query, sample, noise_seed(seed, query.key, number)))
         return [each if isinstance(each, InputError) else Judgment.from_votes(each) for each in found]
 
-    def read(self, question: Question, sample: Sample, seed: int) -> Vote:
+    def read(self, query: Query, sample: Sample, seed: int) -> Vote:
         """One sampled answer as a vote in the pair's own order."""
         text, p_a = self.tokenizer.decode(sample.ids), None
         if self.format.parse is not None and sample.finish == "stop":
@@ -132,17 +132,19 @@ class Voter:
                 start = max(map(text.rfind, self.format.openings))  # of the verdict that was read
                 p_a = self._softmax_at_letter(sample, text, start)
                 if p_a is None:
-                    p_a = self._softmax_after(question.ids, text[:start])
+                    p_a = self._softmax_after(query.ids, text[:start])
                 if p_a is None:
                     label, reason = None, "no room to score the verdict"
         elif self.format.parse is None and sample.watched:
             p_a = sigmoid(sample.watched[0][0] - sample.watched[0][1])
             label, reason = "A" if p_a > UNDECIDED else "B", ""
+        elif sample.finish == "length":
+            label, reason = None, "cut at the length limit"
         else:
-            label, reason = None, {"length": "cut at the length limit"}.get(sample.finish, "no finite logits")
-        if question.order == "BA":
+            label, reason = None, "no finite logits"
+        if query.order == "BA":
             label, p_a = OTHER[label], None if p_a is None else 1 - p_a
-        return Vote(label, question.order, p_a, reason, text, seed, len(sample.ids))
+        return Vote(label, query.order, p_a, reason, text, seed, len(sample.ids))
 
     def _softmax_at_letter(self, sample: Sample, text: str, start: int) -> float | None:
         """p(A) among {A, B} where the verdict at `start` was sampled in its canonical form."""

@@ -41,6 +41,7 @@ class Family:
     name: str  # its classes' names begin with it
     only_qkv_bias: bool = False  # biases on q, k and v whatever attention_bias says, and none on the output
     qk_norm: bool = False
+    window_field: str = "use_sliding_window"  # is set where a sliding window is in use
 
 
 # By model_type. Of those that a configuration would fit, the first is what a fresh config.json names.
@@ -136,7 +137,7 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
     refused = {
         "hidden_act": raw.get("hidden_act", "silu") != "silu",
         "mlp_bias": raw.get("mlp_bias", False),
-        "use_sliding_window": raw.get("use_sliding_window", False),
+        family.window_field: raw.get(family.window_field),
         "quantization_config": "quantization_config" in raw,
     }
     for field in (name for name, present in refused.items() if present):

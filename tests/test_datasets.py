@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from gramr2.extras import datasets
-from gramr2.extras.datasets import FORMATS, Source, convert, main, plain
+from gramr2.extras.datasets import DATASETS, Source, convert, main, plain
 from gramr2.files import InputError, exit_status
 from gramr2.prompts import parse_rationale
 from gramr2.records import Pair, show
@@ -113,12 +113,12 @@ def read(path):
 
 @pytest.mark.parametrize("name, row, expected", ROWS)
 def test_reader(name, row, expected, tmp_path):
-    found = FORMATS[name].items(row, Source(written(tmp_path / "x.jsonl", [])))
+    found = DATASETS[name].items(row, Source(written(tmp_path / "x.jsonl", [])))
     short = [i if isinstance(i, str) else (i.question, i.response_a, i.response_b, i.label) for i in found]
     assert short == expected
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if name != "ppe"])
+@pytest.mark.parametrize("name", [name for name in DATASETS if name != "ppe"])
 def test_every_format_is_tried_and_names_a_missing_field(name, tmp_path):
     """Each field that a reader needs is missed by its name; so is a field of another type."""
     row = next(row for known, row, _ in ROWS if known == name)
@@ -130,26 +130,26 @@ def test_every_format_is_tried_and_names_a_missing_field(name, tmp_path):
         wrong = {key: value for key, value in row.items() if key != gone}
         said = "question|response_[ab]" if name == "pairs" else gone  # pairs: the field it is a spelling of
         with pytest.raises(InputError, match=f'no field "({said})"'):
-            FORMATS[name].items(wrong, source)
+            DATASETS[name].items(wrong, source)
     for key in needed:
         for value in (None, 7, "\ud800", [None], [[]], {}, float("nan")):
             with contextlib.suppress(InputError, UnicodeEncodeError):
-                FORMATS[name].items(row | {key: value}, source)
+                DATASETS[name].items(row | {key: value}, source)
 
 
 def test_helpsteer3_rationale_is_the_agreeing_annotators(tmp_path):
     """z is what a person said who agrees with the label; its mentions are slots."""
     source = Source(written(tmp_path / "x.jsonl", []))
-    pair = FORMATS["helpsteer3"].items(helpsteer(-2, (3, -3, -2)), source)[0]
+    pair = DATASETS["helpsteer3"].items(helpsteer(-2, (3, -3, -2)), source)[0]
     z = parse_rationale(pair.rationale).rationale
     assert z.feedback == ("Response ⟦A⟧: Response ⟦A⟧ is short.\nResponse ⟦B⟧: It is not like Response ⟦A⟧.")
     assert z.comparison == "Response ⟦A⟧ is better than Response ⟦B⟧."
     assert show(z.conclusion) == "Response A is better than Response B." and pair.swappable
     assert "Response B is better than Response A" in show(pair.swapped().rationale)
-    assert FORMATS["helpsteer3"].items(helpsteer(-2, (3, 0)), source)[0].rationale is None
+    assert DATASETS["helpsteer3"].items(helpsteer(-2, (3, 0)), source)[0].rationale is None
     people = helpsteer()["individual_preference"]
     people[0]["reasoning"] = "so\nConclusion:\nx"
-    assert FORMATS["helpsteer3"].items(helpsteer(individual_preference=people), source)[0].rationale is None
+    assert DATASETS["helpsteer3"].items(helpsteer(individual_preference=people), source)[0].rationale is None
 
 
 def test_html_becomes_text_with_its_code():
@@ -182,7 +182,7 @@ def test_stack_exchange_draws_pairs_without_labels(tmp_path):
     ]
     row = {"qid": 1, "question": "<p>q</p>", "answers": answers}
     path = written(tmp_path / "x.jsonl", [])
-    drawn = [FORMATS["stack-exchange"].items(row, Source(path, seed)) for seed in (0, 0, 1, 2, 3)]
+    drawn = [DATASETS["stack-exchange"].items(row, Source(path, seed)) for seed in (0, 0, 1, 2, 3)]
     assert drawn[0] == drawn[1] and len({str(found) for found in drawn}) > 2
     for found in drawn:
         used = [text for pair in found for text in (pair.response_a, pair.response_b)]

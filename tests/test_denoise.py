@@ -17,8 +17,7 @@ from gramr2.denoise import (
     balance,
     objection,
     objections,
-    only_coherent,
-    used,
+    without_incoherent_votes,
 )
 from gramr2.prompts import Rationale, judge_target
 from gramr2.records import OTHER, Judgment, Pair, Vote, mark, show, swap
@@ -199,19 +198,21 @@ def test_votes_whose_own_rationale_is_incoherent_abstain_in_either_order():
         vote("BA", "B", "Response B is better.", 0.1),
         Vote(None, "BA", None, "no answer"),
     ]
-    judged = only_coherent(PAIR, Judgment.from_votes(cast), COHERENCE, SETTINGS)
+    judged = without_incoherent_votes(PAIR, Judgment.from_votes(cast), COHERENCE, SETTINGS)
     assert [each.label for each in judged.details] == ["A", None, "A", None, None]
     assert judged.details[1].reason == "a statement contradicts its conclusion"
     assert judged.details[4].reason == "no answer"
     assert (judged.label, judged.votes, judged.orders_agree) == ("A", {"A": 2, "B": 0, "none": 3}, True)
     off = dataclasses.replace(SETTINGS, without=("coherence", "quotes"))
-    assert only_coherent(PAIR, Judgment.from_votes(cast), COHERENCE, off) == Judgment.from_votes(cast)
+    assert without_incoherent_votes(PAIR, Judgment.from_votes(cast), COHERENCE, off) == Judgment.from_votes(
+        cast
+    )
 
 
 def test_a_label_without_a_rationale_is_no_incoherent_one():
     """A judge that answers with the letter alone would lose every vote."""
     cast = [Vote("A", order, 0.9, text="<answer>\nA\n</answer>") for order in ("AB", "BA")]
-    assert only_coherent(PAIR, Judgment.from_votes(cast), COHERENCE, SETTINGS).votes["A"] == 2
+    assert without_incoherent_votes(PAIR, Judgment.from_votes(cast), COHERENCE, SETTINGS).votes["A"] == 2
 
 
 # ---------------------------------------------------------------------------------- applying them
@@ -220,24 +221,22 @@ def test_a_label_without_a_rationale_is_no_incoherent_one():
 def test_each_filter_is_switched_off_alone_and_objects_alone():
     """The first reason is written down; what each alone would drop says which filter is needed."""
     bad = z("nothing", "nothing", "Response B is better.")
-    said = [
-        objections(RATIONALE_FILTERS, PAIR, text, settings=SETTINGS) for text in (z(), bad, "Response ⟦A⟧.")
-    ]
-    assert [next(iter(each.items()), None) for each in said] == [
-        None,
-        ("states_label", "does not state the label"),
-        ("structure", "Feedback is missing"),
-    ]
-    assert list(said[1]) == ["states_label", "states_other", "mentions", "coherence"]
+    assert objections(RATIONALE_FILTERS, PAIR, z(), settings=SETTINGS) == dict.fromkeys(RATIONALE_FILTERS)
+    found = objections(RATIONALE_FILTERS, PAIR, bad, settings=SETTINGS)
+    assert [name for name, why in found.items() if why] == [
+        "states_label", "states_other", "mentions", "coherence",
+    ]  # fmt: skip
+    unformed = objections(RATIONALE_FILTERS, PAIR, "Response ⟦A⟧.", settings=SETTINGS)
+    assert unformed["structure"] == "Feedback is missing"
     assert objection(PAIR, bad, RATIONALE_FILTERS, SETTINGS) == "does not state the label"
     assert objection(PAIR, z(), RATIONALE_FILTERS, SETTINGS) is None
-    for name in said[1]:
+    for name in found:
         without = dataclasses.replace(SETTINGS, without=(name,))
-        others = {other: reason for other, reason in said[1].items() if other != name}
+        others = {other: reason for other, reason in found.items() if other != name}
         assert objections(RATIONALE_FILTERS, PAIR, bad, settings=without) == others
-        assert used(RATIONALE_FILTERS, without) == [other for other in RATIONALE_FILTERS if other != name]
     none = dataclasses.replace(SETTINGS, without=FILTERS)
-    assert used(FILTERS, none) == [] and objection(PAIR, bad, RATIONALE_FILTERS, none) is None
+    assert objections(RATIONALE_FILTERS, PAIR, bad, settings=none) == {}
+    assert objection(PAIR, bad, RATIONALE_FILTERS, none) is None
 
 
 @hypothesis_settings(deadline=None, max_examples=60)

@@ -16,7 +16,7 @@ from gramr2.extras.formats import FORMATS, format_named
 from gramr2.files import InputError
 from gramr2.judge import RewardModel
 from gramr2.sampler import Sample
-from gramr2.votes import Question, Voter
+from gramr2.votes import Query, Voter
 
 PARSED = [name for name, each in FORMATS.items() if each.parse]
 
@@ -103,5 +103,5 @@ def test_p_belongs_to_the_verdict_that_was_read(monkeypatch, name, text):
     ids = TOKENIZER.encode(text)
     sample = Sample(ids, [0.0] * len(ids), [[0.0, -6.0]] * len(ids), "stop")
     monkeypatch.setattr(voter, "_softmax_after", lambda prompt_ids, written: 0.01)
-    vote = voter.read(Question("key", "AB", [1]), sample, 0)
+    vote = voter.read(Query("key", "AB", [1]), sample, 0)
     assert (vote.label, vote.p_a) == ("B", 0.01)

@@ -71,7 +71,7 @@ def test_likelihood_of_a_pack_is_the_sum_over_its_sequences_alone(family):
     def oracle(model):
         return -sum(sum(log_p(model, row.sequences[0])) for row in rows) / units
 
-    compare(random_model(family), rows, loss.likelihood, oracle, 1 / units)
+    compare(random_model(family), rows, loss.negative_log_likelihood, oracle, 1 / units)
 
 
 def test_per_token_coefficients_weigh_the_tokens_they_stand_for():
@@ -85,7 +85,7 @@ def test_per_token_coefficients_weigh_the_tokens_they_stand_for():
         pairs = [zip(row.coefficients, log_p(model, row.sequences[0]), strict=True) for row in rows]
         return -sum(c * value for row in pairs for c, value in row)
 
-    compare(random_model("llama3"), rows, loss.likelihood, oracle, 1.0)
+    compare(random_model("llama3"), rows, loss.negative_log_likelihood, oracle, 1.0)
 
 
 @pytest.mark.parametrize("smoothing", [0.1, 0.3])
@@ -119,7 +119,9 @@ def test_preference_is_bradley_terry_on_the_last_tokens_with_its_margin():
     compare(random_model("qwen3", num_labels=1), rows, loss.preference, oracle, 1 / 2)
 
 
-@pytest.mark.parametrize("objective", [loss.likelihood, loss.smoothed_label(0.1), loss.preference])
+@pytest.mark.parametrize(
+    "objective", [loss.negative_log_likelihood, loss.smoothed_label(0.1), loss.preference]
+)
 def test_an_empty_pack_adds_nothing_and_has_a_gradient(objective):
     """Ranks with nothing left must still take part in every reduction."""
     model = random_model("llama3", num_labels=int(objective is loss.preference))
@@ -131,7 +133,7 @@ def test_an_empty_pack_adds_nothing_and_has_a_gradient(objective):
 
 def test_a_trained_model_goes_with_its_training():
     """In a circle it would stay, with all its weights, beside the model that samples next."""
-    trainee = Trainee(random_model("llama3"), loss.likelihood)
+    trainee = Trainee(random_model("llama3"), loss.negative_log_likelihood)
     trainee(collate([Example((each,)) for each in examples()], 1.0, "cpu")).backward()
     decoder = weakref.ref(trainee.decoder)
     gc.disable()

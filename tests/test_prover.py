@@ -16,7 +16,7 @@ from gramr2.extras.evaluate import copied_share, score_leanings
 from gramr2.extras.wrong_labels import label_coherence
 from gramr2.files import InputError
 from gramr2.prompts import Rationale, parse_rationale, proof_from_rationale, prover_prompt
-from gramr2.prover import Prover, rationale_of
+from gramr2.prover import Prover, as_rationale
 from gramr2.records import Pair, show
 from gramr2.sampler import Sample
 from gramr2.scoring import logprobs
@@ -298,7 +298,7 @@ def test_a_rationale_comes_back_from_a_proof_in_the_stored_form(monkeypatch):
     """A rationale with plain letters in it would say the wrong thing once its pair is swapped."""
     prover = scripted(monkeypatch, lambda *_: proof_of("A", "a better answer, vitamin B counts"))
     ((proof,),) = prove(prover, pair())
-    rationale = rationale_of(proof)
+    rationale = as_rationale(proof)
     assert rationale.count("Response ⟦A⟧") == 2 and "vitamin B counts" in rationale
     assert proof_from_rationale(parse_rationale(show(rationale)).rationale, "A") == proof.text
 

@@ -33,7 +33,7 @@ def paths(directory: RunDirectory) -> list[str]:
 
 
 def test_finished_shards_are_kept_and_a_cut_one_is_done_again_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_directory, "PAIRS_PER_CALL", 4)
+    monkeypatch.setattr(run_directory, "SHARD_ROWS", 4)
     seen = []
 
     def rows(items, cut):

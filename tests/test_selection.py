@@ -74,7 +74,7 @@ def test_the_second_terms_see_nothing_the_other_label_or_nothing():
     """One word of s or l in the denominator's condition would let it see what it must not."""
     pair = Pair((("user", "which?"),), "six", "two", "A")
     template = "{question}|{response_a}|{response_b}|{label}"
-    turns = {name: score.second(pair, template) for name, score in SCORES.items()}
+    turns = {name: score.condition(pair, template) for name, score in SCORES.items()}
     assert turns == {"equation-5": "", "numerator": "", "contrast": "which?|six|two|B", "random": ""}
 
 

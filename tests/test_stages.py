@@ -21,10 +21,10 @@ def test_label_smoothing_is_of_the_generative_stage_alone():
     """The other stages' letter stands behind a rationale, which has said it already."""
     smooth = TrainSettings(label_smoothing=0.1)
     found = {name: stage.objective(smooth) for name, stage in STAGES.items()}
-    assert found.pop("generative") is not loss.likelihood
+    assert found.pop("generative") is not loss.negative_log_likelihood
     assert found.pop("discriminative") is loss.preference
-    assert set(found.values()) == {loss.likelihood}
-    assert STAGES["generative"].objective(TrainSettings()) is loss.likelihood
+    assert set(found.values()) == {loss.negative_log_likelihood}
+    assert STAGES["generative"].objective(TrainSettings()) is loss.negative_log_likelihood
 
 
 def test_help_names_every_stage_with_its_equation_and_waits_for_no_torch():

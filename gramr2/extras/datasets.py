@@ -257,7 +257,7 @@ def by_margin(messages: Messages, a: str, b: str, margin: float, source: str, **
 Reader = Callable[[JsonRow, Source], Iterable[Item]]
 
 
-class Format(NamedTuple):
+class Dataset(NamedTuple):
     """A published format: its reader, where it is published, and whether it is a benchmark."""
 
     read: Reader
@@ -273,14 +273,14 @@ class Format(NamedTuple):
         return list(self.read(row, source))
 
 
-FORMATS: dict[str, Format] = {}
+DATASETS: dict[str, Dataset] = {}
 
 
 def reader(name: str, published: str, benchmark: bool = False) -> Callable[[Reader], Reader]:
     """Registers a reader; the first line of its docstring is what the listing says."""
 
     def register(read: Reader) -> Reader:
-        FORMATS[name] = Format(read, published, benchmark)
+        DATASETS[name] = Dataset(read, published, benchmark)
         return read
 
     return register
@@ -601,7 +601,7 @@ class Overlap:
                 row = {"domain": "chat"} | row  # RM-Bench's files by domain do not say it; any will do here
             for name in ("rm-bench", "judgebench", "ppe", "pairs"):
                 with contextlib.suppress(InputError):
-                    items = FORMATS[name].items(row, source)
+                    items = DATASETS[name].items(row, source)
                     yield from (item for item in items if not isinstance(item, str))
                     break
             else:
@@ -728,9 +728,9 @@ def convert(
 
     The options are those of the command. `against`: benchmark files; `max_characters`: 0 is no limit.
     """
-    if name not in FORMATS:
-        raise InputError(f'no format "{name}"; there are {", ".join(FORMATS)}')
-    chosen, account, began = FORMATS[name], Account(), time.perf_counter()
+    if name not in DATASETS:
+        raise InputError(f'no format "{name}"; there are {", ".join(DATASETS)}')
+    chosen, account, began = DATASETS[name], Account(), time.perf_counter()
     if chosen.benchmark and (against or max_characters):
         raise InputError(f"{name} is a benchmark, and converted whole: no --against and no --max-characters")
     sources = [Source(one, seed) for one in _inputs(Path(path))]
@@ -777,10 +777,10 @@ def _parser() -> Parser:
 def main(arguments: list[str] | None = None) -> None:
     given = _parser().parse_args(arguments)
     if given.name is None:
-        for name, known in FORMATS.items():
+        for name, known in DATASETS.items():
             print(f"{name:22} {known.published:43} {(known.read.__doc__ or '').splitlines()[0]}")
         return
-    if given.name in FORMATS and not (given.target or "").endswith(".jsonl"):
+    if given.name in DATASETS and not (given.target or "").endswith(".jsonl"):
         raise InputError(f"{given.name}: name an input, and an output that ends in .jsonl; see --help")
     try:
         account = convert(**vars(given))

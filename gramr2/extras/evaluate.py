@@ -205,14 +205,14 @@ BENCHMARKS |= {"helpsteer3": labelled_pairs, "pairs": labelled_pairs}
 
 def read_benchmark(name: str, path: Path) -> Iterator[Pair | JsonRow]:
     """A published file's pairs, or lists, whole and in its order."""
-    from gramr2.extras.datasets import FORMATS, Source
+    from gramr2.extras.datasets import DATASETS, Source
 
     if name not in BENCHMARKS:
         raise InputError(f"no benchmark {name}; there are {', '.join(BENCHMARKS)}")
     source, left_out = Source(path), Counter[str]()
     for where, row in source:
         try:
-            items = list(FORMATS[name].items(row, source))
+            items = list(DATASETS[name].items(row, source))
             if any(isinstance(item, Pair) and item.label is None for item in items):
                 raise InputError("its pair has no label")
         except InputError as error:

@@ -70,7 +70,7 @@ _BOXES = (r"\boxed{Assistant 1}", r"\boxed{Assistant 2}")
 _ARROWS = ("[[A>B]]", "[[B>A]]")
 _LABEL = _asking_for(_LETTERS, prompts.LABEL_PROMPT)
 
-_LISTED = (
+FORMATS = {each.name: each for each in (
     THINK,
     Format("label", "GRAM: the likelier letter, asked in both orders", _LETTERS, prompt=_LABEL),
     Format("brackets", "an instruct model as a judge: the last [[A]]", _IN_BRACKETS, ("[[",), parse_brackets,
@@ -81,8 +81,7 @@ _LISTED = (
            _asking_for(_ARROWS)),
     SCALAR,
     Format("logit", "Nemotron-Reward: the higher logit of id 0 where an answer begins"),
-)  # fmt: skip
-FORMATS = {each.name: each for each in _LISTED}
+)}  # fmt: skip
 
 
 def format_named(name: str) -> Format:

@@ -185,7 +185,7 @@ def as_filtered(run: RunReader, row: JsonRow) -> tuple[Pair, Judgment]:
     """A judged row as the label filters read it: an incoherent vote is none."""
     pair, settings = Pair.from_json(row["pair"]), SelfTrainSettings(without=tuple(run.settings["without"]))
     rules = denoise.COHERENCE | world_rules(run.settings)
-    return pair, denoise.only_coherent(pair, Judgment.from_row(row), rules, settings.filters())
+    return pair, denoise.without_incoherent_votes(pair, Judgment.from_row(row), rules, settings.filters())
 
 
 # ---------------------------------------------------------------------------------- the page

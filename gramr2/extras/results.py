@@ -4,8 +4,8 @@
 every pair of every round. `RunReader` opens a run's directory afterwards, also one that was interrupted: for
 this, for the report (report.py), and for whoever compares runs. results.json has one owner, which is here.
 
-This and the report alone open the hidden truth. It leaves out: the page (report.py), other benchmarks and
-intervals (evaluate.py).
+In gramr2/ this and the report alone open the hidden truth. It leaves out: the page (report.py), other
+benchmarks and intervals (evaluate.py).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from typing import Any
 from gramr2 import denoise
 from gramr2.data import Store
 from gramr2.files import JsonRow
-from gramr2.prover import Prover, rationale_of
+from gramr2.prover import Prover, as_rationale
 from gramr2.records import OTHER, Pair
 from gramr2.steps import Run
 
@@ -69,7 +69,7 @@ def label_coherence(
         reasons: list[str | None] = []
         for pair, proofs in prover.prove_many(asked, 1, **sampling):
             failed = proofs[0].ineligible if proofs else "too long to prove"
-            reasons.append(failed or objection(pair, rationale_of(proofs[0], prover.thinking_open)))
+            reasons.append(failed or objection(pair, as_rationale(proofs[0], prover.thinking_open)))
         dropped = dict(Counter(filter(None, reasons)))
         counts[name] = {"asked": len(reasons), "passed": reasons.count(None), "dropped": dropped}
     return counts
