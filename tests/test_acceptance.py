@@ -58,24 +58,12 @@ def test_the_training_benchmark_takes_steps_on_a_cpu(tmp_path, monkeypatch):
     assert step()["loss"] > step()["loss"] > 0
 
 
-def python(code: str):
-    return lambda device, quick, place: ["-c", code]
-
-
 def test_a_part_that_hangs_or_fails_stops_no_other(tmp_path, monkeypatch, capsys):
     """One bad part must cost its own limit and nothing else, and must leave no process behind."""
-    beats = tmp_path / "beats"
-    child = f"import time\nwhile True: open({str(beats)!r}, 'a').write('.'); time.sleep(0.05)"
-    hangs = (
-        "import os, subprocess, sys, time; os.makedirs('results'); open('results/half.json', 'w').write('1');"
-    )
-    hangs += (
-        f"print('I began', flush=True); subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
-    )
+    beats, script = tmp_path / "beats", ROOT / "tests/scripts/parts.py"
     parts = {
-        "hangs": acceptance.Part("hangs", "", 2, python(hangs)),
-        "fails": acceptance.Part("fails", "", 9, python("raise SystemExit('it broke')")),
-        "works": acceptance.Part("works", "", 9, python("print('fine')")),
+        name: acceptance.Part(name, "", limit, lambda *_, name=name: [script, name, beats])
+        for name, limit in (("hangs", 2), ("fails", 9), ("works", 9))
     }
     monkeypatch.setattr(acceptance, "PARTS", list(parts.values()))
     monkeypatch.setattr(common, "RESULTS", tmp_path)

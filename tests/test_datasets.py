@@ -14,6 +14,7 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
+import fresh
 import pytest
 
 from gramr2.extras import datasets
@@ -465,16 +466,17 @@ def test_duplicates_are_found_in_eight_bytes_a_pair():
     assert all(isinstance(bucket, array) and bucket.itemsize == 8 for bucket in seen.buckets)
 
 
+def convert_and_measure(source: str, target: str) -> None:
+    """Prints the KiB that this process came to hold."""
+    datasets.convert("pairs", source, target)
+    print(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads a process's peak from /proc")
 def test_memory_does_not_grow_with_the_input(tmp_path):
     """5,000 and 50,000 rows: the same peak, give or take 8 bytes a pair (and the noise of an allocator)."""
-    measure = (
-        "import re, sys; from gramr2.extras.datasets import convert; convert(*sys.argv[1:]);"
-        "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
-    )
     peaks = []
     for count in (5_000, 50_000):
         path = written(tmp_path / f"{count}.jsonl", (pair_row(i, f"{i} " * 100) for i in range(count)))
-        command = [sys.executable, "-c", measure, "pairs", str(path), str(tmp_path / "o.jsonl")]
-        peaks.append(int(subprocess.check_output(command, cwd=ROOT)) * 1024)
+        peaks.append(int(fresh.run(convert_and_measure, str(path), str(tmp_path / "o.jsonl"))) * 1024)
     assert (tmp_path / "50000.jsonl").stat().st_size > 30e6 and peaks[1] - peaks[0] < 8e6
