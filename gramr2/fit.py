@@ -64,21 +64,21 @@ def train(
     data, model_dir, out = [Path(path) for path in data], Path(model_dir), Path(out)
     with parallel.join_ranks(settings) as ranks, stop_on_signals() as stop:
         builder = ExampleBuilder(stage, settings, data, model_dir)
-        tokenizer, its = builder.tokenizer, builder.stage
-        config = read_model_config(its.name, its.head, settings, model_dir, tokenizer)
-        now = ranks.on_rank_0(lambda: identity(its.name, settings, data, model_dir))
+        tokenizer, entry = builder.tokenizer, builder.stage  # the stage's entry in the table
+        config = read_model_config(entry.name, entry.head, settings, model_dir, tokenizer)
+        now = ranks.on_rank_0(lambda: identity(entry.name, settings, data, model_dir))
         if (figures := finished(out, now)) is not None:
             return figures
         plan = make_plan(builder, settings, ranks)
         open_run(out, now, ranks)
         if ranks.is_first:
             say(describe(plan, builder, model_dir, config))
-        trainee = make_trainee(its.objective(settings), settings, config, model_dir, ranks)
+        trainee = make_trainee(entry.objective(settings), settings, config, model_dir, ranks)
         loop = Loop(trainee, settings, ranks, out, plan.steps, tokenizer.decode)
         loop.restore()
-        loop.run(global_batches(plan, builder, loop.cursor.step), stop, its.name)
+        loop.run(global_batches(plan, builder, loop.cursor.step), stop, entry.name)
         figures = dataclasses.asdict(loop.cursor) | {"dropped": plan.dropped, "examples": plan.examples}
-        prompt = {f"{its.template}_prompt.txt": builder.frame.template} if its.template else {}
+        prompt = {f"{entry.template}_prompt.txt": builder.frame.template} if entry.template else {}
         publish_model(loop, tokenizer, model_dir, {"run": now, "figures": figures}, prompt)
         return figures
 
@@ -195,13 +195,16 @@ class Loop:
         if finite:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        tokens, at = sum(example.length for example in examples), self.cursor
-        at.step, at.tokens, at.targets = at.step + 1, at.tokens + tokens, at.targets + units
-        at.updates, at.skipped = at.updates + finite, at.skipped + (not finite)
-        at.bad_in_a_row = 0 if finite else at.bad_in_a_row + 1
-        if at.bad_in_a_row == BAD_STEPS:
+        tokens, cursor = sum(example.length for example in examples), self.cursor
+        cursor.step += 1
+        cursor.tokens += tokens
+        cursor.targets += units
+        cursor.updates += finite
+        cursor.skipped += not finite
+        cursor.bad_in_a_row = 0 if finite else cursor.bad_in_a_row + 1
+        if cursor.bad_in_a_row == BAD_STEPS:
             self.give_up(examples)
-        at.loss = value if finite else at.loss
+        cursor.loss = value if finite else cursor.loss
         figures = {"loss": value, "norm": norm} if finite else {"loss": None, "norm": None, "skipped": True}
         size = {"examples": len(examples), "tokens": tokens, "targets": units}
         return figures | {"lr": learning_rate} | size | self.extra_figures()

@@ -30,7 +30,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -61,7 +61,8 @@ def step_paths(root: Path) -> dict[str, Path]:
 def code_version() -> str:
     """A hash of the package's sources and of the kernels': a run that other code continues says so."""
     package = Path(__file__).parent
-    sources = sorted([*package.rglob("*.py"), *package.parent.glob("kernels/*.py")])
+    prompts = package.glob("templates/*.txt")
+    sources = sorted([*package.rglob("*.py"), *prompts, *package.parent.glob("kernels/*.py")])
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
@@ -77,6 +78,7 @@ class Step:
     ranks: Ranks
     record: JsonRow | None
     started: float
+    shard_paths: list[Path] = field(default_factory=list)
 
     @property
     def to_do(self) -> bool:
@@ -90,14 +92,16 @@ class Step:
             for start in range(0, len(rows), SHARD_ROWS):
                 stop = min(start + SHARD_ROWS, len(rows))
                 shard = self.path / "shards" / f"{start:09}.jsonl"
+                self.shard_paths.append(shard)
                 # The claim comes first: a name that was never looked up is not remembered as absent.
                 if claim(shard) and not shard.is_file():
                     yield shard, rows[start:stop]
                 bar.update(stop - start)
 
     def rows(self) -> Iterator[JsonRow]:
-        """What the shards hold, in order, once every rank is through."""
-        for shard in sorted((self.path / "shards").glob("*.jsonl")):
+        """What the shards hold, in order, once every rank is through. They are opened by their names: a
+        listing of a directory that hosts share may be a minute old."""
+        for shard in self.shard_paths:
             yield from read_rows(shard)
 
     def close(self, counts: JsonRow) -> None:
