@@ -1,27 +1,18 @@
 """Recipes: merged in one order, and refused by name."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from test_settings import Some
 
 from gramr2.extras.policy_settings import PolicySettings
 from gramr2.files import InputError
 from gramr2.recipes import read_recipe, resolve
-from gramr2.settings import SelfTrainSettings, Sources, TrainSettings, check_names, setting
+from gramr2.settings import SelfTrainSettings, Sources, TrainSettings, check_names
 from gramr2.stages import STAGES
 from selftrain import REGISTRIES
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
-
-
-@dataclass(frozen=True)
-class Some:
-    whole: int = setting(1, "a number, 100% whole")
-    real: float = setting(0.5, "a real")
-    word: str = setting("x", "a word")
-    flag: bool = setting(False, "a flag")
-    names: tuple[str, ...] = setting((), "some names")
 
 
 def recipe(tmp_path: Path, text: str) -> Path:
