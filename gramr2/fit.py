@@ -39,7 +39,7 @@ from gramr2 import parallel
 from gramr2.cost import describe, matmul_rate, step_flops
 from gramr2.examples import ExampleBuilder
 from gramr2.files import InputError, digest, publish_file, read_json, write_json, write_rows
-from gramr2.loss import Objective, Trainee, collate
+from gramr2.loss import OBJECTIVES, Objective, Trainee, collate
 from gramr2.model import Decoder, ModelConfig
 from gramr2.plan import global_batches, make_plan, read_model_config, split_into_packs
 from gramr2.records import Example
@@ -73,7 +73,7 @@ def train(
         open_run(out, now, ranks)
         if ranks.is_first:
             say(describe(plan, builder, model_dir, config))
-        trainee = make_trainee(entry.objective(settings), settings, config, model_dir, ranks)
+        trainee = make_trainee(OBJECTIVES[entry.objective](settings), settings, config, model_dir, ranks)
         loop = Loop(trainee, settings, ranks, out, plan.steps, tokenizer.decode)
         loop.restore()
         loop.run(global_batches(plan, builder, loop.cursor.step), stop, entry.name)

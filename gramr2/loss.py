@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import kernels
 from gramr2.model import Decoder
 from gramr2.records import Example
+from gramr2.settings import TrainSettings
 from kernels.packed_attention import Attend, packed_causal, packed_positions
 
 NO_LETTER = -1  # at targets that are not the label's letter
@@ -137,6 +138,19 @@ def preference(decoder: Decoder, hidden_TD: Tensor, batch: Batch) -> Tensor:
         return scores_S.sum() * 0
     better_P, worse_P = scores_S.unflatten(0, (-1, 2)).unbind(-1)
     return batch.scale * bradley_terry(better_P, worse_P, batch.margins_P).sum()
+
+
+def label_likelihood(settings: TrainSettings) -> Objective:
+    smoothing = settings.label_smoothing
+    return smoothed_label(smoothing) if smoothing else negative_log_likelihood
+
+
+# What a stage may name (stages.py), each made from its settings.
+OBJECTIVES: dict[str, Callable[[TrainSettings], Objective]] = {
+    "likelihood": lambda settings: negative_log_likelihood,
+    "label likelihood": label_likelihood,
+    "preference": lambda settings: preference,
+}
 
 
 class Trainee(nn.Module):

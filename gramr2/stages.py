@@ -2,7 +2,8 @@
 
 Everything that tells one stage from another stands here. The loop (fit.py) is the same for all of them, so
 comparing two trained models compares their objectives. `STAGES` is at the end; above it stand the functions
-that make a record into an example, one for each target.
+that make a record into an example, one for each target. Losses are named and not imported: reading this
+table costs no torch.
 
 It leaves out: the losses themselves (loss.py), which rows are used and in which order (plan.py), and the
 settings that a stage runs under (recipes.py lays the tables named here over one another).
@@ -13,16 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from gramr2 import prompts
 from gramr2.files import JsonRow
 from gramr2.records import Example, Pair, Tokens, as_messages, show
 from gramr2.settings import TrainSettings
 from gramr2.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from gramr2.loss import Objective
 
 
 class Unusable(Exception):
@@ -144,18 +142,10 @@ class Stage:
     tables: tuple[str, ...]  # of a recipe, in the order in which they lie over [train]
     template: str | None = None  # which prompt is shown: "judge", "prover", or none
     own_prompt: str | None = None  # takes the place of this project's prompt, which asks for a rationale
-    head: str = "vocabulary"  # or "scalar", which is trained by preference and not by likelihood
-    smoothed: bool = False  # whether the setting label_smoothing is of this stage
+    objective: str = "likelihood"  # what is minimised: a name of loss.OBJECTIVES
+    head: str = "vocabulary"  # or "scalar"
     start: str = "backbone"  # the model that it begins from: a field of settings.Sources
     record: Callable[[JsonRow], Any] | None = Pair.from_json  # what a row of data is; None: as it stands
-
-    def objective(self, settings: TrainSettings) -> Objective:
-        """What it minimises. Looked up when a training begins: reading the table costs no torch."""
-        from gramr2 import loss
-
-        if self.smoothed and settings.label_smoothing:
-            return loss.smoothed_label(settings.label_smoothing)
-        return loss.preference if self.head == "scalar" else loss.negative_log_likelihood
 
 
 REWARD = Stage(
@@ -176,11 +166,11 @@ STAGES = {
     "generative": Stage(
         "generative", "equation 1: the label alone", label_example,
         data="labelled", tables=("train.generative",), template="judge", own_prompt=prompts.LABEL_PROMPT,
-        smoothed=True,
+        objective="label likelihood",
     ),
     "discriminative": Stage(
         "discriminative", "Bradley-Terry on a scalar head", scored_example,
-        data="labelled", tables=("train.discriminative",), head="scalar",
+        data="labelled", tables=("train.discriminative",), objective="preference", head="scalar",
     ),
     "pretrain": Stage(
         "pretrain", "language modelling", text_example,

@@ -10,7 +10,7 @@ from trainings import CONFIG, builder_of, curve, drive, job, make, same_bits, su
 
 from gramr2 import fit, parallel, prompts
 from gramr2.files import InputError
-from gramr2.loss import Trainee
+from gramr2.loss import OBJECTIVES, Trainee
 from gramr2.model import Decoder
 from gramr2.plan import global_batches, make_plan, read_model_config
 from gramr2.records import Tokens
@@ -121,7 +121,7 @@ def test_adapters_around_every_matrix_are_trained_and_nothing_else(tmp_path, sta
     settings, (model, _) = builder.settings, (tmp_path / "start", None)
     with torch.device("meta"):
         shape = read_model_config(stage, builder.stage.head, settings, model, builder.tokenizer)
-        trainee = Trainee(Decoder(shape).requires_grad_(False), builder.stage.objective(settings))
+        trainee = Trainee(Decoder(shape).requires_grad_(False), OBJECTIVES[builder.stage.objective](settings))
         linear = [name for name, module in trainee.named_modules() if isinstance(module, nn.Linear)]
         for name in linear:
             trainee.set_submodule(name, Adapter(trainee.get_submodule(name)))

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gramr2 import loss
+from gramr2.loss import OBJECTIVES, negative_log_likelihood, preference
 from gramr2.settings import Sources, TrainSettings
 from gramr2.stages import STAGES
 
@@ -20,11 +20,11 @@ def test_every_stage_names_sources_that_a_recipe_has():
 def test_label_smoothing_is_of_the_generative_stage_alone():
     """The other stages' letter stands behind a rationale, which has said it already."""
     smooth = TrainSettings(label_smoothing=0.1)
-    found = {name: stage.objective(smooth) for name, stage in STAGES.items()}
-    assert found.pop("generative") is not loss.negative_log_likelihood
-    assert found.pop("discriminative") is loss.preference
-    assert set(found.values()) == {loss.negative_log_likelihood}
-    assert STAGES["generative"].objective(TrainSettings()) is loss.negative_log_likelihood
+    found = {name: OBJECTIVES[stage.objective](smooth) for name, stage in STAGES.items()}
+    assert found.pop("generative") is not negative_log_likelihood
+    assert found.pop("discriminative") is preference
+    assert set(found.values()) == {negative_log_likelihood}
+    assert OBJECTIVES[STAGES["generative"].objective](TrainSettings()) is negative_log_likelihood
 
 
 def test_help_names_every_stage_with_its_equation_and_waits_for_no_torch():
