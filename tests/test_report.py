@@ -101,6 +101,7 @@ def make_run(root: Path, until: str = "end", truth: bool = True) -> Path:
         },
     }
     settings = {"iters": 1, "without": [], "baselines": True, "coherence": "of plain text", "k": 3}
+    settings["train prover"] = {"lr": 0.1}
     write_json(root / "plan.json", {"settings": settings, "inputs": {}, "code": "0"})
     for number, (step, files) in enumerate(steps.items(), 1):
         place = root / "steps" / f"{number:02}-{step}"
@@ -178,7 +179,7 @@ def test_an_interrupted_run_has_a_report_that_says_so(tmp_path, until):
     text = (run / "report.html").read_text()
     assert "This run is not finished" in text and until in text
     assert ("No round has been judged yet" in text) == (until in ("world", "test-initial"))
-    assert "kept no pair" not in text
+    assert "kept no pair" not in text and "equation 4: the proof" in text
 
 
 def test_a_round_that_kept_nothing_and_a_run_without_truth_are_said(tmp_path):

@@ -35,6 +35,7 @@ from gramr2.extras.toyworld import world_rules
 from gramr2.files import JsonRow, Parser, exit_status, publish_file
 from gramr2.records import UNDECIDED, Judgment, Pair, show
 from gramr2.settings import SelfTrainSettings
+from gramr2.stages import STAGES
 
 EXAMPLES = 200  # pairs in a report
 SHOWN_AS = {"wellformed": "well-formed"}  # a stage of the funnel, in words
@@ -238,6 +239,7 @@ def page(run: RunReader) -> str:
         every=len(pairs),
         outcomes=sorted({pair.outcome for pair in wanted.values()}),
         settings=flat(run.settings),
+        stages=[(name, each.equation) for name, each in STAGES.items() if f"train {name}" in run.settings],
         seconds=[(place.name, round(run.done(step)["seconds"], 1)) for step, place in run.steps.items()],
     )
 
