@@ -134,3 +134,4 @@ if __name__ == "__main__":
     gc.freeze()  # a fork that collects its garbage need not look at all that was imported
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)
+    gc.unfreeze()  # what was frozen would be taken for leaked
