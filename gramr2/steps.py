@@ -82,8 +82,10 @@ class Run:
     def proving(self) -> dict[str, Any]:
         """How proofs are sampled."""
         s = self.settings
-        names = {"temperature": s.proof_temperature, "max_new_tokens": s.proof_tokens}
-        return {"seed": s.seed, **names, "select_by": s.select_by, "progress": False}
+        return dict(
+            seed=s.seed, temperature=s.proof_temperature, max_new_tokens=s.proof_tokens,
+            select_by=s.select_by, progress=False,
+        )  # fmt: skip
 
     def prove(self, name: str, prover: Path, pairs: Path) -> Path:
         """k proofs for each labelled pair; the best by equation (5), or `select_by`, gives the rationale.
