@@ -72,7 +72,7 @@ class StoppedAsAsked(Exception):
 
 @dataclass
 class Step:
-    """A step's directory, and what it was closed with; None while it is still to be done."""
+    """A step's directory, and the record that it was closed with: None while it is still to be done."""
 
     path: Path
     ranks: Ranks

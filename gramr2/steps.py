@@ -67,7 +67,7 @@ class Run:
     # ------------------------------------------------------------------ training
 
     def train(self, name: str, stage: str, data: Sequence[Path], start: Path, times: float = 1) -> Path:
-        """Trains from `start`, `times` as long as the stage's settings say; → the model directory."""
+        """Trains from `start`, `times` times as long as the stage's settings say; → the model directory."""
         settings = self.trainings[stage]
         steps, epochs = round(settings.steps * times), settings.epochs * times
         settings = dataclasses.replace(settings, steps=steps, epochs=epochs)
