@@ -126,8 +126,8 @@ def judge_list(path: Path, method: str, settings: JudgeSettings, as_json: bool) 
 
 def judge_file(path: Path, out: Path, settings: JudgeSettings, as_json: bool) -> None:
     counts = judge_into(out, settings, Store(path, Pair.from_json))
-    said = "{judged} judged, {before} were there before, {failed} failed: {out}"
-    print(json.dumps(counts) if as_json else said.format(**counts, out=out))
+    line = "{judged} judged, {before} were there before, {failed} failed: {out}"
+    print(json.dumps(counts) if as_json else line.format(**counts, out=out))
 
 
 def judge_benchmark(name: str, path: Path, out: Path, settings: JudgeSettings, as_json: bool) -> None:
@@ -169,8 +169,8 @@ def print_formats(as_json: bool) -> None:
 
 def print_calibration(judged: Path, model: Path | None, as_json: bool) -> None:
     path, fitted = evaluate.calibrate(judged, model or newest_model())
-    said = f"calibrated on {fitted['pairs']} pairs of {fitted['votes']} votes: {path}"
-    print(json.dumps(fitted) if as_json else said)
+    line = f"calibrated on {fitted['pairs']} pairs of {fitted['votes']} votes: {path}"
+    print(json.dumps(fitted) if as_json else line)
 
 
 def print_score(name: str, paths: list[Path], as_json: bool) -> None:

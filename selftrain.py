@@ -92,8 +92,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("selftrain.py", description=__doc__)
     parser.add_argument("--recipe", type=Path, default=RECIPES / "toy.toml", help="settings [toy]")
     for name in KINDS:
-        words: dict[str, Any] = {"nargs": "+", "action": "extend", "metavar": "FILE"}
-        parser.add_argument(f"--{name}", **words, help="pair files [the recipe's, or the toy's]")
+        options: dict[str, Any] = {"nargs": "+", "action": "extend", "metavar": "FILE"}
+        parser.add_argument(f"--{name}", **options, help="pair files [the recipe's, or the toy's]")
     parser.add_argument("--name", help="the run is the directory runs/NAME [the recipe's name]")
     parser.add_argument("--from", dest="start", metavar="STEP", help="do this step, and all after it, again")
     parser.add_argument("--until", metavar="STEP", help="stop once this step is done")

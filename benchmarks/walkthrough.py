@@ -204,15 +204,9 @@ class Walk:
         row = self.row(self.name + "predict", "judged.jsonl")
         _, judgment = as_filtered(self.run, row)
         name = "kept.jsonl" if self.found.reached >= 3 else "dropped.jsonl"
-        functions = (
-            steps.Run.filter_labels,
-            denoise.without_incoherent_votes,
-            denoise.objections,
-            denoise.balance,
-        )
-        yield self.section(
-            "4. Can the label be trusted?", self.name + "labels", name, steps.Run.filter_labels, *functions
-        )
+        filters = denoise.without_incoherent_votes, denoise.objections, denoise.balance
+        title = "4. Can the label be trusted?"
+        yield self.section(title, self.name + "labels", name, steps.Run.filter_labels, *filters)
         lost = [vote for vote in judgment.details if vote.reason and vote.label is None]
         counted = ", ".join(f"{count} {label}" for label, count in judgment.votes.items())
         agree = "agree" if judgment.orders_agree else "do not agree"

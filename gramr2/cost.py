@@ -1,4 +1,4 @@
-"""What a training takes: the operations of a step, what the device could do of them, and its first lines.
+"""What a training costs: operations of a step, the device's rate, and the lines that a run begins with.
 
 It leaves out: memory, which is estimated before a training (extras/dry_run.py), and measuring a real one
 (benchmarks/training.py).
@@ -17,14 +17,14 @@ from gramr2.plan import Plan
 from gramr2.records import Example
 
 
-def step_flops(config: ModelConfig, rows: Sequence[Example]) -> float:
+def step_flops(config: ModelConfig, examples: Sequence[Example]) -> float:
     """Multiply-adds x 2 of forward and backward: matrices, attention, and the projection of targets."""
     heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_size
     block = config.hidden_size * (heads + 3 * config.intermediate_size)
-    tokens = sum(row.length for row in rows)
-    squares = sum(len(sequence.ids) ** 2 for row in rows for sequence in row.sequences)
+    tokens = sum(example.length for example in examples)
+    squares = sum(len(sequence.ids) ** 2 for example in examples for sequence in example.sequences)
     attention = config.num_heads * config.head_size * squares
-    targets = 0 if config.num_labels else sum(row.units for row in rows)
+    targets = 0 if config.num_labels else sum(example.units for example in examples)
     head = config.hidden_size * config.vocab_size * targets
     return 6.0 * (config.num_layers * (block * tokens + attention) + head)
 

@@ -93,7 +93,7 @@ class Store(Sequence[Any]):
 
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice):
-            return [self[at] for at in range(*i.indices(len(self)))]
+            return [self[place] for place in range(*i.indices(len(self)))]
         if not -len(self) <= i < len(self):
             raise IndexError(f"{self.path}: row {i} of {len(self)}")
         i %= len(self)

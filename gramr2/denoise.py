@@ -177,13 +177,13 @@ FILTERS: tuple[str, ...] = (*LABEL_FILTERS, *RATIONALE_FILTERS)
 
 
 def objections(
-    rules: Mapping[str, Callable[..., str | None]], *what: Any, settings: FilterSettings
+    rules: Mapping[str, Callable[..., str | None]], *subject: Any, settings: FilterSettings
 ) -> dict[str, str | None]:
     """What each rule has against a judgment, or against a pair and its rationale; None where it has nothing.
 
     A rule that is switched off does not stand there.
     """
-    return {name: rule(*what, settings) for name, rule in rules.items() if name not in settings.without}
+    return {name: rule(*subject, settings) for name, rule in rules.items() if name not in settings.without}
 
 
 def objection(

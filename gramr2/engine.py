@@ -10,7 +10,7 @@ It leaves out: which work is next, and what becomes of it. It knows slots, pages
 
 Shapes: R rows of a decode step, T tokens of a pass, U tokens without padding, D width, V vocabulary, H query
 heads, G key/value heads, K head size, L layers, N pages, P tokens of a page, S slots, C columns of what
-`choose` gives.
+`choose` gives, I items of reads, J queries of an item.
 """
 
 from __future__ import annotations

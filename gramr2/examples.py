@@ -55,7 +55,7 @@ class ExampleBuilder:
         record = self.record(i)
         try:
             example = self.stage.example(record, self.frame, Draws())
-        except InputError as error:  # of its text
+        except InputError as error:  # a text that has no ids, or that the chat template refuses
             raise Unusable(str(error)) from None
         if example.length > self.settings.max_length:
             raise Unusable("longer than max_length")

@@ -194,17 +194,17 @@ def exit_status(main, *args) -> int:
 
     Under torchrun every rank meets the same bad input; the first one says it.
     """
-    said = ""
+    message = ""
     try:
         status = main(*args) or 0
         sys.stdout.flush()
     except InputError as error:
-        status, said = 2, "error: " + " ".join(str(error).split())
+        status, message = 2, "error: " + " ".join(str(error).split())
     except KeyboardInterrupt:
-        status, said = 130, "interrupted"
+        status, message = 130, "interrupted"
     except BrokenPipeError:  # whoever read what was printed has left, as `| head` does
         status = 141  # as of those that the signal ends: a run may have been cut
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if said and int(os.environ.get("RANK", 0)) == 0:
-        print(said, file=sys.stderr)
+    if message and int(os.environ.get("RANK", 0)) == 0:
+        print(message, file=sys.stderr)
     return status

@@ -67,7 +67,7 @@ def train(
         tokenizer, entry = builder.tokenizer, builder.stage  # the stage's entry in the table
         config = read_model_config(entry.name, entry.head, settings, model_dir, tokenizer)
         now = ranks.on_rank_0(lambda: identity(entry.name, settings, data, model_dir))
-        if (figures := finished(out, now)) is not None:
+        if (figures := ranks.on_rank_0(lambda: finished(out, now))) is not None:
             return figures
         plan = make_plan(builder, settings, ranks)
         open_run(out, now, ranks)

@@ -11,6 +11,8 @@ there are is a `Format` each.
 
 It leaves out: benchmarks (extras/evaluate.py), filters (denoise.py), which comparisons a list needs
 (rankings.py), published judges' formats (extras/formats.py).
+
+Shapes: T tokens, D model width.
 """
 
 from __future__ import annotations
@@ -130,7 +132,7 @@ class RewardModel:
             return Judgment.from_votes([])
         try:
             both = pair.response_a, pair.response_b
-            sequences = [self.tokenizer.answered(pair.messages, each)[0] for each in both]
+            sequences = [self.tokenizer.example(pair.messages, each)[0] for each in both]
         except InputError as error:  # a template may refuse a conversation's roles
             return InputError(f"pair {pair.id}: {error}")
         tokens, room = max(map(len, sequences)), self.model.config.max_positions
@@ -220,7 +222,7 @@ class RewardModel:
         questions = [(("user", prompt),) for prompt in prompts]
         if references is None and self.format.endings is None:
             both = zip(questions, completions, strict=True)
-            return self.scores([self.tokenizer.answered(*each)[0] for each in both])
+            return self.scores([self.tokenizer.example(*each)[0] for each in both])
         if references is not None:
             pairs = [Pair(*each) for each in zip(questions, completions, references, strict=True)]
         else:

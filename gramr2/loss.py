@@ -50,23 +50,23 @@ class Batch:
     scale: float
 
 
-def collate(rows: Sequence[Example], scale: float, device: torch.device | str) -> Batch:
-    """Lays rows one behind the other. No rows make an empty pack: one token, and nothing to predict."""
-    sequences = [sequence for row in rows for sequence in row.sequences]
+def collate(examples: Sequence[Example], scale: float, device: torch.device | str) -> Batch:
+    """Lays examples one behind the other. None make an empty pack: one token, and nothing to predict."""
+    sequences = [sequence for example in examples for sequence in example.sequences]
     lengths = [len(sequence.ids) for sequence in sequences] or [1]
     ids = [i for sequence in sequences for i in sequence.ids] or [0]
     places, other_letters, offset = [], [], 0
     targets: list[int] = []
     coefficients: list[float] = []
     old_logprobs: list[float] = []
-    for row in rows:
-        for sequence in row.sequences:
+    for example in examples:
+        for sequence in example.sequences:
             wanted = range(sequence.start, len(sequence.ids))
             places += [offset + place - 1 for place in wanted]
             targets += sequence.ids[sequence.start :]
-            coefficients += row.coefficients or (1.0,) * len(wanted)
-            old_logprobs += row.old_logprobs or (0.0,) * len(wanted)
-            letter_place, letter = row.other_letter or (None, NO_LETTER)
+            coefficients += example.coefficients or (1.0,) * len(wanted)
+            old_logprobs += example.old_logprobs or (0.0,) * len(wanted)
+            letter_place, letter = example.other_letter or (None, NO_LETTER)
             other_letters += [letter if place == letter_place else NO_LETTER for place in wanted]
             offset += len(sequence.ids)
     long: dict[str, Any] = {"dtype": torch.int64, "device": device}
@@ -80,7 +80,7 @@ def collate(rows: Sequence[Example], scale: float, device: torch.device | str) -
         coefficients_N=torch.tensor(coefficients, **real) * scale,
         old_logp_N=torch.tensor(old_logprobs, **real),
         other_letters_N=torch.tensor(other_letters, **long),
-        margins_P=torch.tensor([row.margin for row in rows if len(row.sequences) == 2], **real),
+        margins_P=torch.tensor([each.margin for each in examples if len(each.sequences) == 2], **real),
         scale=scale,
     )
 

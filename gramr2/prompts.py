@@ -137,7 +137,7 @@ def verdict_ids(encode: Callable[[str], list[int]]) -> tuple[int, int, list[int]
     The two ids are those by which the canonical answers of A and of B differ.
     """
     a, b = (encode(label_target(label)) for label in "AB")
-    differ = [at for at, (one, two) in enumerate(zip(a, b, strict=False)) if one != two]
+    differ = [place for place, (one, two) in enumerate(zip(a, b, strict=False)) if one != two]
     if len(a) != len(b) or len(differ) != 1:
         raise InputError("a tokenizer in which the verdict's letters are not tokens of their own")
     return a[differ[0]], b[differ[0]], a[: differ[0]]

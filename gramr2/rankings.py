@@ -97,9 +97,9 @@ class Contest:
             rest.remove(order[0])
         if full:
             order += yield from self._selection(rest) if method == "selection" else self._merge_sort(rest)
-            yield [(i, j) for at, i in enumerate(order) for j in order[at + 1 : at + 3]]
+            yield [(i, j) for place, i in enumerate(order) for j in order[place + 1 : place + 3]]
             order = self._ranked_pairs(order)
-        ahead = {(i, j) for at, j in enumerate(order) for i in order[at + 1 :]}
+        ahead = {(i, j) for place, j in enumerate(order) for i in order[place + 1 :]}
         overruled = [(*duel, p) for duel, p in self.p.items() if p > UNDECIDED and duel in ahead]
         return Ranking(order, self.rounds, self.answers, overruled)
 

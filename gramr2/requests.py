@@ -1,11 +1,13 @@
-"""What the sampler is asked, what it gives back, and what passes between its rooms.
+"""What the sampler is asked, what it gives back, and what passes between its parts.
 
 A `Request` is one call of `generate`; it is checked here, whole, before anything runs. Its prompts become
 `Prompt`s one by one, and these are what the scheduler works on: a `PromptSource` is a prompt that is being
 computed, once for all its samples, and an `OpenSample` is a sample that is not finished. A `DeviceStep` is
 what the scheduler tells the device to do next. A finished sample is a `Sample`.
 
-It leaves out: which of them runs when (scheduler.py), and every tensor (engine.py).
+It leaves out: which of them runs when (scheduler.py), and the cache's tensors (engine.py).
+
+Shapes: W watched ids.
 """
 
 from __future__ import annotations

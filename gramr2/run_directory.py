@@ -72,7 +72,7 @@ class StoppedAsAsked(Exception):
 
 @dataclass
 class Step:
-    """A step's directory, and what it was closed with; None while it is still to be done."""
+    """A step's directory, and the record that it was closed with: None while it is still to be done."""
 
     path: Path
     ranks: Ranks
@@ -148,7 +148,7 @@ class RunDirectory:
         # As plan.json gives it back: a tuple of settings comes as a list.
         now = json.loads(json.dumps({"settings": begun_with, "inputs": hashes, "code": code_version()}))
         plan = self.root / "plan.json"
-        if not any(self.root.glob("steps/*/done.json")):  # until a step is closed, it may begin with others
+        if not any(self.root.glob("steps/*/done.json")):  # before a step is closed, all of it may change
             with disk_errors_as_input_errors(self.root):
                 write_json(plan, now)
         before = read_json(plan)

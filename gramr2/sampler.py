@@ -14,7 +14,7 @@ Triton the host works one step behind the device: what a sample computes after i
 It leaves out: beam search, penalties, a cache that outlives a call (weights change between calls),
 several devices (each rank samples its own shard).
 
-Shapes: R rows of a decode step, C columns of what `choose` gives.
+Shapes: R rows of a decode step, C columns of what `choose` gives, W watched ids, S slots.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def generate_iter(
     """
     watch_W = torch.tensor(list(watch), dtype=torch.int64, device=model.head_weight.device)
     options = Options(temperature, top_p, top_k, watch_W)
-    ends = frozenset(getattr(model, "stop_ids", ()) if stop_ids is None else stop_ids)
+    ends = frozenset(model.stop_ids if stop_ids is None else stop_ids)
     request = Request(prompts, n, max_new_tokens, options, ends, tuple(stop_texts), tokenizer, seed, keys)
     request.check(model.config)
     capacity = request.capacity(model.config, model.head_weight, limits or Limits())

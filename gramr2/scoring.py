@@ -4,6 +4,8 @@ Sequences are packed to a token budget, run through the decoder without padding,
 from the fused projection (kernels/), which never stores the logits of a batch.
 
 It leaves out: gradients (loss.py) and sampling (sampler.py, which returns the same log-probs as it goes).
+
+Shapes: T tokens of a pack, D model width.
 """
 
 from __future__ import annotations

@@ -74,12 +74,12 @@ class TrainSettings:
         positive = ("batch_size", "max_length", "token_budget", "threads", "lr")
         not_negative = ("epochs", "steps", "limit", "seed", "fsdp_size", "save_steps", "save_minutes", "clip")
         shares = ("warmup", "final_lr", "drop_condition", "hide_label", "label_smoothing", "beta1", "beta2")
-        _require(self, positive, lambda value: value > 0, "must be above 0")
-        _require(self, (*not_negative, "weight_decay"), lambda value: value >= 0, "must not be negative")
-        _require(self, shares, _share, "must be from 0 to 1")
-        _require(self, ("device",), ("auto", "cpu", "cuda").__contains__, "must be auto, cpu or cuda")
+        require(self, positive, lambda value: value > 0, "must be above 0")
+        require(self, (*not_negative, "weight_decay"), lambda value: value >= 0, "must not be negative")
+        require(self, shares, is_share, "must be from 0 to 1")
+        require(self, ("device",), ("auto", "cpu", "cuda").__contains__, "must be auto, cpu or cuda")
         kinds = ("auto", "float32", "bfloat16")
-        _require(self, ("dtype", "save_dtype"), kinds.__contains__, f"must be one of {', '.join(kinds)}")
+        require(self, ("dtype", "save_dtype"), kinds.__contains__, f"must be one of {', '.join(kinds)}")
         if self.token_budget < self.max_length:
             raise InputError(
                 f"token_budget: {self.token_budget} is less than max_length {self.max_length}, so that the "
@@ -137,11 +137,11 @@ class SelfTrainSettings:
 
     def __post_init__(self):
         positive = ("iters", "k", "votes", "test_votes", "proof_tokens", "judge_tokens", "max_words")
-        _require(self, (*positive, "proof_temperature"), lambda value: value > 0, "must be above 0")
-        _require(self, ("seed", "pool", "test_limit"), lambda value: value >= 0, "must not be negative")
-        _require(self, ("softmax",), _share, "must be from 0 to 1")
-        _require(self, ("confidence",), lambda each: each and all(map(_share, each)), "must be from 0 to 1")
-        _require(self, ("votes", "test_votes"), lambda value: value % 2 == 0, "must be even")
+        require(self, (*positive, "proof_temperature"), lambda value: value > 0, "must be above 0")
+        require(self, ("seed", "pool", "test_limit"), lambda value: value >= 0, "must not be negative")
+        require(self, ("softmax",), is_share, "must be from 0 to 1")
+        require(self, ("confidence",), lambda each: each and all(map(is_share, each)), "must be from 0 to 1")
+        require(self, ("votes", "test_votes"), lambda value: value % 2 == 0, "must be even")
 
     def filters(self, number: int = 1) -> FilterSettings:
         """What filters go by in a round. Rounds count from 1; the last confidence holds on for later ones."""
@@ -159,11 +159,12 @@ def check_identity(found: dict[str, Any], now: dict[str, Any], out: Path, flag: 
         )
 
 
-def _share(value: float) -> bool:
+def is_share(value: float) -> bool:
     return 0 <= value <= 1
 
 
-def _require(settings: Any, names: Sequence[str], holds: Callable[[Any], object], rule: str) -> None:
+def require(settings: Any, names: Sequence[str], holds: Callable[[Any], object], rule: str) -> None:
+    """Refuses the first of these fields whose value the rule does not hold of."""
     for name in names:
         if not holds(value := getattr(settings, name)):
             raise InputError(f"{name}: {value!r} {rule}")
@@ -173,9 +174,9 @@ def check_names(settings: Any, registries: Mapping[str, Collection[str]]) -> Non
     """Refuses a name that its field's registry lacks. Registries, {field: names}, come from modules above."""
     for field_name, known in registries.items():
         if isinstance(getattr(settings, field_name), tuple):
-            _require(settings, (field_name,), set(known).issuperset, f"must be of {', '.join(known)}")
+            require(settings, (field_name,), set(known).issuperset, f"must be of {', '.join(known)}")
         else:
-            _require(settings, (field_name,), set(known).__contains__, f"must be one of {', '.join(known)}")
+            require(settings, (field_name,), set(known).__contains__, f"must be one of {', '.join(known)}")
 
 
 # ---------------------------------------------------------------------------------- command line

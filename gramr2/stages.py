@@ -51,7 +51,7 @@ class Frame:
         if self.thinking_open:
             begun = target.startswith("<think>\n")
             target = target.removeprefix("<think>\n") if begun else f"\n</think>\n\n{target}"
-        ids, start = self.tokenizer.answered([("user", asked)], target)
+        ids, start = self.tokenizer.example([("user", asked)], target)
         return Tokens(tuple(ids), start)
 
 
@@ -108,7 +108,7 @@ def scored_example(pair: Pair, frame: Frame, _: Draws) -> Example:
     if label_of(pair) == "B":
         better, worse = worse, better
     margin = (pair.margin or 0.0) if frame.settings.use_margin else 0.0
-    both = (frame.tokenizer.answered(pair.messages, text)[0] for text in (better, worse))
+    both = (frame.tokenizer.example(pair.messages, text)[0] for text in (better, worse))
     return Example(tuple(Tokens(tuple(ids), len(ids)) for ids in both), margin=abs(margin))
 
 
@@ -124,7 +124,7 @@ def text_example(row: JsonRow, frame: Frame, _: Draws) -> Example:
     turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
     if not isinstance(turns, list) or not isinstance(row.get("response"), str):
         raise Unusable('neither "text" nor "prompt" and "response"')
-    ids, start = tokenizer.answered(as_messages(turns), row["response"])
+    ids, start = tokenizer.example(as_messages(turns), row["response"])
     return Example((Tokens(tuple(ids), start),))
 
 

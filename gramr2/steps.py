@@ -67,7 +67,7 @@ class Run:
     # ------------------------------------------------------------------ training
 
     def train(self, name: str, stage: str, data: Sequence[Path], start: Path, times: float = 1) -> Path:
-        """Trains from `start`, `times` as long as the stage's settings say; → the model directory."""
+        """Trains from `start`, `times` times as long as the stage's settings say; → the model directory."""
         settings = self.trainings[stage]
         steps, epochs = round(settings.steps * times), settings.epochs * times
         settings = dataclasses.replace(settings, steps=steps, epochs=epochs)
@@ -82,8 +82,10 @@ class Run:
     def proving(self) -> dict[str, Any]:
         """How proofs are sampled."""
         s = self.settings
-        names = {"temperature": s.proof_temperature, "max_new_tokens": s.proof_tokens}
-        return {"seed": s.seed, **names, "select_by": s.select_by, "progress": False}
+        return dict(
+            seed=s.seed, temperature=s.proof_temperature, max_new_tokens=s.proof_tokens,
+            select_by=s.select_by, progress=False,
+        )  # fmt: skip
 
     def prove(self, name: str, prover: Path, pairs: Path) -> Path:
         """k proofs for each labelled pair; the best by equation (5), or `select_by`, gives the rationale.

@@ -203,8 +203,8 @@ class Tokenizer:
         spelled = [text for text in self.special if any(text in m["content"] for m in messages)]
         if not spelled:
             return self.encode(self.render(messages, add_generation_prompt, **variables))
-        said = "".join(m["content"] for m in messages)
-        free = (chr(c) for c in range(0xF0000, 0xFFFFE) if chr(c) not in said)
+        used = {*"".join(m["content"] for m in messages)}
+        free = (chr(c) for c in range(0xF0000, 0xFFFFE) if chr(c) not in used)
         hidden = dict(zip(spelled, free, strict=False))
         cut = "|".join(re.escape(text) for text in sorted(self.special, key=len, reverse=True))
         contents = [re.sub(cut, lambda found: hidden[found[0]], each["content"]) for each in messages]
@@ -229,11 +229,10 @@ class Tokenizer:
         """Whether the frame has already opened <think>, so that the answer will not."""
         return self.render(messages).rstrip().endswith("<think>")
 
-    def example(self, messages: Sequence[Message], target: str) -> tuple[list[int], int]:
-        """(ids, start): a training example, and where its target begins. The stop id closes it."""
-        prompt_ids = self.chat(messages)
-        return [*prompt_ids, *self.encode(target), self.turn_end], len(prompt_ids)
+    def example(self, turns: Iterable[tuple[str, str]], target: str) -> tuple[list[int], int]:
+        """(ids, start): a conversation of (role, text) with its answer, and where that begins.
 
-    def answered(self, turns: Iterable[tuple[str, str]], response: str) -> tuple[list[int], int]:
-        """The same of a pair's (role, text) turns. A scalar head's score stands at the last token."""
-        return self.example([{"role": role, "content": text} for role, text in turns], response)
+        The stop id closes it; there stands a scalar head's score.
+        """
+        prompt_ids = self.chat([{"role": role, "content": text} for role, text in turns])
+        return [*prompt_ids, *self.encode(target), self.turn_end], len(prompt_ids)

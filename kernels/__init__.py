@@ -11,6 +11,8 @@ happen in the first call. The arguments of the log-probs are checked here, befor
 what is wrong is a ValueError that names the argument. The cache's are not: they are the sampler's own, and
 met once per layer of every step. choice.py, the choice of a token, is the same torch code on every device,
 and needs no choosing here.
+
+Legend of suffixes: see reference.py.
 """
 
 import functools

@@ -38,9 +38,8 @@ class Cut:
 
     pages_C: Tensor
     mask_I1RW: Tensor | None  # what is added to scores to hide keys; None where all are visible
-    buffers: list[
-        Tensor
-    ]  # to gather keys and values in: fresh memory for every layer costs more than filling
+    # To gather keys and values in: fresh memory for every layer would cost more than filling it.
+    buffers: list[Tensor]
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -82,9 +83,10 @@ def child(job: dict, rank: int) -> int:
         count_publications(job.get("kill"), Path(job["out"] + ".publications"))
     patch_steps(job, rank)
     if job.get("sgd"):
-        fit.make_optimizer = lambda trainee, config: torch.optim.SGD(trainee.parameters(), lr=1.0)
-        fit.scheduled = lambda *arguments: 1.0
-        parallel.training_state = lambda trainee, optimizer: {}
+        # By `patch`, which refuses a name that is no longer there.
+        patch.object(fit, "make_optimizer", lambda made, _: torch.optim.SGD(made.parameters())).start()
+        patch.object(fit, "learning_rate_at", lambda *_: 1.0).start()
+        patch.object(parallel, "training_state", lambda *_: {}).start()
     try:
         figures = fit.train(
             job["stage"], TrainSettings(**job["config"]), job["data"], job["model"], Path(job["out"])

@@ -328,7 +328,7 @@ def test_ppe_end_to_end(tmp_path, capsys):
     for k in (1, 2, 4, 8):
         hits = 0
         for each in lists:
-            turns = [{"role": "user", "content": each["prompt"]}]
+            turns = [("user", each["prompt"])]
             ids = [judge.tokenizer.example(turns, each[f"response_{i + 1}"])[0] for i in range(k)]
             scores = judge.scores(ids)
             hits += each["scores"][scores.index(max(scores))]

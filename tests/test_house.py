@@ -220,10 +220,9 @@ COMMANDS = {
 }  # fmt: skip
 
 
-def command(*words, cwd=None):
-    return subprocess.run(
-        [sys.executable, ROOT / words[0], *words[1:]], capture_output=True, text=True, cwd=cwd
-    )
+def command(name, *words, options=(), cwd=None):
+    line = [sys.executable, *options, ROOT / name, *words]
+    return subprocess.run(line, capture_output=True, text=True, cwd=cwd)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -233,6 +232,14 @@ def test_help_names_every_flag_and_unknown_ones_are_refused(name):
     assert not [flag for flag in COMMANDS[name] if not re.search(rf"{flag}\b", said.stdout)]
     refused = command(name, "--no-such-flag")
     assert refused.returncode == 2 and "error:" in refused.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_waits_for_no_torch(name):
+    """Seconds before a line of help appears are what a beginner takes for a hang."""
+    said = command(name, "--help", options=("-X", "importtime"))
+    imported = {line.rpartition("|")[2].strip() for line in said.stderr.splitlines()}
+    assert "gramr2.files" in imported and "torch" not in imported
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,6 @@ def test_a_scoring_models_reward_is_its_score(scalar):
     judge = RewardModel.load(scalar)
     rewards = judge.reward([each.question for each in PAIRS], [each.response_a for each in PAIRS])
     for each, reward in zip(PAIRS, rewards, strict=True):
-        ids = judge.tokenizer.example([{"role": "user", "content": each.question}], each.response_a)[0]
+        ids = judge.tokenizer.example(each.messages, each.response_a)[0]
         assert judge.scores([ids]) == [reward]
     assert np.isfinite(rewards).all() and len(set(rewards)) == len(rewards)

@@ -1,11 +1,14 @@
 """Ranks and accumulation change rounding and nothing else; one rank's death ends all."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import forks
+import fresh
 import pytest
 from trainings import curve, distance, drive, job, make
 
@@ -106,6 +109,36 @@ def test_bad_input_is_said_by_the_first_rank_alone(monkeypatch, capsys):
         monkeypatch.setenv("RANK", str(rank))
         assert exit_status(train.main, ["--stage", "reward", "--token-budget", "100"]) == 2
     assert capsys.readouterr().err.count("error: token_budget") == 1
+
+
+def train_on_two_ranks(place: str, *words: str) -> None:
+    """What train.py says goes to log.0 and log.1; prints the two exit statuses."""
+    os.chdir(place)
+
+    def command(rank: int) -> int:
+        for descriptor in (1, 2):
+            os.dup2(os.open(f"log.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+        return exit_status(train.main, list(words))
+
+    print(json.dumps(forks.exits(forks.fork_ranks(command, 2))))
+
+
+def test_a_toy_world_that_is_refused_is_one_line_and_status_2_on_every_rank(tmp_path):
+    """The first rank alone makes it; another that waits for it would see a connection that breaks."""
+    (tmp_path / "recipe.toml").write_text('[world]\ndirectory = "world"\n')
+    (tmp_path / "world").mkdir()
+    (tmp_path / "world/world.json").write_text('{"seed": 7}')
+    words = ["--stage", "prover", "--recipe", "recipe.toml"]
+    assert json.loads(fresh.run(train_on_two_ranks, str(tmp_path), *words)) == [2, 2]
+    logs = [(tmp_path / f"log.{rank}").read_text() for rank in (0, 1)]
+    assert "a world of another seed or size" in logs[0] and logs[0].count("\n") == 1 and not logs[1]
+
+
+def test_the_plan_of_a_policy_is_printed_by_the_first_rank_alone(tmp_path):
+    words = ["--stage", "policy", "--dry-run"]
+    assert json.loads(fresh.run(train_on_two_ranks, str(tmp_path), *words)) == [0, 0]
+    logs = [(tmp_path / f"log.{rank}").read_text() for rank in (0, 1)]
+    assert "none yet; it would be made" in logs[0] and not logs[1]
 
 
 def test_compiled_blocks_train_the_same(tmp_path):

@@ -58,7 +58,7 @@ def test_an_example_is_prompt_ids_then_the_target_as_it_stands_then_the_turns_en
     """The template must not touch the target: Qwen3's would drop its thinking, LLaMA's its last blank."""
     ours, _ = pair(tmp_path, kind)
     target = "<think>\nA is right.\n</think>\n<answer>\nA\n</answer> "
-    ids, start = ours.example(SINGLE, target)
+    ids, start = ours.example([("user", SINGLE[0]["content"])], target)
     assert ids[:start] == ours.chat(SINGLE)
     assert ours.decode(ids[start:-1], skip_special=False) == target
     assert ids[-1] == ours.id_of(KINDS[kind][2]) and ids[-1] in ours.stop_ids

@@ -387,10 +387,10 @@ def _settings(row: JsonRow) -> JsonRow:
 
 
 def _judge(row: JsonRow) -> str:
-    said = {name: f"{name} {value}" for name, value in _settings(row).items() if value is not None}
-    if said and row["judge"]["votes"] > 1:
-        said["votes"] += f" ({row['judge']['votes'] // 2} in each order)"
-    return ", ".join(said.values()) or row["judge"]
+    parts = {name: f"{name} {value}" for name, value in _settings(row).items() if value is not None}
+    if parts and row["judge"]["votes"] > 1:
+        parts["votes"] += f" ({row['judge']['votes'] // 2} in each order)"
+    return ", ".join(parts.values()) or row["judge"]
 
 
 FIGURES = (

@@ -291,7 +291,7 @@ def train(
         config = read_model_config("policy", "vocabulary", settings, model_dir, tokenizer)
         files = [*data, *(sorted(Path(judge_dir).glob("*.safetensors")) if judge_dir else ())]
         now = ranks.on_rank_0(lambda: fit.identity("policy", settings, files, model_dir))
-        if (figures := fit.finished(out, now)) is not None:
+        if (figures := ranks.on_rank_0(lambda: fit.finished(out, now))) is not None:
             return figures
         prompts, too_long = read_prompts(data, tokenizer, settings)
         plan, steps = make_plan(settings, len(prompts))
@@ -310,9 +310,8 @@ def train(
         rollouts = Rollouts(settings, prompts, plan, loop, actor, reward, objective)
         loop.extra_figures = rollouts.figures
         loop.restore()
-        ranks.on_rank_0(
-            lambda: fit.keep_metrics(rollouts.path, loop.cursor.step)
-        )  # the others read what is left
+        # The other ranks read what is left.
+        ranks.on_rank_0(lambda: fit.keep_metrics(rollouts.path, loop.cursor.step))
         loop.run(rollouts.global_batches(loop.cursor.step), stop, "policy")
         figures = asdict(loop.cursor)
         fit.publish_model(loop, tokenizer, model_dir, {"run": now, "figures": figures}, {})

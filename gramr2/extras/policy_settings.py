@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gramr2.settings import TrainSettings, _require, _share, setting
+from gramr2.settings import TrainSettings, is_share, require, setting
 
 REWARDS = ("pairwise", "tournament", "scalar")  # see policy.py
 
@@ -28,11 +28,11 @@ class PolicySettings(TrainSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        _require(self, ("group",), lambda value: value > 1, "is too few: a reward is relative to its group's")
+        require(self, ("group",), lambda value: value > 1, "is too few: a reward is relative to its group's")
         positive = ("inner", "max_new_tokens", "judge_tokens")
-        _require(self, positive, lambda value: value > 0, "must be above 0")
-        _require(self, ("votes",), lambda value: value > 0 and value % 2 == 0, "must be even, and above 0")
-        _require(self, ("clip_ratio", "max_abstained"), _share, "must be from 0 to 1")
-        _require(self, ("kl",), lambda value: value >= 0, "must not be negative")
-        _require(self, ("reward",), REWARDS.__contains__, f"must be one of {', '.join(REWARDS)}")
-        _require(self, ("batch_size",), lambda n: n % self.group == 0, f"is not whole groups of {self.group}")
+        require(self, positive, lambda value: value > 0, "must be above 0")
+        require(self, ("votes",), lambda value: value > 0 and value % 2 == 0, "must be even, and above 0")
+        require(self, ("clip_ratio", "max_abstained"), is_share, "must be from 0 to 1")
+        require(self, ("kl",), lambda value: value >= 0, "must not be negative")
+        require(self, ("reward",), REWARDS.__contains__, f"must be one of {', '.join(REWARDS)}")
+        require(self, ("batch_size",), lambda n: n % self.group == 0, f"is not whole groups of {self.group}")

@@ -47,7 +47,7 @@ def command(
     data = arguments.data or [Path(path) for path in sources.unlabelled]
     world = dict(read_recipe(arguments.recipe).get("world", {}))
     place = Path(world.pop("directory", ""))
-    run = run_of(world, judge)
+    run = ranks.on_rank_0(lambda: run_of(world, judge))
     if world and not (arguments.data and model):
         backbone = Path(sources.backbone)
         if run:
@@ -59,6 +59,8 @@ def command(
         data = arguments.data or [place / "unlabelled.jsonl"]
     judge = judge or (judge_of(run, settings) if run else None)
     if arguments.dry_run:
+        if not ranks.is_first:
+            return
         found = {"judge": judge, "policy": model, "prompts": ", ".join(map(str, data)), "out": out}
         lines = [f"{name:8} {path or 'none yet; it would be made'}" for name, path in found.items()]
         print(*lines, *(f"{name:8} {value}" for name, value in asdict(settings).items()), sep="\n")

@@ -33,7 +33,7 @@ def toy_inputs(
             step.close(sizes)
     place = step.path
     backbone = place / "backbone" / "model"
-    if not (backbone / "config.json").is_file():
+    if not directory.ranks.on_rank_0((backbone / "config.json").is_file):
         with directory.step("backbone") as step:
             if step.to_do:
                 text = [place / "pretrain.jsonl"]
@@ -53,14 +53,16 @@ def make_toy(arguments: argparse.Namespace, sources: Sources, ranks: Ranks) -> P
         raise InputError("the recipe's [world] names no directory, where the toy's files are to lie")
     directory = Path(sizes.pop("directory"))
     untrained = directory / "backbone_init"
-    if ranks.is_first:
+
+    def make() -> None:
         toyworld.make_world(directory, **sizes)
         if arguments.stage == "pretrain" and not (untrained / "config.json").exists():
             toyworld.write_untrained(directory, **sizes)  # the shipped backbone is made from this
-    ranks.all_gather(None)  # the others wait for the files
+
+    ranks.on_rank_0(make)
     if arguments.model or arguments.stage == "pretrain":
         return arguments.model or untrained
-    if not (Path(sources.backbone) / "config.json").exists():
+    if not ranks.on_rank_0((Path(sources.backbone) / "config.json").exists):
         if arguments.dry_run:
             return untrained  # of the same shape, which is all that a plan asks
         settings = resolve(TrainSettings, arguments.recipe, ["train", "train.pretrain"], {"threads": 1})

@@ -270,10 +270,10 @@ def write_untrained(directory: Path, seed: int = 0, **sizes: int) -> None:
 def make_world(directory: Path, seed: int = 0, **sizes: int) -> Path:
     """Writes the world, or finds it written; the same seed and sizes give the same bytes."""
     settings = resolve(WorldSettings, None, [], sizes)
-    directory, said = Path(directory), {"seed": seed, **vars(settings)}
+    directory, world = Path(directory), {"seed": seed, **vars(settings)}
     about = directory / "world.json"
     if about.is_file():
-        if read_json(about) != said:
+        if read_json(about) != world:
             raise InputError(f"{about}: a world of another seed or size; name another directory")
         return directory
     names, rng = good_names(settings.goods), random.Random(f"shop {seed}")
@@ -294,7 +294,7 @@ def make_world(directory: Path, seed: int = 0, **sizes: int) -> Path:
         shutil.copytree(SHIPPED, directory / "backbone" / "model", dirs_exist_ok=True)
     else:
         write_untrained(directory, seed, **sizes)
-    write_json(about, said)  # last: a world without it is made anew
+    write_json(about, world)  # last: a world without it is made anew
     return directory
 
 
