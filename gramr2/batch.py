@@ -2,7 +2,7 @@
 
 A token always reads its keys in the same two parts: the full pages of its prompt, from the start, and
 everything behind them, from there (`Prompt.shared_tokens`). The first part is read once for all rows that
-share it. Whether a token is computed in a chunk, alone, or again after its blocks were lost makes no
+share it. Whether a token is computed in a chunk, alone, or again after its pages were lost makes no
 difference to the cuts in which its keys are added up, and so to its bits.
 
 It leaves out: tensors. Everything is laid out in numpy; engine.py or graphs.py takes it to the device.
@@ -30,8 +30,8 @@ def prefill_arrays(chunks: list[Chunk], size: int, item_rows: int | None):
     prefix: list[Item] = []
     own: list[Item] = []
     positions, places = [], []
-    for sequence, start, stop, blocks in chunks:
-        shared, pages = sequence.prompt.shared_tokens(size), np.array(blocks)
+    for sequence, start, stop, table in chunks:
+        shared, pages = sequence.prompt.shared_tokens(size), np.array(table)
         rows, position = np.arange(len(ids), len(ids) + stop - start), np.arange(start, stop)
         ids += sequence.ids[start:stop]
         positions.append(position)
@@ -76,7 +76,7 @@ class DecodeRows:
         self.size, self.slots_R = size, np.array([*step.samples.values()])
         self.seeds_R = np.array([sample.prompt.seeds[sample.number] for sample in step.samples])
         self.shared_R = np.array([sample.prompt.shared_tokens(size) for sample in step.samples])
-        tables = [sample.table.blocks for sample in step.samples]
+        tables = [sample.table.pages for sample in step.samples]
         begins = (self.shared_R // size).tolist()  # the page where a row's own part begins
         self.own_RM = stack([table[n:] for table, n in zip(tables, begins, strict=True)], NULL)
         sharing: dict[tuple, list[int]] = {}  # pages -> the rows that begin with them

@@ -44,7 +44,7 @@ class Engine:
         # Larger models wait for their weights anyway, and a copy of them would cost memory.
         small = self.device.type == "cpu" and sum(p.nbytes for p in model.parameters()) < 1 << 26
         self.model, self.project = column_major(model) if small else model, projection(weight)
-        shape = capacity.blocks, capacity.block_size, config.num_kv_heads, config.head_size
+        shape = capacity.pages, capacity.page_size, config.num_kv_heads, config.head_size
         self.keys_LNPGK, self.values_LNPGK = (
             torch.empty(config.num_layers, *shape, dtype=weight.dtype, device=self.device) for _ in range(2)
         )
@@ -67,7 +67,7 @@ class Engine:
         if step.chunks:
             self._prefill(step.chunks)
         if step.copies:
-            origins, copies = (self._upload(blocks) for blocks in zip(*step.copies, strict=True))
+            origins, copies = (self._upload(pages) for pages in zip(*step.copies, strict=True))
             for pool_LNPGK in (self.keys_LNPGK, self.values_LNPGK):
                 pool_LNPGK[:, copies] = pool_LNPGK[:, origins]
         if step.joined:
@@ -76,7 +76,7 @@ class Engine:
         if not step.samples:
             return None
         if self.batch_version != step.batch_version:
-            self.batch_version, size = step.batch_version, self.capacity.block_size
+            self.batch_version, size = step.batch_version, self.capacity.page_size
             self.rows = DecodeRows(step, size, self.item_rows, self.capacity.share_prefix)
             if not self.graphs:
                 self.prefix = self._upload_reads(self.rows.prefix)
@@ -97,7 +97,7 @@ class Engine:
         return outputs_RC
 
     def _prefill(self, chunks: list[Chunk]) -> None:
-        ids_T, positions_T, places_U, reads = prefill_arrays(chunks, self.capacity.block_size, self.item_rows)
+        ids_T, positions_T, places_U, reads = prefill_arrays(chunks, self.capacity.page_size, self.item_rows)
         attend = self._attend(self._upload(places_U), [self._upload_reads(part) for part in reads])
         self.model(self._upload(ids_T), self._upload(positions_T), attend)
 

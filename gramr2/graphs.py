@@ -41,7 +41,7 @@ class CapturedGraph:
 class DecodeGraphs:
     def __init__(self, device: torch.device, capacity: Capacity, item_rows: int):
         self.device, self.running = device, capacity.running
-        pages = (capacity.longest // capacity.block_size + 2,)  # of the longest table
+        pages = (capacity.longest // capacity.page_size + 2,)  # of the longest table
         # Of each of a batch's arrays, in their order: shape per row, and what pads it. Rows that pad a batch
         # sit in the spare slot, write to the null page and see nothing.
         slots, positions, seeds, places = ((), capacity.running), ((), 0), ((), 0), ((), 0)

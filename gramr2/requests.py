@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from gramr2.cache import BlockTable, Growth
+from gramr2.cache import Growth, PageTable
 from gramr2.files import need
 from gramr2.model import ModelConfig
 from kernels.choice import Options, noise_seed
@@ -48,11 +48,11 @@ class Sample:
 class Limits:
     """How much runs at once. None: a default for the device.
 
-    On the CPU no result depends on any of it but block_size, which says where a prompt's shared part ends.
+    On the CPU no result depends on any of it but page_size, which says where a prompt's shared part ends.
     """
 
     cache_bytes: int | None = None  # on the CPU 1 GiB, or more where one request alone needs more
-    block_size: int | None = None  # tokens of a page: 16 on the CPU, 64 on CUDA; divides 128
+    page_size: int | None = None  # tokens of a page: 16 on the CPU, 64 on CUDA; divides 128
     running: int = 256  # samples decoded together
     token_budget: int | None = None  # of a step, prompts' chunks and decode rows: 1024, on CUDA 8192
     share_prefix: bool = True  # False reads a shared prefix once per sample; for measuring what it buys
@@ -62,8 +62,8 @@ class Limits:
 class Capacity:
     """The `Limits` of a request on a device, with everything decided that they leave open."""
 
-    blocks: int  # of the cache
-    block_size: int
+    pages: int  # of the cache
+    page_size: int
     longest: int  # tokens of the longest sequence
     running: int
     token_budget: int
@@ -119,27 +119,27 @@ class Request:
     def capacity(self, config: ModelConfig, weight: Tensor, limits: Limits) -> Capacity:
         """Checks every prompt against model and cache; -> what runs at once. `weight`: any of the model's."""
         cuda, room = weight.device.type == "cuda", config.max_positions
-        size = limits.block_size or (64 if cuda else 16)
+        size = limits.page_size or (64 if cuda else 16)
         budget = limits.token_budget or (8192 if cuda else 1024)
-        need(kernels.KEYS % size == 0, f"block_size is {size}; it must divide {kernels.KEYS}")
-        per_block = 2 * config.num_layers * config.num_kv_heads * config.head_size * size * weight.itemsize
+        need(kernels.KEYS % size == 0, f"page_size is {size}; it must divide {kernels.KEYS}")
+        per_page = 2 * config.num_layers * config.num_kv_heads * config.head_size * size * weight.itemsize
         usual = int(free_bytes(weight.device) * CUDA_CACHE_SHARE) if cuda else CPU_CACHE_BYTES
         cache_bytes = limits.cache_bytes or usual
         allowed = cache_bytes if limits.cache_bytes or cuda else max(usual, MEMORY_BYTES // 2)
-        wanted, longest = 2, 0  # the null block, and one
+        wanted, longest = 2, 0  # the null page, and one
         for index, ids in enumerate(self.prompts):
             most = self._checked_most(index, ids, config.vocab_size - 1)
             total = len(ids) + most
             asked = f"prompt {index} has {len(ids)} tokens and may get {most} more"
             need(total <= room, f"{asked}: {total}, but the model takes at most {room}")
-            # One block more than it fills: the prompt's last, half full, is copied when it is forked.
+            # One page more than it fills: the prompt's last, half full, is copied when it is forked.
             needed = -(-total // size) + 1
-            takes = f"{(needed + 1) * per_block:,} bytes of cache; the limit is {allowed:,}"
-            need(needed + 1 <= allowed // per_block, f"{asked}, which takes {takes}")
+            takes = f"{(needed + 1) * per_page:,} bytes of cache; the limit is {allowed:,}"
+            need(needed + 1 <= allowed // per_page, f"{asked}, which takes {takes}")
             wanted, longest = wanted + self.n * needed, max(longest, total)
-        # The longest must run, alone if need be: its blocks, one for a copy, and the null block.
-        blocks = min(max(cache_bytes // per_block, -(-longest // size) + 2), wanted)
-        return Capacity(blocks, size, longest, limits.running, budget, limits.share_prefix)
+        # The longest must run, alone if need be: its pages, one for a copy, and the null page.
+        pages = min(max(cache_bytes // per_page, -(-longest // size) + 2), wanted)
+        return Capacity(pages, size, longest, limits.running, budget, limits.share_prefix)
 
     def _checked_most(self, index: int, ids: Sequence[int], last: int) -> int:
         """Checks a prompt in itself; -> the most tokens that a sample of it may get."""
@@ -186,9 +186,9 @@ class Prompt:
     limits: list[int]  # how many tokens each of its samples may get
     seeds: list[int]  # of each sample's noise
 
-    def shared_tokens(self, block_size: int) -> int:
+    def shared_tokens(self, page_size: int) -> int:
         """Tokens in full pages, which all samples share; everything behind is read in a second part."""
-        return (len(self.ids) - 1) // block_size * block_size
+        return (len(self.ids) - 1) // page_size * page_size
 
 
 @dataclass(eq=False, kw_only=True)
@@ -197,7 +197,7 @@ class TokenSequence:
 
     prompt: Prompt
     number: int = 0  # among its prompt's samples
-    table: BlockTable = field(default_factory=BlockTable)
+    table: PageTable = field(default_factory=PageTable)
     done: int = 0  # tokens whose keys and values are computed, or planned
 
     @property
@@ -224,7 +224,7 @@ class PromptSource(TokenSequence):
 
 @dataclass(eq=False, kw_only=True)
 class OpenSample(TokenSequence):
-    """A sample that is not finished. It may lose its blocks, and be computed again."""
+    """A sample that is not finished. It may lose its pages, and be computed again."""
 
     new_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -246,12 +246,12 @@ class OpenSample(TokenSequence):
 
 
 class Chunk(NamedTuple):
-    """Tokens start to stop of a sequence, to be computed into the blocks it had when this was planned."""
+    """Tokens start to stop of a sequence, to be computed into the pages it had when this was planned."""
 
     sequence: TokenSequence
     start: int
     stop: int
-    blocks: list[int]
+    pages: list[int]
 
 
 @dataclass

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from gramr2.cache import BlockPool
+from gramr2.cache import PagePool
 from gramr2.engine import Engine
 from gramr2.model import Decoder
 from gramr2.requests import Decodes, DeviceStep, Limits, Request, Sample
@@ -97,7 +97,7 @@ def _loop(request: Request, scheduler: Scheduler, engine: Engine, progress: bool
     with tqdm(total=total, unit="sample", disable=not progress, dynamic_ncols=True) as bar:
         while scheduler.busy:
             if in_flight and scheduler.must_preempt:
-                most = 0  # what is in flight may finish samples, and must not lose its blocks
+                most = 0  # what is in flight may finish samples, and must not lose its pages
             else:
                 step = scheduler.plan()
                 with torch.cuda.device_of(engine.last_id_S):  # which need not be the current one
@@ -136,12 +136,12 @@ def _collect(
     return finished
 
 
-def _show(bar: tqdm, sample: Sample, pool: BlockPool, counts: Counter) -> None:
+def _show(bar: tqdm, sample: Sample, pool: PagePool, counts: Counter) -> None:
     """A bar of samples on stderr, with tokens per second, the cache's use, and errors if there are any."""
     counts["tokens"] += len(sample.ids)
     counts["errors"] += sample.finish == "error"
     rate = counts["tokens"] / max(1e-9, time.time() - bar.start_t) if not bar.disable else 0
     errors = f", {counts['errors']} with errors" if counts["errors"] else ""
-    use = pool.used / pool.num_blocks
+    use = pool.used / pool.num_pages
     bar.set_postfix_str(f"{rate:,.0f} tokens/s, cache {use:.0%}{errors}", refresh=False)
     bar.update()

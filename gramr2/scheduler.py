@@ -2,9 +2,9 @@
 
 Work enters and leaves a running batch as samples finish. Prompts are computed in chunks, under a token
 budget, beside the samples that are decoded; a computed prompt is the source that its samples are forked
-from. When blocks run out the youngest gives its own back, and is computed again later.
+from. When pages run out the youngest gives its own back, and is computed again later.
 
-It knows blocks, positions and slots. It leaves out: the tensors (engine.py), what was sampled, and when a
+It knows pages, positions and slots. It leaves out: the tensors (engine.py), what was sampled, and when a
 sample ends (sampler.py).
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from operator import attrgetter
 
-from gramr2.cache import BlockPool, BlockTable
+from gramr2.cache import PagePool, PageTable
 from gramr2.requests import Capacity, Chunk, DeviceStep, OpenSample, Prompt, PromptSource, TokenSequence
 
 by_order = attrgetter("order")
@@ -24,9 +24,9 @@ class Scheduler:
 
     def __init__(self, prompts: Iterator[Prompt], capacity: Capacity):
         self.queue, self.next_prompt = prompts, next(prompts, None)
-        self.pool = BlockPool(capacity.blocks, capacity.block_size)
+        self.pool = PagePool(capacity.pages, capacity.page_size)
         self.token_budget = capacity.token_budget
-        self.waiting: list[TokenSequence] = []  # without blocks: new, or preempted
+        self.waiting: list[TokenSequence] = []  # without pages: new, or preempted
         self.filling: list[TokenSequence] = []  # being computed in chunks
         self.sources: list[PromptSource] = []  # computed, with samples still to begin
         self.running: dict[OpenSample, int] = {}  # and the slot of each
@@ -39,7 +39,7 @@ class Scheduler:
 
     @property
     def must_preempt(self) -> bool:
-        """Whether some running sample would lose its blocks if the next step were planned now."""
+        """Whether some running sample would lose its pages if the next step were planned now."""
         return len(self._at_page_end()) > self.pool.free
 
     def plan(self) -> DeviceStep:
@@ -77,11 +77,11 @@ class Scheduler:
             while not self.pool.free and sample in self.running:
                 self._preempt(max([*self.running, *self.filling, *self.sources], key=by_order))
             if sample in self.running:
-                step.add(self.pool.extend(sample.table, self.pool.block_size))
+                step.add(self.pool.extend(sample.table, self.pool.page_size))
                 self.version += 1
 
     def _preempt(self, sequence: TokenSequence) -> None:
-        """Takes its blocks away. What it has written is kept, and computed again when it is admitted."""
+        """Takes its pages away. What it has written is kept, and computed again when it is admitted."""
         if sequence in self.filling:
             self.filling.remove(sequence)
         elif isinstance(sequence, PromptSource):
@@ -105,8 +105,8 @@ class Scheduler:
         return self._start(oldest, step)
 
     def _start(self, sequence: TokenSequence, step: DeviceStep) -> bool:
-        """Gives blocks to a sequence whose tokens are to be computed, as far as no other has them already."""
-        ids, size = sequence.prompt.ids, self.pool.block_size
+        """Gives pages to a sequence whose tokens are to be computed, as far as no other has them already."""
+        ids, size = sequence.prompt.ids, self.pool.page_size
         room = sequence.prefill_length
         if isinstance(sequence, OpenSample):  # with the page that it is decoded into: it must find one then
             room += size - room % size
@@ -126,7 +126,7 @@ class Scheduler:
         # The last one takes the table itself: nobody forks from it again, and its half page needs no copy.
         table = source.table if is_last else self.pool.fork(source.table)
         sample = OpenSample(prompt=source.prompt, number=source.number, table=table, done=source.done)
-        more = self.pool.block_size - table.length % self.pool.block_size
+        more = self.pool.page_size - table.length % self.pool.page_size
         if not self._make_room(table, more, sample):
             if not is_last:
                 self.pool.release(table)
@@ -138,8 +138,8 @@ class Scheduler:
         self._join(sample, step)
         return True
 
-    def _make_room(self, table: BlockTable, count: int, sequence: TokenSequence) -> bool:
-        """Whether the table can grow, with one block to spare for each running sample, which may need it.
+    def _make_room(self, table: PageTable, count: int, sequence: TokenSequence) -> bool:
+        """Whether the table can grow, with one page to spare for each running sample, which may need it.
 
         When nothing else runs, younger prompts that wait to be forked have to give way: also the source of
         the very sample that is to begin, unless it grows the source's own table.
@@ -158,13 +158,13 @@ class Scheduler:
 
     def _plan_chunks(self, sequence: TokenSequence, step: DeviceStep, budget: int) -> int:
         """Plans as many of its missing tokens as the budget allows; -> what is left of the budget."""
-        shared = sequence.prompt.shared_tokens(self.pool.block_size)
+        shared = sequence.prompt.shared_tokens(self.pool.page_size)
         while sequence.done < sequence.prefill_length and budget > 0:
             start = sequence.done
             stop = min(
                 sequence.prefill_length, start + budget, shared if start < shared else sequence.prefill_length
             )
-            step.chunks.append(Chunk(sequence, start, stop, list(sequence.table.blocks)))
+            step.chunks.append(Chunk(sequence, start, stop, list(sequence.table.pages)))
             sequence.done, budget = stop, budget - (stop - start)
             # From here on others may read these pages: they are written before anything of this step reads.
             self.pool.name(sequence.table, sequence.prompt.ids[: min(stop, shared)])

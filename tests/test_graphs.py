@@ -12,7 +12,7 @@ import pytest
 import torch
 from checkpoints import random_model
 from oracles import naive_greedy
-from small_caches import BLOCKS, LENGTHS, cache_bytes, prompts_of
+from small_caches import LENGTHS, PAGES, cache_bytes, prompts_of
 
 import gramr2
 from gramr2 import engine, graphs, sampler
@@ -45,7 +45,7 @@ class EngineWithGraphs(engine.Engine):
         super().__init__(model, capacity, options)
         self.item_rows = 2
         self.graphs = EagerGraphs(self.device, capacity, self.item_rows)
-        self._clear(list(range(capacity.blocks)))  # with graphs it leaves this to kernels that need it not
+        self._clear(list(range(capacity.pages)))  # with graphs it leaves this to kernels that need it not
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_fixed_buffers_and_a_host_one_step_behind_change_nothing(request):
     model = random_model("llama2")
     prompts = prompts_of(LENGTHS)
     options = dict(n=3, max_new_tokens=40, temperature=0, stop_ids=(3, 17), watch=[5], progress=False)
-    limits = Limits(cache_bytes=cache_bytes(model, BLOCKS), running=13, token_budget=64)
+    limits = Limits(cache_bytes=cache_bytes(model, PAGES), running=13, token_budget=64)
     wanted = generate(model, prompts, **options)
     request.getfixturevalue("with_graphs")
     got = generate(model, prompts, limits=limits, **options)
@@ -70,7 +70,7 @@ def test_fixed_buffers_and_a_host_one_step_behind_change_nothing(request):
 
 
 def test_a_step_in_flight_may_end_all_that_runs_while_blocks_are_short(with_graphs):
-    """Two samples stand at a page's end, one block is free, and the step before has just stopped both."""
+    """Two samples stand at a page's end, one page is free, and the step before has just stopped both."""
     model = random_model("llama2")
     prompts = prompts_of([14, 14])
     options = dict(max_new_tokens=4, temperature=1, keys=["a", "b"], progress=False)
@@ -119,7 +119,7 @@ def test_a_tight_cache_changes_no_sample_in_bf16():
     """Preempted, forked and copied on the device, and cut off by top-p: log-probs are those of the ids."""
     model = random_model("qwen3").cuda().bfloat16()
     prompts = prompts_of(LENGTHS)
-    limits = Limits(cache_bytes=cache_bytes(model, BLOCKS), block_size=16, running=13, token_budget=64)
+    limits = Limits(cache_bytes=cache_bytes(model, PAGES), page_size=16, running=13, token_budget=64)
     options = dict(n=3, max_new_tokens=40, top_p=0.9, top_k=50, stop_ids=(), progress=False)
     for prompt, group in zip(prompts, generate(model, prompts, limits=limits, **options), strict=True):
         for sample in group:

@@ -18,7 +18,7 @@ def test_prompts_that_wait_cost_their_ids():
     ids = [[i % 300, i // 300] for i in range(30_000)]
     generate(model, ids[:1], max_new_tokens=2, progress=False)  # what is imported or built but once
     tracemalloc.start()
-    small = Limits(cache_bytes=1 << 22)  # a larger pool has longer lists of blocks, whatever the queue
+    small = Limits(cache_bytes=1 << 22)  # a larger pool has longer lists of pages, whatever the queue
     iterator = generate_iter(model, ids, max_new_tokens=2, stop_ids=(), progress=False, limits=small)
     next(iterator)
     peak = tracemalloc.get_traced_memory()[1]
@@ -63,7 +63,7 @@ BAD = {
     "stop_texts needs tokenizer": dict(stop_texts=["x"]),
     "watch holds id 1000": dict(watch=[1000]),
     "keys has 2 entries for 1 prompts": dict(keys=["a", "b"]),
-    "block_size is 7": dict(limits=Limits(block_size=7)),
+    "page_size is 7": dict(limits=Limits(page_size=7)),
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from checkpoints import FAMILIES, make_checkpoint, random_model
 from oracles import chi_square, naive_greedy, naive_logits
-from small_caches import BLOCKS, LENGTHS, cache_bytes, prompts_of
+from small_caches import LENGTHS, PAGES, cache_bytes, prompts_of
 
 import gramr2
 import kernels
@@ -24,7 +24,7 @@ def test_greedy_is_the_naive_oracle_token_for_token(family):
     """Ragged prompts, three samples each, chunks of 24 tokens, and a pool so small that it must preempt."""
     model = random_model(family)
     prompts = prompts_of(LENGTHS)
-    limits = Limits(cache_bytes=cache_bytes(model, BLOCKS), token_budget=24)
+    limits = Limits(cache_bytes=cache_bytes(model, PAGES), token_budget=24)
     results = generate(
         model, prompts, n=3, max_new_tokens=40, temperature=0, stop_ids=(), progress=False, limits=limits
     )
@@ -56,7 +56,7 @@ COMPANY = {
     "chunks of 7 tokens": lambda model: Limits(token_budget=7),
     "one at a time": lambda model: Limits(running=1),
     "five at a time": lambda model: Limits(running=5, token_budget=40),
-    "preempted": lambda model: Limits(cache_bytes=cache_bytes(model, BLOCKS)),
+    "preempted": lambda model: Limits(cache_bytes=cache_bytes(model, PAGES)),
     "prefix read alone": lambda model: Limits(share_prefix=False),
 }
 
@@ -185,11 +185,11 @@ def test_stops_and_limits_keep_what_stopped_them():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_logits_that_are_not_finite_end_that_sample_alone(value, capsys):
-    """The poisoned sample ends as "error"; blocks it leaves behind harm nobody; the bar counts it."""
+    """The poisoned sample ends as "error"; pages it leaves behind harm nobody; the bar counts it."""
     model = random_model("llama2")
     prompts = prompts_of([30, 31, 32, 33, 34, 35], vocabulary=300)
     options = dict(n=2, max_new_tokens=30, seed=1, stop_ids=(), keys=list("abcdef"))
-    limits = Limits(cache_bytes=cache_bytes(model, BLOCKS))
+    limits = Limits(cache_bytes=cache_bytes(model, PAGES))
     model.embed.weight.data[310:] = 0  # leaves ids from 310 on to the test
     wanted = generate(model, prompts, **options, progress=False)
     model.embed.weight.data[310] = value

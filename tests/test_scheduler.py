@@ -9,9 +9,9 @@ from collections import defaultdict, deque
 from checkpoints import random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_caches import BLOCKS, LENGTHS, cache_bytes, prompts_of
+from small_caches import LENGTHS, PAGES, cache_bytes, prompts_of
 
-from gramr2.cache import BlockPool
+from gramr2.cache import PagePool
 from gramr2.requests import Capacity, OpenSample, Prompt
 from gramr2.sampler import Limits, generate
 from gramr2.scheduler import Scheduler
@@ -34,8 +34,8 @@ def test_random_schedules_finish_every_request_once(requests, spare, running, bu
         Prompt(i, [*shared[: length - 1], 9][:length], [limit] * n, [0] * n)
         for i, (length, n, limit) in enumerate(requests)
     ]
-    blocks = max(-(-(len(p.ids) + p.limits[0]) // size) + 2 for p in prompts) + spare
-    scheduler = Scheduler(iter(prompts), Capacity(blocks, size, 0, running, budget, share_prefix=True))
+    most = max(-(-(len(p.ids) + p.limits[0]) // size) + 2 for p in prompts) + spare
+    scheduler = Scheduler(iter(prompts), Capacity(most, size, 0, running, budget, share_prefix=True))
     pages, drawn, in_flight, finished = {}, defaultdict(list), deque(), []
     steps = itertools.count()
     while scheduler.busy:
@@ -60,36 +60,35 @@ def test_random_schedules_finish_every_request_once(requests, spare, running, bu
                     scheduler.finish(sample)
     ends = sorted((sample.prompt.index, sample.number) for sample in finished)
     assert ends == [(p.index, i) for p in prompts for i in range(len(p.limits))]
-    assert scheduler.pool.used == 0, "a block leaked"
+    assert scheduler.pool.used == 0, "a page leaked"
 
 
 def play(step, pages, drawn, size):
     """Each place of a page holds the whole history up to its token; written once, and read as expected."""
 
-    def feed(ids, position, blocks):
-        block, place = blocks[position // size], position % size
-        page = pages.setdefault(block, {})
+    def feed(ids, position, table):
+        page, place = pages.setdefault(table[position // size], {}), position % size
         history = tuple(ids[: position + 1])
         assert page.get(place, history) == history, "written over what somebody holds"
         page[place] = history
         for p in range(position + 1):
-            assert pages[blocks[p // size]][p % size] == history[: p + 1], "reads what another wrote"
+            assert pages[table[p // size]][p % size] == history[: p + 1], "reads what another wrote"
 
-    for block in step.fresh:
-        pages[block] = {}
-    for sequence, start, stop, blocks in step.chunks:
+    for page in step.fresh:
+        pages[page] = {}
+    for sequence, start, stop, table in step.chunks:
         for position in range(start, stop):
-            feed(sequence.ids, position, blocks)
+            feed(sequence.ids, position, table)
     for origin, copy in step.copies:
         pages[copy] = dict(pages[origin])
     for sample, position in zip(step.samples, step.positions, strict=True):
-        feed(sample.prompt.ids + drawn[sample], position, sample.table.blocks)
+        feed(sample.prompt.ids + drawn[sample], position, sample.table.pages)
 
 
 def test_the_small_pool_does_preempt(monkeypatch):
-    """What is held with a cache of BLOCKS means little if nothing is preempted there, or no prefix found."""
+    """What is held with a cache of PAGES means little if nothing is preempted there, or no prefix found."""
     preempted, found = [], []
-    preempt, match = Scheduler._preempt, BlockPool.match
+    preempt, match = Scheduler._preempt, PagePool.match
 
     def counting_preempt(self, sequence):
         preempted.append(sequence)
@@ -101,11 +100,11 @@ def test_the_small_pool_does_preempt(monkeypatch):
         return table
 
     monkeypatch.setattr(Scheduler, "_preempt", counting_preempt)
-    monkeypatch.setattr(BlockPool, "match", counting_match)
+    monkeypatch.setattr(PagePool, "match", counting_match)
     model = random_model("llama2")
     prompts = prompts_of(LENGTHS)
     prompts.append([*prompts[-1][:48], 1])
-    limits = Limits(cache_bytes=cache_bytes(model, BLOCKS))
+    limits = Limits(cache_bytes=cache_bytes(model, PAGES))
     generate(model, prompts, n=3, max_new_tokens=40, stop_ids=(), progress=False, limits=limits)
     assert any(isinstance(sequence, OpenSample) for sequence in preempted)
     assert 48 in found
