@@ -76,7 +76,7 @@ class RewardModel:
                 print(note, file=sys.stderr)
         judge = cls(model, tokenizer, template, format)
         if (Path(directory) / CALIBRATION).is_file():
-            judge.calibration = read_json(Path(directory) / CALIBRATION)
+            judge.calibration = read_json(Path(directory) / CALIBRATION) or {}
         return judge
 
     # ------------------------------------------------------------------ pairs

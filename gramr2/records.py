@@ -103,8 +103,8 @@ class _Record:
 
     @classmethod
     def from_json(cls, row: JsonRow):
-        try:
-            return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in row.items()})
+        try:  # to unpack what is no object is a TypeError too
+            return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in {**row}.items()})
         except TypeError as error:
             raise InputError(f"not a {cls.__name__} record: {error}") from None
 
@@ -179,16 +179,18 @@ class Pair:
         if not isinstance(row, dict):
             raise InputError("not an object with named fields")
         a, b = _text(row, "response_a"), _text(row, "response_b")
-        given = {name: _typed(row, name) for name in OPTIONAL if row.get(name) is not None}
+        given = _known(row, "rationale", "label")
         if not any(name in row for name in SPELLINGS["response_a"][:-1]):  # "chosen" it is
             if given.get("label", "A") != "A":
                 raise InputError('fields "chosen" and "label" disagree; leave one of them out')
             given["label"] = "A"
         if "rationale" in given and not _is_stored(given["rationale"]):
             given["rationale"] = mark(given["rationale"])
+        messages = messages_of(row)
+        given |= _known(row, "source", "domain", "margin", "meta")
         if row.get("id") is not None:
             given["id"] = str(row["id"])
-        return cls(messages_of(row), a, b, **given)
+        return cls(messages, a, b, **given)
 
 
 # Spellings of a pair file's fields; "chosen" and "rejected" bring the label with them.
@@ -209,6 +211,11 @@ def _text(row: JsonRow, field_name: str) -> str:
                 return row[name]
             raise InputError(f'field "{name}" is not text')
     raise InputError(f'no field "{field_name}" (nor {", ".join(SPELLINGS[field_name][1:])})')
+
+
+def _known(row: JsonRow, *names: str) -> JsonRow:
+    """Of these fields, those that the row has."""
+    return {name: _typed(row, name) for name in names if row.get(name) is not None}
 
 
 def _typed(row: JsonRow, name: str) -> Any:

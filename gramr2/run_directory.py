@@ -53,8 +53,8 @@ def finished_runs() -> list[Path]:
 
 
 def step_paths(root: Path) -> dict[str, Path]:
-    """A run's step directories by name, in the order of their numbers."""
-    paths = sorted((root / "steps").glob("*-*"), key=lambda path: int(path.name.partition("-")[0]))
+    """A run's step directories by name, in the order of their numbers. What has none is not the run's."""
+    paths = sorted((root / "steps").glob("[0-9]*-*"), key=lambda path: int(path.name.partition("-")[0]))
     return {path.name.partition("-")[2]: path for path in paths}
 
 

@@ -67,7 +67,8 @@ def generate_iter(
     """
     watch_W = torch.tensor(list(watch), dtype=torch.int64, device=model.head_weight.device)
     options = Options(temperature, top_p, top_k, watch_W)
-    ends = frozenset(model.stop_ids if stop_ids is None else stop_ids)
+    # Whole numbers: a tensor's elements are equal to none of the ids that are drawn.
+    ends = frozenset(map(int, model.stop_ids if stop_ids is None else stop_ids))
     request = Request(prompts, n, max_new_tokens, options, ends, tuple(stop_texts), tokenizer, seed, keys)
     request.check(model.config)
     capacity = request.capacity(model.config, model.head_weight, limits or Limits())
@@ -78,8 +79,9 @@ def generate_iter(
 @functools.wraps(generate_iter, assigned=(), updated=())
 def generate(model: Decoder, prompts: Sequence[Sequence[int]], **options) -> list[list[Sample]]:
     """`generate_iter` with its arguments, collected: for each prompt its samples, in order."""
+    samples = generate_iter(model, prompts, **options)  # checks them, before there is room for results
     results: list[list] = [[None] * options.get("n", 1) for _ in prompts]
-    for prompt, number, sample in generate_iter(model, prompts, **options):
+    for prompt, number, sample in samples:
         results[prompt][number] = sample
     return results
 

@@ -30,8 +30,8 @@ def check_ids(model: Decoder, sequences: Sequence[Sequence[int]]) -> None:
         of = f"sequence {index}"
         need(len(ids) > 0, f"{of} is empty; expected at least one token")
         need(len(ids) <= positions, f"{of} has {len(ids)} tokens; the model has {positions} positions")
-        for token in (min(ids), max(ids)):
-            need(0 <= token < size, f"{of} holds the id {token}, outside the vocabulary of {size}")
+        token = min(ids) if min(ids) < 0 else max(ids)
+        need(0 <= token < size, f"{of} holds the id {token}, outside the vocabulary of {size}")
 
 
 def _packs(sequences: Sequence[Sequence[int]]) -> list[list[int]]:

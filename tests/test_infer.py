@@ -196,6 +196,8 @@ def test_a_calibration_travels_with_the_model_and_the_table_says_so(tmp_path, ca
     other = make_checkpoint(tmp_path / "other", num_labels=1, tie_embeddings=False)
     status, _, err = run(capsys, "--calibrate", out, "--model", other)
     assert status == 2 and "not by" in err  # another model's probabilities are distributed otherwise
+    (other / "calibration.json").write_text("null")  # is none
+    assert run(capsys, "--pairs", source, "--model", other, "--out", tmp_path / "other.jsonl")[0] == 0
     assert run(capsys, *words, "--out", again)[0] == 0
     assert "not calibrated" not in run(capsys, "--score", "pairs", again)[1]
     fitted = json.loads((place / "calibration.json").read_text())

@@ -141,7 +141,9 @@ def test_conversation_is_flattened_in_one_way():
     "change, named",
     [({"response_b": None}, "response_b"), ({"question": 3}, "question"), ({"label": "C"}, "label"),
      ({"label": ["A"]}, "label"), ({"messages": []}, "messages"), ({"messages": [{"role": 1}]}, "messages"),
-     ({"margin": "2"}, "margin"), ({"rationale": 1}, "rationale"), ({"meta": []}, "meta")],
+     ({"margin": "2"}, "margin"), ({"rationale": 1}, "rationale"), ({"meta": []}, "meta"),
+     # of two, the first
+     ({"messages": [], "source": 1}, "messages"), ({"messages": [], "label": 1}, "label")],
 )  # fmt: skip
 def test_a_wrong_field_is_named(change, named):
     row = {"question": "q", "response_a": "a", "response_b": "b"} | change
@@ -164,3 +166,9 @@ def test_a_missing_field_is_named():
 )  # fmt: skip
 def test_other_records_survive_json(record):
     assert type(record).from_json(json.loads(json.dumps(record.to_json()))) == record
+
+
+@pytest.mark.parametrize("row", [None, 1, "x", [1]])
+def test_what_is_no_object_is_no_record(row):
+    with pytest.raises(InputError, match="not a Vote record"):
+        Judgment.from_json({"details": [row]})

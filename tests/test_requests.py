@@ -74,3 +74,8 @@ def test_bad_input_is_named_before_anything_runs(message):
         generate_iter(random_model("llama2"), **options)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_bad_input_is_named_before_results_have_a_place():
+    with pytest.raises(ValueError, match="prompt 0 is empty"):
+        generate(random_model("llama2"), [[]], n=10**15, progress=False)

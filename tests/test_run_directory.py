@@ -32,6 +32,12 @@ def paths(directory: RunDirectory) -> list[str]:
     return sorted(path.name for path in directory.root.glob("steps/*"))
 
 
+def test_what_has_no_number_is_no_step(tmp_path):
+    (tmp_path / "steps/notes-mine").mkdir(parents=True)
+    assert do(begin(tmp_path), "one") == ["one"]
+    assert list(run_directory.step_paths(tmp_path)) == ["one"]
+
+
 def test_finished_shards_are_kept_and_a_cut_one_is_done_again_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(run_directory, "SHARD_ROWS", 4)
     seen = []

@@ -173,7 +173,8 @@ def test_stops_and_limits_keep_what_stopped_them():
         )[0][number]
         end = text.index(text[20:23]) + 3
         assert (by_text.ids, by_text.finish) == (sample.ids[:end], "stop")
-        by_id = generate(model, [prompt], **options, stop_ids=(sample.ids[9], 999))[0][number]
+        stops = torch.tensor([sample.ids[9], 999])
+        by_id = generate(model, [prompt], **options, stop_ids=stops)[0][number]
         assert (by_id.ids, by_id.finish) == (sample.ids[: sample.ids.index(sample.ids[9]) + 1], "stop")
     ragged = generate(model, [prompt] * 2, n=2, max_new_tokens=[[5, 1], [2, 7]], stop_ids=(), progress=False)
     assert [[len(s.ids) for s in group] for group in ragged] == [[5, 1], [2, 7]]

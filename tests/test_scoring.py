@@ -46,10 +46,11 @@ def test_the_budget_changes_nothing_but_the_packs(monkeypatch):
     [
         ([[1, 2], []], "sequence 1 is empty"),
         ([[1, 2], [3, 320]], "sequence 1 holds the id 320, outside the vocabulary of 320"),
-        ([[-1, 2]], "sequence 0 holds the id -1"),
+        ([[400, 320]], "sequence 0 holds the id 400"),
+        ([[-1, 320]], "sequence 0 holds the id -1"),
         ([[1] * 513], "sequence 0 has 513 tokens; the model has 512 positions"),
     ],
-    ids=["empty", "too large", "negative", "too long"],
+    ids=["empty", "too large", "all too large", "negative", "too long"],
 )
 def test_bad_sequences_are_refused_by_their_place(bad, expected):
     with pytest.raises(InputError, match=expected):
