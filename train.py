@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gramr2.extras.policy_settings import PolicySettings
-from gramr2.files import InputError, Parser, exit_status
+from gramr2.files import InputError, Parser, disk_errors_as_input_errors, exit_status
 from gramr2.recipes import read_recipe, resolve
 from gramr2.settings import Sources, TrainSettings, add_flags, given
 from gramr2.stages import STAGES
@@ -66,8 +66,8 @@ def main(argv: Sequence[str]) -> int:
     from gramr2 import fit, parallel  # torch takes its seconds only once the arguments are good
     from gramr2.extras import dry_run, policy_start, toy_start
 
-    with parallel.join_ranks(settings) as ranks:
-        out, data, model = arguments.out or Path("runs") / f"train-{stage}", arguments.data, arguments.model
+    out, data, model = arguments.out or Path("runs") / f"train-{stage}", arguments.data, arguments.model
+    with parallel.join_ranks(settings) as ranks, disk_errors_as_input_errors(out):
         if isinstance(settings, PolicySettings):
             policy_start.command(arguments, settings, sources, out, ranks)
         else:

@@ -188,11 +188,12 @@ class RunDirectory:
         paths = step_paths(self.root)
         known = ", ".join(paths) or "none yet"
         need(name in paths, f"--from: no step {name} in {self.root}; there are {known}")
-        for concluded in ("results.json", "report.html"):  # from the steps that go
-            (self.root / concluded).unlink(missing_ok=True)
         names = list(paths)
-        for each in reversed(names[names.index(name) :]):  # the last first: a kill leaves no gap
-            shutil.rmtree(paths[each])
+        with disk_errors_as_input_errors(self.root):
+            for concluded in ("results.json", "report.html"):  # from the steps that go
+                (self.root / concluded).unlink(missing_ok=True)
+            for each in reversed(names[names.index(name) :]):  # the last first: a kill leaves no gap
+                shutil.rmtree(paths[each])
 
 
 def frozen_settings(plan: JsonRow) -> JsonRow:

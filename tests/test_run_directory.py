@@ -79,6 +79,9 @@ def test_a_step_that_is_done_is_not_done_again_and_a_later_one_can_be_forgotten(
     assert paths(again) == ["01-one"]
     with pytest.raises(InputError, match=r"no step three.*one"):
         again.forget("three")
+    (tmp_path / "results.json").mkdir()  # as what may not be written
+    with pytest.raises(InputError, match=r"results\.json: .*; mend that"):
+        again.forget("one")
 
 
 def test_a_step_put_in_the_middle_renumbers_no_other(tmp_path):
