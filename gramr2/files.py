@@ -153,9 +153,12 @@ def read_rows(path: str | Path) -> Iterator[JsonRow]:
 
 
 def digest(path: str | Path) -> str:
-    """A hash of a file's content, as 16 hexadecimal digits."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    """A hash of a file's content, as 16 hexadecimal digits; or says in one line why it cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
 
 
 def read_text(path: str | Path) -> str:

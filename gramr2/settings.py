@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -73,10 +74,11 @@ class TrainSettings:
     def __post_init__(self):
         positive = ("batch_size", "max_length", "token_budget", "threads", "lr")
         not_negative = ("epochs", "steps", "limit", "seed", "fsdp_size", "save_steps", "save_minutes", "clip")
-        shares = ("warmup", "final_lr", "drop_condition", "hide_label", "label_smoothing", "beta1", "beta2")
-        require(self, positive, lambda value: value > 0, "must be above 0")
+        shares = ("warmup", "final_lr", "drop_condition", "hide_label", "label_smoothing")
+        require(self, positive, is_positive, "must be above 0, and finite")
         require(self, (*not_negative, "weight_decay"), lambda value: value >= 0, "must not be negative")
         require(self, shares, is_share, "must be from 0 to 1")
+        require(self, ("beta1", "beta2"), lambda value: 0 <= value < 1, "must be from 0 to below 1")
         require(self, ("device",), ("auto", "cpu", "cuda").__contains__, "must be auto, cpu or cuda")
         kinds = ("auto", "float32", "bfloat16")
         require(self, ("dtype", "save_dtype"), kinds.__contains__, f"must be one of {', '.join(kinds)}")
@@ -137,7 +139,7 @@ class SelfTrainSettings:
 
     def __post_init__(self):
         positive = ("iters", "k", "votes", "test_votes", "proof_tokens", "judge_tokens", "max_words")
-        require(self, (*positive, "proof_temperature"), lambda value: value > 0, "must be above 0")
+        require(self, (*positive, "proof_temperature"), is_positive, "must be above 0, and finite")
         require(self, ("seed", "pool", "test_limit"), lambda value: value >= 0, "must not be negative")
         require(self, ("softmax",), is_share, "must be from 0 to 1")
         require(self, ("confidence",), lambda each: each and all(map(is_share, each)), "must be from 0 to 1")
@@ -157,6 +159,10 @@ def check_identity(found: dict[str, Any], now: dict[str, Any], out: Path, flag: 
         raise InputError(
             f"{out} holds another run; it differs in {differ}; name another {flag}, or remove it"
         )
+
+
+def is_positive(value: float) -> bool:
+    return 0 < value < math.inf
 
 
 def is_share(value: float) -> bool:

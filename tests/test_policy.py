@@ -269,6 +269,8 @@ def test_equals_are_no_abstentions():
         ({"batch_size": 10}, "batch_size: 10 is not whole groups of 4"),
         ({"votes": 3}, "votes: 3 must be even"),
         ({"reward": "guess"}, "reward: 'guess' must be one of pairwise"),
+        ({"lr": math.inf}, "lr: inf must be above 0, and finite"),
+        ({"beta1": 1.0}, "beta1: 1.0 must be from 0 to below 1"),
         ({"max_abstained": 1.5}, "max_abstained: 1.5 must be from 0 to 1"),
     ],
 )
@@ -346,9 +348,13 @@ def test_the_command_says_in_one_line_what_does_not_fit(world, tmp_path, capsys)
     """On the command line as in Python: exit status 2, and nothing is left that looks like a run."""
     recipe = tmp_path / "r.toml"
     recipe.write_text("[train.policy]\nmax_new_tokens = 8\n")
-    line = [*words(recipe, world, world[0], tmp_path / "out"), "--reward", "scalar"]
-    assert exit_status(train.main, line) == 2 and not (tmp_path / "out").exists()
-    said = capsys.readouterr()
-    errors = [each for each in said.err.splitlines() if each.startswith("error: ")]
-    assert len(errors) == 1 and "scalar cannot come from a judge that writes verdicts" in errors[0]
-    assert said.out == ""
+    for flag, value, reason in [
+        ("--reward", "scalar", "scalar cannot come from a judge that writes verdicts"),
+        ("--data", "nowhere.jsonl", "nowhere.jsonl: No such file"),
+    ]:
+        line = [*words(recipe, world, world[0], tmp_path / "out"), flag, value]
+        assert exit_status(train.main, line) == 2 and not (tmp_path / "out").exists()
+        said = capsys.readouterr()
+        errors = [each for each in said.err.splitlines() if each.startswith("error: ")]
+        assert len(errors) == 1 and reason in errors[0]
+        assert said.out == ""
