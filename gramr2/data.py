@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from gramr2.files import InputError, publish_file
+from gramr2.files import InputError, publish_file, read_errors_as_input_errors
 
 _HEADER = 4  # words before the offsets: a mark, the data file's size, its time of change, bytes of whole rows
 _MARK = int.from_bytes(b"gramidx1", "little")
@@ -48,10 +48,8 @@ class Store(Sequence[Any]):
 
     def __init__(self, path: str | Path, make: Callable[[dict], Any] | None = None):
         self.path, self.make = Path(path), make
-        try:
+        with read_errors_as_input_errors(self.path):
             self._file = self.path.open("rb")
-        except OSError as error:
-            raise InputError(f"{self.path}: {error.strerror}") from None
         if not self.path.is_file():
             raise InputError(f"{self.path}: not a file on disk, where rows can be read by their place")
         stat = os.fstat(self._file.fileno())

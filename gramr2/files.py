@@ -154,19 +154,16 @@ def read_rows(path: str | Path) -> Iterator[JsonRow]:
 
 def digest(path: str | Path) -> str:
     """A hash of a file's content, as 16 hexadecimal digits; or says in one line why it cannot be read."""
-    try:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
+    with read_errors_as_input_errors(path), Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def read_text(path: str | Path) -> str:
     """Reads a text byte for byte (a newline stays as it was written), or says in one line why it cannot."""
+    with read_errors_as_input_errors(path):
+        content = Path(path).read_bytes()
     try:
-        return Path(path).read_bytes().decode("utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
 
@@ -178,6 +175,15 @@ def read_json(path: str | Path) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or deep nesting, too
         raise InputError(f"{path}: not JSON ({error})") from None
+
+
+@contextlib.contextmanager
+def read_errors_as_input_errors(path: str | Path) -> Iterator[None]:
+    """A file that is not there, or cannot be read, is named."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
 
 
 @contextlib.contextmanager

@@ -33,7 +33,6 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 from gramr2 import parallel
 from gramr2.cost import describe, matmul_rate, step_flops
@@ -131,11 +130,9 @@ class Loop:
         """Steps until all are done; saves on the way, and saves and raises Stopped where `stop` is set."""
         device = self.ranks.device
         rate = matmul_rate(device) * self.ranks.size if device.type == "cuda" else 0.0
-        shown = {"desc": name, "unit": "step", "disable": not self.ranks.is_first}
-        shown["mininterval"] = 0.2 if sys.stderr.isatty() else 10
         saved = clock = time.monotonic()
         with (
-            tqdm(total=self.steps, initial=self.cursor.step, **shown) as bar,
+            self.ranks.bar(self.steps, initial=self.cursor.step, desc=name, unit="step") as bar,
             (self.out / "metrics.jsonl").open("a", encoding="utf-8") as metrics,
         ):
             for examples in batches:

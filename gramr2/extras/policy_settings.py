@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gramr2.settings import TrainSettings, is_share, require, setting
+from gramr2.settings import TrainSettings, is_positive, is_share, require, setting
 
 REWARDS = ("pairwise", "tournament", "scalar")  # see policy.py
 
@@ -30,7 +30,7 @@ class PolicySettings(TrainSettings):
         super().__post_init__()
         require(self, ("group",), lambda value: value > 1, "is too few: a reward is relative to its group's")
         positive = ("inner", "max_new_tokens", "judge_tokens")
-        require(self, positive, lambda value: value > 0, "must be above 0")
+        require(self, positive, is_positive, "must be above 0")
         require(self, ("votes",), lambda value: value > 0 and value % 2 == 0, "must be even, and above 0")
         require(self, ("clip_ratio", "max_abstained"), is_share, "must be from 0 to 1")
         require(self, ("kl",), lambda value: value >= 0, "must not be negative")

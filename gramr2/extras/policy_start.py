@@ -26,6 +26,7 @@ from gramr2.recipes import read_recipe, resolve
 from gramr2.records import Pair
 from gramr2.run_directory import finished_runs
 from gramr2.settings import Sources, TrainSettings
+from gramr2.stages import STAGES
 
 IMITATED = 600  # unlabelled pairs whose lists the toy's policy has read, both of each
 IMITATION: dict[str, Any] = {"batch_size": 64, "steps": 100, "max_length": 64, "lr": 3e-3}
@@ -101,13 +102,14 @@ def make_judge(
     recipe: Path, settings: PolicySettings, world: Path, backbone: Path, out: Path, ranks: parallel.Ranks
 ) -> Path:
     """Where no run has finished: a judge from the toy's few annotated pairs, which knows few prices."""
-    kind, pairs = ("discriminative", "labelled") if settings.reward == "scalar" else ("reward", "human")
+    name = "discriminative" if settings.reward == "scalar" else "reward"
+    pairs, tables = STAGES[name].data, ["train", *STAGES[name].tables]
     if ranks.is_first:
         fit.say([f"no finished run in runs/: a judge is trained on {pairs}.jsonl; selftrain.py makes better"])
-    same = {name: getattr(settings, name) for name in ("seed", "device", "threads")}
-    training = resolve(TrainSettings, recipe, ["train", f"train.{kind}"], same)
+    same = {each: getattr(settings, each) for each in ("seed", "device", "threads")}
+    training = resolve(TrainSettings, recipe, tables, same)
     place = out.with_name(f"{out.name}-judge")
-    fit.train(kind, training, [world / f"{pairs}.jsonl"], backbone, place)
+    fit.train(name, training, [world / f"{pairs}.jsonl"], backbone, place)
     return place / "model"
 
 

@@ -20,6 +20,7 @@ from gramr2.parallel import Ranks
 from gramr2.recipes import read_recipe, resolve
 from gramr2.run_directory import RunDirectory
 from gramr2.settings import SelfTrainSettings, Sources, TrainSettings
+from gramr2.stages import STAGES
 
 
 def toy_inputs(
@@ -65,7 +66,8 @@ def make_toy(arguments: argparse.Namespace, sources: Sources, ranks: Ranks) -> P
     if not ranks.on_rank_0((Path(sources.backbone) / "config.json").exists):
         if arguments.dry_run:
             return untrained  # of the same shape, which is all that a plan asks
-        settings = resolve(TrainSettings, arguments.recipe, ["train", "train.pretrain"], {"threads": 1})
+        tables = ["train", *STAGES["pretrain"].tables]
+        settings = resolve(TrainSettings, arguments.recipe, tables, {"threads": 1})
         data = [Path(path) for path in sources.pretrain]
         fit.train("pretrain", settings, data, untrained, Path(sources.backbone).parent)
     return None
