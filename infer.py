@@ -19,18 +19,23 @@ reader left.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # Ctrl-C may come while the rest is imported
+    from gramr2.files import quit_on_interrupt
+
+    quit_on_interrupt()
+
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gramr2.data import Store
 from gramr2.extras import evaluate
-from gramr2.extras.bulk import Judge, JudgeSettings, json_bytes, judge_into, newest_model
+from gramr2.extras.bulk import Judge, JudgeSettings, judge_into, newest_model
 from gramr2.extras.printing import judgment_text, ranking_lines
-from gramr2.files import InputError, Parser, exit_status, read_json
+from gramr2.fields import Fields
+from gramr2.files import InputError, Parser, need, read_json, run_command, visible
 from gramr2.rankings import METHODS
 from gramr2.records import Messages, Pair, messages_of
 
@@ -110,7 +115,7 @@ def judge_pair(path: Path, settings: JudgeSettings, as_json: bool) -> None:
     if "error" in row:
         raise InputError(row["error"])
     del row["pair"]
-    print(json.dumps(row, ensure_ascii=False, indent=2) if as_json else judgment_text(pair, row))
+    print(as_text(row, indent=2) if as_json else judgment_text(pair, row))
 
 
 def judge_list(path: Path, method: str, settings: JudgeSettings, as_json: bool) -> None:
@@ -125,13 +130,13 @@ def judge_list(path: Path, method: str, settings: JudgeSettings, as_json: bool) 
 
 
 def judge_file(path: Path, out: Path, settings: JudgeSettings, as_json: bool) -> None:
-    counts = judge_into(out, settings, Store(path, Pair.from_json))
-    line = "{judged} judged, {before} were there before, {failed} failed: {out}"
+    counts = judge_into(out, settings, Store(path, Pair.from_json), path)
+    line = "{judged} judged ({unread} of them unreadable), {before} were there before, {failed} failed: {out}"
     print(json.dumps(counts) if as_json else line.format(**counts, out=out))
 
 
 def judge_benchmark(name: str, path: Path, out: Path, settings: JudgeSettings, as_json: bool) -> None:
-    judge_into(out, settings, list(evaluate.read_benchmark(name, path)))
+    judge_into(out, settings, list(evaluate.read_benchmark(name, path)), path)
     print_score(name, [out], as_json)
 
 
@@ -141,22 +146,24 @@ def judge_benchmark(name: str, path: Path, out: Path, settings: JudgeSettings, a
 def read_one(path: Path, make: Callable[[Any], Made]) -> Made:
     row = read_json(path)
     try:
-        item = make(row)
-        json_bytes(item.to_json() if isinstance(item, Pair) else item)
+        return make(row)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    return item
 
 
 def as_list(row: Any) -> tuple[Messages, list[str]]:
     """A list file's conversation and responses: a pair file's fields, with "responses"."""
-    responses = row.get("responses") if isinstance(row, dict) else None
-    if not isinstance(responses, list) or len(responses) < 2 or {*map(type, responses)} != {str}:
-        raise InputError('field "responses" should be a list of two texts or more')
-    return messages_of(row), responses
+    responses = Fields(row).get("responses", tuple[str, ...])
+    need(len(responses) > 1, 'field "responses" should be a list of two texts or more')
+    return messages_of(row), list(responses)
 
 
 # ---------------------------------------------------------------------------------- what comes out
+
+
+def as_text(found: Any, indent: int | None = None) -> str:
+    """JSON that a terminal may show as well."""
+    return visible(json.dumps(found, ensure_ascii=False, indent=indent))
 
 
 def print_formats(as_json: bool) -> None:
@@ -177,8 +184,8 @@ def print_score(name: str, paths: list[Path], as_json: bool) -> None:
     if not paths:
         raise InputError(f"--score {name}: give a judged file as well")
     result = evaluate.score(name, paths)
-    print(json.dumps(result, indent=2) if as_json else evaluate.readable(result))
+    print(as_text(result, indent=2) if as_json else visible(evaluate.readable(result)))
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main, sys.argv[1:]))
+    run_command(main)

@@ -10,9 +10,14 @@ after an interruption, and does nothing twice. Exit status: 0 done, 2 bad input,
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # Ctrl-C may come while the rest is imported
+    from gramr2.files import quit_on_interrupt
+
+    quit_on_interrupt()
+
 import argparse
 import json
-import sys
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,9 +28,18 @@ from gramr2.extras.inputs import KINDS, RunInputs, prepare
 from gramr2.extras.report import write_report
 from gramr2.extras.results import Results, show
 from gramr2.extras.toyworld import SHIPPED, world_rules
-from gramr2.files import InputError, JsonRow, Parser, disk_errors_as_input_errors, exit_status
+from gramr2.files import (
+    InputError,
+    JsonRow,
+    Parser,
+    disk_errors_as_input_errors,
+    need,
+    open_file,
+    run_command,
+)
 from gramr2.recipes import read_recipe, resolve
 from gramr2.run_directory import RunDirectory, StoppedAsAsked
+from gramr2.seals import model_files
 from gramr2.selection import SCORES
 from gramr2.settings import SelfTrainSettings, Sources, TrainSettings, add_flags, check_names, given
 from gramr2.stages import STAGES
@@ -97,6 +111,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--name", help="the run is the directory runs/NAME [the recipe's name]")
     parser.add_argument("--from", dest="start", metavar="STEP", help="do this step, and all after it, again")
     parser.add_argument("--until", metavar="STEP", help="stop once this step is done")
+    parser.add_argument("--verify", action="store_true", help="read finished steps' files again, all of them")
     parser.add_argument("--dry-run", action="store_true", help="print the settings, and do nothing")
     add_flags(parser, SelfTrainSettings, REGISTRIES)
     return parser.parse_args(argv)
@@ -136,21 +151,26 @@ def main(argv: Sequence[str]) -> int:
     plan |= {"from": asdict(sources)} if sources else {"world": recipe["world"]}
     plan["coherence"] = "the shop's" if "world" in recipe else "of plain text"
     plan |= {f"train {stage}": asdict(each) for stage, each in trainings.items()}
-    root = Path("runs") / (arguments.name or arguments.recipe.stem)
+    name = arguments.recipe.stem if arguments.name is None else arguments.name
+    plain = re.fullmatch(r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]*", name)
+    need(plain is not None, f"--name {name!r}: expected a name, without slashes and without a dot in front")
+    root = Path("runs") / name
     if arguments.dry_run:
         print(json.dumps({"run": str(root), **plan}, indent=2))
         return 0
-    files = [Path(file) for name in KINDS for file in getattr(sources, name, ())]
+    files = [Path(file) for kind in KINDS for file in getattr(sources, kind, ())]
+    if sources:
+        for model in {sources.backbone, sources.prover} - {""}:
+            files += model_files(Path(model))
     for file in files:
-        if not file.is_file():
-            raise InputError(f"{file}: no such file")
+        open_file(file).close()
 
     from gramr2 import parallel
     from gramr2.extras.toy_start import toy_inputs
     from gramr2.steps import Run
 
-    with parallel.join_ranks(trainings["reward"]) as ranks:
-        directory = RunDirectory(root, plan, files, ranks, arguments.until)
+    with parallel.join_ranks(trainings["reward"]) as ranks, ranks.only_writer(root):
+        directory = RunDirectory(root, plan, files, ranks, arguments.until, arguments.verify)
         if arguments.start:
             ranks.on_rank_0(lambda: directory.forget(arguments.start))
         run = Run(directory, settings, trainings, world_rules(plan))
@@ -193,4 +213,4 @@ def finish(results: Results, root: Path, stopped: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main, sys.argv[1:]))
+    run_command(main)

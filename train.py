@@ -22,13 +22,17 @@ clerks, OUT-start; the judge made for it is OUT-judge. OUT/rollouts.jsonl has ev
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # Ctrl-C may come while the rest is imported
+    from gramr2.files import quit_on_interrupt
+
+    quit_on_interrupt()
+
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from gramr2.extras.policy_settings import PolicySettings
-from gramr2.files import InputError, Parser, disk_errors_as_input_errors, exit_status
+from gramr2.files import InputError, Parser, disk_errors_as_input_errors, run_command
 from gramr2.recipes import read_recipe, resolve
 from gramr2.settings import Sources, TrainSettings, add_flags, given
 from gramr2.stages import STAGES
@@ -92,4 +96,4 @@ def named(sources: Sources, field: str, flag: str):
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main, sys.argv[1:]))
+    run_command(main)

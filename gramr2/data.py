@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import json
 import os
 import sys
 from array import array
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from gramr2.files import InputError, publish_file, read_errors_as_input_errors
+from gramr2.files import InputError, open_file, parse_json, publish_file
 
 _HEADER = 4  # words before the offsets: a mark, the data file's size, its time of change, bytes of whole rows
 _MARK = int.from_bytes(b"gramidx1", "little")
@@ -29,14 +28,23 @@ _MARK = int.from_bytes(b"gramidx1", "little")
 
 def is_json(line: bytes) -> bool:
     try:
-        json.loads(line)
-    except (ValueError, RecursionError):
+        parse_json(line)
+    except ValueError:
         return False
     return True
 
 
 def say_torn(path: Path, size: int) -> None:
     print(f"warning: {path}: dropped a torn last line of {size} bytes", file=sys.stderr)
+
+
+def is_index(path: Path) -> bool:
+    """Whether an index of ours stands there."""
+    try:
+        with open_file(path) as file:
+            return file.read(8) == _MARK.to_bytes(8, "little")
+    except (InputError, OSError):
+        return False
 
 
 class Store(Sequence[Any]):
@@ -48,18 +56,16 @@ class Store(Sequence[Any]):
 
     def __init__(self, path: str | Path, make: Callable[[dict], Any] | None = None):
         self.path, self.make = Path(path), make
-        with read_errors_as_input_errors(self.path):
-            self._file = self.path.open("rb")
-        if not self.path.is_file():
-            raise InputError(f"{self.path}: not a file on disk, where rows can be read by their place")
+        self._file = open_file(self.path)
         stat = os.fstat(self._file.fileno())
         index = self.path.with_name(self.path.name + ".idx")
         words = self._read_index(index, stat)
         if words is None:
             words = self._build_index(stat)
-            # Where the directory cannot be written, the index is kept in memory.
-            with contextlib.suppress(OSError), publish_file(index) as temporary:
-                words.tofile(temporary)
+            # It stays in memory where the directory cannot be written, or another's file has that name.
+            if not index.exists() or is_index(index):
+                with contextlib.suppress(OSError), publish_file(index) as temporary:
+                    words.tofile(temporary)
         self._offsets = words[_HEADER:]
         self._end = int(words[3])
         self.torn = stat.st_size - self._end
@@ -68,12 +74,15 @@ class Store(Sequence[Any]):
 
     @staticmethod
     def _read_index(index: Path, stat: os.stat_result) -> np.ndarray | None:
+        if not is_index(index):
+            return None
         try:
             words = np.memmap(index, dtype="<u8", mode="r")
         except (OSError, ValueError):
             return None
-        fresh = len(words) >= _HEADER and words[:3].tolist() == [_MARK, stat.st_size, stat.st_mtime_ns]
-        return words if fresh else None
+        fresh = len(words) >= _HEADER and words[1:3].tolist() == [stat.st_size, stat.st_mtime_ns]
+        whole = fresh and np.all(words[_HEADER + 1 :] > words[_HEADER:-1]) and words[3] <= stat.st_size
+        return words if whole else None
 
     def _build_index(self, stat: os.stat_result) -> np.ndarray:
         words, position = array("Q", [_MARK, stat.st_size, stat.st_mtime_ns, 0]), 0
@@ -100,13 +109,13 @@ class Store(Sequence[Any]):
         # pread keeps no position, so threads and forked loaders may share the file.
         line = os.pread(self._file.fileno(), end - start, start)
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             return row if self.make is None else self.make(row)
         except UnicodeDecodeError:
             raise InputError(f"{self.path}: row {i + 1} is not UTF-8 text") from None
         except InputError as error:
             raise InputError(f"{self.path}: row {i + 1}: {error}") from None
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise InputError(f"{self.path}: row {i + 1} is not JSON ({error})") from None
 
     def __iter__(self) -> Iterator[Any]:

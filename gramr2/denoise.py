@@ -42,6 +42,8 @@ def agreement(judgment: Judgment, settings: FilterSettings) -> str | None:
         return "no readable vote"
     if judgment.orders_agree is False:
         return "the two orders disagree"
+    if judgment.orders_agree is None and len({vote.order for vote in judgment.details}) == 2:
+        return "one order has no readable vote"
     return None if judgment.label else "undecided"
 
 
@@ -75,7 +77,7 @@ def without_incoherent_votes(
         asked = own if vote.order == "AB" else own.swapped()
         reason = objection(asked, mark(vote.thinking), rules, settings) if vote.label else None
         votes.append(dataclasses.replace(vote, label=None, p_a=None, reason=reason) if reason else vote)
-    return Judgment.from_votes(votes)
+    return dataclasses.replace(Judgment.from_votes(votes), forged=judgment.forged)
 
 
 # ---------------------------------------------------------------------------------- rationales

@@ -4,9 +4,10 @@ What it holds: `InputError` (bad input, said in one line; the commands turn it i
 the two ways in which anything is published: a file, and a directory. Both are written under a temporary
 name beside their place and renamed into it, so that a reader, or a run that was killed, never meets
 half of one. Temporary names begin with a dot and hold ".tmp-" (a link about to be swapped in is
-".NAME.link"); nothing ever reads them.
+".NAME.link"); nothing ever reads them. A place has one writer (`only_writer`). What is read is a file on disk
+(a pipe would be waited for), and JSON that everybody reads alike (`parse_json`).
 
-What it leaves out: locking. A path has one writer.
+What it leaves out: what a value should be (fields.py), and whether a file is still what it was (seals.py).
 """
 
 from __future__ import annotations
@@ -14,17 +15,28 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
+import math
 import os
+import re
 import secrets
 import shutil
+import signal
+import stat
 import sys
+import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 JsonRow = dict[str, Any]  # one line of a JSONL file
+MOST_DIGITS = 1000  # of a whole number
+SECONDS_TO_SPEAK = 3  # that the other ranks leave the first, to say what was wrong
 # A full disk or quota, a limit on a file's size, no leave to write; a file for a directory, or the reverse.
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 UNWRITABLE |= {errno.EISDIR, errno.ENOTDIR, errno.EEXIST}
@@ -50,7 +62,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (--help shows what there is)")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Forces a file's, or a directory's, content to disk: a rename must not overtake its data."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -69,12 +81,13 @@ def _temporary(target: Path) -> Path:
 def publish_file(target: str | Path) -> Iterator[Path]:
     """Yields a temporary path to write; on a clean exit it replaces `target`, otherwise it is gone."""
     target = Path(target)
+    need(target.is_file() or not os.path.lexists(target), f"{target}: is there, and is no file; name another")
     temporary = _temporary(target)
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, target)
-        _sync(target.parent)
+        sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -95,13 +108,13 @@ def publish_directory(target: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         for path in sorted(temporary.rglob("*")):
-            _sync(path)
-        _sync(temporary)
+            sync(path)
+        sync(temporary)
         if target.exists() or target.is_symlink():
             _replace_directory(temporary, target)
         else:
             os.rename(temporary, target)
-        _sync(target.parent)
+        sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -148,20 +161,24 @@ def write_rows(path: str | Path, rows: Iterable[JsonRow]) -> Path:
 
 def read_rows(path: str | Path) -> Iterator[JsonRow]:
     """The rows of a JSONL file that this project published."""
-    with Path(path).open(encoding="utf-8") as file:
-        yield from map(json.loads, file)
+    with open_file(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield parse_json(line)
+            except ValueError as error:
+                raise InputError(f"{path}: row {number} is damaged ({error})") from None
 
 
 def digest(path: str | Path) -> str:
     """A hash of a file's content, as 16 hexadecimal digits; or says in one line why it cannot be read."""
-    with read_errors_as_input_errors(path), Path(path).open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def read_text(path: str | Path) -> str:
     """Reads a text byte for byte (a newline stays as it was written), or says in one line why it cannot."""
-    with read_errors_as_input_errors(path):
-        content = Path(path).read_bytes()
+    with open_file(path) as file:
+        content = file.read()
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -170,11 +187,89 @@ def read_text(path: str | Path) -> str:
 
 def read_json(path: str | Path) -> Any:
     """Reads a JSON file, or says in one line why it cannot."""
-    text = read_text(path)
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or deep nesting, too
+        return parse_json(read_text(path))
+    except InputError:
+        raise
+    except ValueError as error:
         raise InputError(f"{path}: not JSON ({error})") from None
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text:.20} is no finite number")
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > MOST_DIGITS:
+        raise ValueError("a number that is too long")
+    return int(text)
+
+
+def _each_name_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f'the field "{twice:.40}" stands there twice')
+    return found
+
+
+_READER = json.JSONDecoder(
+    object_pairs_hook=_each_name_once, parse_int=_whole, parse_float=_finite, parse_constant=_finite
+)
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON that every reader reads alike, or a ValueError: numbers are finite, a name stands once in its
+    object, texts are Unicode. (Python's own reader takes NaN, the last of two, and half characters.)"""
+    text = (text if isinstance(text, str) else text.decode("utf-8")).removeprefix("\ufeff").strip()
+    try:
+        value = _READER.decode(text)
+        if _HALF.search(text):  # half of a character, or both halves of one
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    except UnicodeEncodeError:
+        raise ValueError("text that is not Unicode: half of a surrogate pair") from None
+    return value
+
+
+def open_file(path: str | Path) -> BufferedReader:
+    """Opens a file on disk to read bytes. A pipe or a device is refused before it is opened: it may never
+    give anything."""
+    with read_errors_as_input_errors(path):
+        mode = os.stat(path).st_mode
+        if not stat.S_ISDIR(mode):  # of a directory, the system says in its own words what is wrong
+            need(stat.S_ISREG(mode), f"{path}: a pipe or a device; expected a file on disk")
+        return Path(path).open("rb")
+
+
+@contextlib.contextmanager
+def only_writer(place: Path) -> Iterator[None]:
+    """Holds `place` against other processes. The system lets go of it when its holder dies."""
+    with disk_errors_as_input_errors(place):
+        place = place.resolve()
+        lock = place.with_name(f".{place.name or 'root'}.lock")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        held = True
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held it before may have removed the file that was opened here.
+            held = lock.exists() and os.path.samestat(os.fstat(handle), os.stat(lock))
+        except BlockingIOError:
+            held = False
+        except OSError:  # a file system without locks: nobody is kept out
+            pass
+        need(held, f"{place}: another process is at work there; wait until it ends, or name another place")
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -198,22 +293,60 @@ def disk_errors_as_input_errors(place: str | Path) -> Iterator[None]:
         raise InputError(f"{named}: {error.strerror}; mend that, and run the same command again") from None
 
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """A text as a terminal may show it: its control characters, but tab and newline, as JSON writes them.
+
+    A response could otherwise move the cursor, and a verdict with it."""
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
 def exit_status(main, *args) -> int:
     """Runs a command's main and maps what happened to the exit status that every command shares.
 
-    Under torchrun every rank meets the same bad input; the first one says it.
+    SIGTERM stops it as Ctrl-C does. Under torchrun every rank meets the same bad input; the first one says
+    it, and the others let it: the launcher ends all of them as soon as one has gone.
     """
-    message = ""
+    message, rank = "", int(os.environ.get("RANK", 0))
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if is_main else None
     try:
         status = main(*args) or 0
         sys.stdout.flush()
     except InputError as error:
-        status, message = 2, "error: " + " ".join(str(error).split())
+        status, message = 2, "error: " + " ".join(visible(str(error)).split())
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
     except BrokenPipeError:  # whoever read what was printed has left, as `| head` does
         status = 141  # as of those that the signal ends: a run may have been cut
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if message and int(os.environ.get("RANK", 0)) == 0:
-        print(message, file=sys.stderr)
+    finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, before)
+    if message and rank == 0:
+        print(message, file=sys.stderr, flush=True)
+    elif status == 2:
+        time.sleep(SECONDS_TO_SPEAK)
     return status
+
+
+def quit_on_interrupt() -> None:
+    """Until a command's main runs, Ctrl-C and SIGTERM end it at once, in one line."""
+
+    def end(number: int, frame: Any) -> None:
+        os.write(2, b"interrupted\n")
+        os._exit(130)
+
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, end)
+
+
+def run_command(main) -> None:
+    """A command's last line: runs its main on what was typed. Once it leaves, it is not interrupted."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    status = exit_status(main, sys.argv[1:])
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, signal.SIG_IGN)
+    sys.exit(status)

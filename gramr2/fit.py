@@ -34,14 +34,26 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from gramr2 import parallel
+from gramr2 import parallel, resume
 from gramr2.cost import describe, matmul_rate, step_flops
 from gramr2.examples import ExampleBuilder
-from gramr2.files import InputError, digest, publish_file, read_json, write_json, write_rows
+from gramr2.fields import Fields, as_dataclass
+from gramr2.files import (
+    InputError,
+    digest,
+    need,
+    open_file,
+    parse_json,
+    publish_file,
+    read_json,
+    write_json,
+    write_rows,
+)
 from gramr2.loss import OBJECTIVES, Objective, Trainee, collate
 from gramr2.model import Decoder, ModelConfig
 from gramr2.plan import global_batches, make_plan, read_model_config, split_into_packs
 from gramr2.records import Example
+from gramr2.seals import SEALS, check_seals, model_files
 from gramr2.settings import FREE, TrainSettings, check_identity
 from gramr2.tokenizer import Tokenizer
 from gramr2.weights import read_config, save
@@ -61,7 +73,7 @@ def train(
     Joins a process group that exists. Raises Stopped once it has saved because a signal asked it to.
     """
     data, model_dir, out = [Path(path) for path in data], Path(model_dir), Path(out)
-    with parallel.join_ranks(settings) as ranks, stop_on_signals() as stop:
+    with parallel.join_ranks(settings) as ranks, stop_on_signals() as stop, ranks.only_writer(out):
         builder = ExampleBuilder(stage, settings, data, model_dir)
         tokenizer, entry = builder.tokenizer, builder.stage  # the stage's entry in the table
         config = read_model_config(entry.name, entry.head, settings, model_dir, tokenizer)
@@ -114,14 +126,14 @@ class Loop:
 
     def __post_init__(self):
         self.optimizer = make_optimizer(self.trainee, self.settings)
-        self.state = parallel.training_state(self.trainee, self.optimizer)
-        self.resume = parallel.ResumePoints(self.out / "resume", self.ranks)
+        self.state = resume.training_state(self.trainee, self.optimizer)
+        self.resume = resume.ResumePoints(self.out / "resume", self.ranks)
 
     def restore(self) -> None:
         """Continues from the newest resume point, if there is one."""
         cursor = self.resume.load(self.state)
         if cursor is not None:
-            self.cursor = Cursor(**cursor)
+            self.cursor = as_dataclass(Cursor, cursor, f"{self.resume.directory}: ")
             for state in self.optimizer.state.values():
                 state["step"].fill_(self.cursor.updates)
         self.ranks.on_rank_0(lambda: keep_metrics(self.out / "metrics.jsonl", self.cursor.step))
@@ -264,34 +276,53 @@ def identity(stage: str, settings: TrainSettings, data: Sequence[Path], model_di
     fields = {"stage": stage}
     fields |= {name: str(value) for name, value in vars(settings).items() if name not in FREE}
     fields |= {f"data file {n + 1}": f"{path.name} {digest(path)}" for n, path in enumerate(data)}
-    files = sorted(path for path in model_dir.iterdir() if path.is_file() and path.name != "training.json")
-    return fields | {f"model's {path.name}": digest(path) for path in files}
+    return fields | {f"model's {path.name}": digest(path) for path in model_files(model_dir)}
 
 
 def finished(out: Path, now: dict[str, str]) -> dict[str, Any] | None:
     """The figures of a run that left its model; None while there is none. Another run's are refused."""
-    if not (out / "model" / "training.json").exists():
+    model = out / "model"
+    if not (model / "training.json").exists():
         return None
-    record = read_json(out / "model" / "training.json")
-    check_identity(record["run"], now, out)
-    return record["figures"]
+    record = Fields(read_json(model / "training.json"), f"{model / 'training.json'}: ")
+    check_identity(record.get("run", dict), now, out)
+    if (model / SEALS).exists():
+        seals = Fields(read_json(model / SEALS), f"{model / SEALS}: ").row
+        check_seals(model, seals, f"bring it back, or remove {model} and train it again")
+    return record.get("figures", dict)
 
 
 def open_run(out: Path, now: dict[str, str], ranks: parallel.Ranks) -> None:
     """Writes down what the run is, or checks that it is what stands there. Without a state it begins anew."""
-    record = out / "resume" / "run.json"
-    begun = any(record.parent.glob("step-*")) and record.exists()
-    ranks.on_rank_0(lambda: check_identity(read_json(record), now, out) if begun else write_json(record, now))
+
+    def open_or_check() -> None:
+        record = out / "resume" / "run.json"
+        theirs = [*out.glob("model"), *out.glob("metrics.jsonl"), *record.parent.glob("[!.]*")]
+        need(record.exists() or not theirs, f"{[*theirs, ''][0]}: is of no run of ours; name another --out")
+        if any(record.parent.glob("step-*")) and record.exists():
+            check_identity(Fields(read_json(record), f"{record}: ").row, now, out)
+        else:
+            write_json(record, now)
+
+    ranks.on_rank_0(open_or_check)
 
 
 def keep_metrics(path: Path, steps: int) -> None:
     """Drops the rows of steps after the last resume point: a resumed run takes, and writes, them again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        with open_file(path) as file:
+            lines = [line for line in file if line.endswith(b"}\n")]
+        try:
+            numbers = [Fields(parse_json(line)).get("step", int) for line in lines]
+        except ValueError as error:
+            raise InputError(
+                f"{path}: is damaged ({error}); remove it, and run the same command again"
+            ) from None
         with publish_file(path) as temporary:
-            whole = (line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= steps)
-            temporary.write_text("".join(whole), encoding="utf-8")
+            temporary.write_bytes(
+                b"".join(line for line, n in zip(lines, numbers, strict=True) if n <= steps)
+            )
 
 
 @contextlib.contextmanager

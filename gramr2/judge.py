@@ -1,10 +1,11 @@
 """The reward model at work: pairs in, verdicts with reasons and probabilities out; lists in, rankings out.
 
-A judge's answer is sampled several times, half of the votes with the responses exchanged (votes.py). After a
-rationale the softmax of one answer says what that rationale concluded, almost always above 0.99; how sure the
-model is shows in how its rationales disagree. So p_a is the mean of the two orders' means of the verdict's
-softmax over {A, B} (`Judgment.from_votes`). Majorities that change with the order are no preference: p_a then
-reads 0.5, `orders_agree` is false, and the label is only the side to which the votes lean.
+A judge's answer is sampled several times, half of the votes with the responses exchanged (votes.py). The
+label is what most votes say. After a rationale the softmax of one answer says what that rationale concluded,
+almost always above 0.99; how sure the model is shows in how its rationales disagree. So p_a is the mean of
+the two orders' means of what each vote is worth: its letter says the side, its softmax over {A, B} how far
+(`Judgment.from_votes`). Majorities that change with the order are no preference: p_a then reads 0.5,
+`orders_agree` is false, and the label is only the side to which the votes lean.
 
 A discriminative model scores each response by itself, and has no votes to count. What other kinds of judges
 there are is a `Format` each.
@@ -18,6 +19,7 @@ Shapes: T tokens, D model width.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations, islice
@@ -29,14 +31,15 @@ import numpy as np
 import torch
 
 from gramr2 import prompts
-from gramr2.files import InputError, JsonRow, read_json
+from gramr2.fields import Fields
+from gramr2.files import InputError, JsonRow, need, read_json
 from gramr2.model import Decoder
 from gramr2.rankings import Contest, Duel, Ranking, preference
-from gramr2.records import UNDECIDED, Judgment, Messages, Pair
+from gramr2.records import UNDECIDED, Judgment, Messages, Pair, Vote
 from gramr2.settings import PAIRS_PER_CALL
 from gramr2.tokenizer import Tokenizer
-from gramr2.votes import SCALAR, THINK, Format, Voter, sigmoid, too_long
-from gramr2.weights import load
+from gramr2.votes import SCALAR, THINK, Format, Voter, softmax_of, too_long
+from gramr2.weights import fingerprint, load
 from kernels.packed_attention import packed_causal, packed_positions
 
 MAX_NEW_TOKENS = 4096
@@ -53,6 +56,7 @@ class RewardModel:
         self.model, self.tokenizer, self.template, self.format = model, tokenizer, template, format
         self.voter = Voter(model, tokenizer, template, format) if format.endings else None
         self.calibration: JsonRow = {}  # fitted by extras/evaluate.py; empty: none
+        self.weights = ""  # a hash of them, where a calibration was fitted to some
 
     @classmethod
     def load(
@@ -75,9 +79,14 @@ class RewardModel:
             if note.startswith("warning"):
                 print(note, file=sys.stderr)
         judge = cls(model, tokenizer, template, format)
-        if (Path(directory) / CALIBRATION).is_file():
-            judge.calibration = read_json(Path(directory) / CALIBRATION) or {}
+        if (Path(directory) / CALIBRATION).exists():
+            judge.calibration = read_calibration(Path(directory) / CALIBRATION)
+            judge.weights = fingerprint(directory)
         return judge
+
+    @property
+    def prompt_hash(self) -> str:
+        return hashlib.sha256(self.template.encode()).hexdigest()[:16] if self.voter else ""
 
     # ------------------------------------------------------------------ pairs
 
@@ -113,8 +122,11 @@ class RewardModel:
                 yield pair, self._calibrated(judgment) if calibrated else judgment
 
     def calibrates(self, votes: int, temperature: float) -> bool:
-        """Whether the directory's calibration is for such votes: others are distributed in another way."""
+        """Whether the directory's calibration is for such votes of this judge, with these weights and this
+        prompt: others are distributed in another way."""
         fitted = self.calibration.get("votes")
+        if self.calibration.get("judge") != f"{self.weights} {self.prompt_hash}":
+            return False
         if self.format.parse is None:  # nothing is sampled
             return fitted == (2 if self.voter else 0)
         return (fitted, self.calibration.get("greedy")) == (votes, not temperature)
@@ -122,8 +134,9 @@ class RewardModel:
     def _calibrated(self, judgment: Judgment | InputError) -> Judgment | InputError:
         if isinstance(judgment, InputError) or judgment.p_a == UNDECIDED:
             return judgment
-        p_a = np.interp(judgment.p_a, self.calibration["p"], self.calibration["calibrated"])
-        return dataclasses.replace(judgment, p_a=float(p_a))
+        p_a = float(np.interp(judgment.p_a, self.calibration["p"], self.calibration["calibrated"]))
+        same_side = (p_a > UNDECIDED) == (judgment.p_a > UNDECIDED)
+        return dataclasses.replace(judgment, p_a=p_a if same_side else UNDECIDED)
 
     # ------------------------------------------------------------------ scores
 
@@ -139,8 +152,11 @@ class RewardModel:
         if tokens > room:
             return too_long(pair, tokens, room)
         a, b = self.scores(sequences)
+        p_a = softmax_of(a, b)
+        if p_a is None:
+            return Judgment.from_votes([Vote(None, "AB", None, "the scores are not finite")])
         label = None if a == b else "A" if a > b else "B"
-        return Judgment(label, sigmoid(a - b), {"A": 0, "B": 0, "none": 0})
+        return Judgment(label, p_a, {"A": 0, "B": 0, "none": 0})
 
     @torch.no_grad()
     def scores(self, sequences: Sequence[Sequence[int]]) -> list[float]:
@@ -243,6 +259,17 @@ def _shares_won(duels: Sequence[Duel], preferences: Sequence[float], count: int)
         won[i].append(share)
         won[j].append(1 - share)
     return [fmean(each) if each else UNDECIDED for each in won]
+
+
+def read_calibration(path: Path) -> JsonRow:
+    """A map of probabilities to frequencies: it rises, from 0 to 1, and says whose it is."""
+    fields = Fields(read_json(path), f"{path}: ")
+    found = {"votes": fields.get("votes", int, low=0), "greedy": fields.get("greedy", bool)}
+    found |= {name: fields.get(name, tuple[float, ...], low=0, high=1) for name in ("p", "calibrated")}
+    p, calibrated = map(list, (found["p"], found["calibrated"]))
+    rises = len(p) == len(calibrated) > 0 and p == sorted(p) and calibrated == sorted(calibrated)
+    need(rises, f"{path}: p and calibrated should be as many, and rise; fit it again (infer.py --calibrate)")
+    return found | {"judge": fields.get("judge", str, "")}
 
 
 def raise_if_error(found: Found | InputError) -> Found:

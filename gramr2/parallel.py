@@ -1,14 +1,14 @@
-"""One model over many processes: the process group, FSDP2, and resume points.
+"""One model over many processes: the process group, and FSDP2.
 
 `join_ranks` makes, or joins, the process group and says where this rank stands. `wrap` puts a meta-device
 model on its ranks: each block is a group of parameters, the root is another; weights are fp32, computing is
 bf16 or fp32, gradients are reduced in fp32. `load_weights` reads a checkpoint tensor by tensor, and each rank
-keeps its own part. `ResumePoints` writes and reads the state of a run with torch.distributed.checkpoint, so
-that it may be resumed on another number of ranks.
+keeps its own part.
 
 One CPU process is the same code without the wrapping: there is nothing to split and nothing to cast.
 
-It leaves out: tensor, pipeline and context parallelism. An 8B model on one node needs none of them.
+It leaves out: resume points (resume.py); tensor, pipeline and context parallelism, of which an 8B model on
+one node needs none.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import contextlib
 import datetime
 import gc
 import os
-import shutil
+import signal
 import sys
-import warnings
+import threading
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -37,15 +36,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from gramr2.files import InputError, read_json, write_json
+from gramr2.files import InputError, need, only_writer
 from gramr2.loss import Trainee
 from gramr2.settings import TrainSettings
 from gramr2.weights import checkpoint_tensors, plain_parameters
 
-KEPT = 2  # resume points: the newest, and the one before in case a disk lied
 PATIENCE = datetime.timedelta(minutes=30)  # within a training step
 # Between steps one rank may sample, or read, for hours while the others wait. A dead one breaks the next
 # exchange.
+SECONDS_TO_SAVE = 60  # of a run whose launcher has died
 LONG_PATIENCE = datetime.timedelta(days=2)
 
 
@@ -69,6 +68,13 @@ class Ranks:
         """A progress bar, on the first rank alone; a log gets a line of it every ten seconds."""
         often = 0.2 if sys.stderr.isatty() else 10
         return tqdm(total=total, disable=not self.is_first, mininterval=often, **shown)
+
+    @contextlib.contextmanager
+    def only_writer(self, place: Path) -> Iterator[None]:
+        """Holds a directory against other runs; the first rank does, for all."""
+        with contextlib.ExitStack() as held:
+            self.on_rank_0(lambda: held.enter_context(only_writer(place)))
+            yield
 
     def all_reduce_sum(self, *numbers: float) -> list[float]:
         """Sums over ranks, in float64."""
@@ -122,6 +128,8 @@ def join_ranks(settings: TrainSettings) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=end_with_launcher, daemon=True).start()
     owned = not dist.is_initialized() and ("WORLD_SIZE" in os.environ or cuda)
     if owned:
         launched = "WORLD_SIZE" in os.environ
@@ -141,6 +149,16 @@ def join_ranks(settings: TrainSettings) -> Iterator[Ranks]:
         else:
             for group in groups:
                 dist.destroy_process_group(group)
+
+
+def end_with_launcher() -> None:
+    """Ends this process soon after the launcher that started it: nobody is left who would end it."""
+    launcher = os.getppid()
+    while os.getppid() == launcher:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)  # a training saves, and whatever else stops
+    time.sleep(SECONDS_TO_SAVE)
+    os._exit(130)  # it waits for another rank
 
 
 def _mesh(settings: TrainSettings, device: torch.device) -> DeviceMesh:
@@ -209,90 +227,6 @@ def whole_tensors(trainee: Trainee, dtype: torch.dtype) -> Iterator[tuple[str, T
     """(name, tensor) of the decoder, put together one at a time; every rank must take them all."""
     for name, parameter in plain_parameters(trainee.decoder):
         tensor = parameter.detach()
-        yield name, (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).to("cpu", dtype)
-
-
-# ---------------------------------------------------------------------------------- resume points
-
-
-def training_state(trainee: Trainee, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Everything that a step changes, by flat names that no number of ranks appears in."""
-    state = {}
-    trained = ((name, each) for name, each in trainee.decoder.named_parameters() if each.requires_grad)
-    for name, parameter in trained:
-        state[f"weight.{name}"] = parameter.detach()
-        for key in ("exp_avg", "exp_avg_sq"):
-            state[f"{key}.{name}"] = optimizer.state[parameter][key]
-    return state
-
-
-class ResumePoints:
-    """The directory `resume/`: step-N/ holds a whole state; what is being written begins with a dot.
-
-    A state is copied, then written by a thread while training goes on. It is published by a rename once
-    every rank has written its part. A failure to write leaves the earlier points as they are. On several
-    nodes the directory has to be one that all of them see.
-    """
-
-    def __init__(self, directory: Path, ranks: Ranks):
-        self.directory, self.ranks = directory, ranks
-        group = ranks.checkpoint_group
-        self.options: dict[str, Any] = {"no_dist": True} if group is None else {"process_group": group}
-        # One process without a process group is meant. The thread that writes may warn of it at any time.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        self.pending: tuple[Future, Path, Path] | None = None
-
-    def points(self) -> list[Path]:
-        return sorted(self.directory.glob("step-*"))  # their numbers have leading zeros
-
-    def load(self, state: dict[str, Tensor]) -> dict[str, Any] | None:
-        """Fills `state` in place from the newest point and returns its cursor; None where there is none."""
-        newest = self.ranks.all_gather([str(path) for path in self.points()])[0][-1:]
-        if not newest:
-            return None
-        dcp.load(state, checkpoint_id=newest[0], **self.options)
-        return read_json(Path(newest[0]) / "cursor.json")
-
-    def save(self, step: int, state: dict[str, Tensor], cursor: dict[str, Any]) -> None:
-        self.finish()
-        final = self.directory / f"step-{step:08}"
-        temporary = self.directory / f".{final.name}.tmp-0"
-        if self.ranks.is_first:
-            for stale in self.directory.glob(".step-*.tmp-*"):
-                shutil.rmtree(stale, ignore_errors=True)
-            with self._reporting(temporary):
-                write_json(temporary / "cursor.json", cursor)
-        # Nothing is copied ahead: that takes a CUDA stream, on the first GPU, for tensors of the CPU.
-        writer = dcp.FileSystemWriter(temporary, per_thread_copy_ahead=0)
-        future: Any = dcp.async_save(state, storage_writer=writer, **self.options)
-        self.pending = (future, temporary, final)
-
-    def publish_when_written(self) -> None:
-        """Between steps: the first rank's write ends when every rank's has."""
-        if self.pending and self.pending[0].done():
-            self.finish()
-
-    def finish(self) -> None:
-        """Waits for what is being written, and publishes it."""
-        if self.pending is None:
-            return
-        (future, temporary, final), self.pending = self.pending, None
-        with self._reporting(temporary):
-            future.result()
-            if self.ranks.is_first and (temporary / "cursor.json").exists():
-                os.replace(temporary, final)
-                for old in self.points()[:-KEPT]:
-                    shutil.rmtree(old, ignore_errors=True)
-
-    @contextlib.contextmanager
-    def _reporting(self, temporary: Path) -> Iterator[None]:
-        """A state that could not be written costs time, not the run: say so, and go on."""
-        try:
-            yield
-        except (OSError, dcp.api.CheckpointException) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            kept = self.points()[-1:]
-            stands = f"{kept[0]} stands" if kept else "there is no earlier one"
-            if self.ranks.is_first:
-                reason = " ".join(str(error).split())[-200:]
-                print(f"warning: a resume point was not saved ({reason}); {stands}", file=sys.stderr)
+        whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).to("cpu", dtype)
+        need(bool(whole.isfinite().all()), f"{name}: holds numbers that are not finite; nothing is published")
+        yield name, whole

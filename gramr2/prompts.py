@@ -78,6 +78,19 @@ def prover_prompt(pair: Pair, template: str = PROVER_PROMPT, hide_label: bool = 
     return _filled(check_template(template, "prover"), pair, HIDDEN_LABEL if hide_label else pair.label)
 
 
+def forged(pair: Pair, template: str = JUDGE_PROMPT) -> tuple[str, ...]:
+    """The fields of a pair in which a line begins as the template's own lines around what is filled in do.
+
+    A response could so end before its end, and speak as the prompt: no frame of text keeps that out.
+    """
+    pieces = [each.split("\n") for each in _PLACEHOLDER.split(template)[::2]]
+    beside = [line.strip() for piece in pieces for line in (*piece[:2], *piece[-2:])]
+    frame = tuple({line for line in beside if re.search(r"\w{3}", line)})
+    texts = {"question": pair.question, "response_a": pair.response_a, "response_b": pair.response_b}
+    hold = (name for name in texts if any(line.strip().startswith(frame) for line in texts[name].split("\n")))
+    return tuple(hold) if frame else ()
+
+
 # --- which template a checkpoint wants -------------------------------------------------------------------
 
 _PYTHON_STRING = re.compile(r"(\"\"\"|''')(?:[^\\]|\\.)*?\1", re.DOTALL)
@@ -164,23 +177,25 @@ def parse_letter(answer: str, note: str = "") -> Verdict:
     return Verdict(None, "answer names both" if both else "answer is neither A nor B")
 
 
-def after_thinking(text: str, thinking_open: bool) -> str | None:
-    """What follows the last "</think>"; None where the thinking was open and has not closed.
+def after_thinking(text: str, thinking_open: bool) -> tuple[str | None, str]:
+    """→ what follows "</think>"; or None, and why: thinking that has not closed, or goes on behind it.
 
-    The last, because the thinking may quote a "</think>"; one that is quoted after the answer then costs an
-    abstention, and never a wrong label.
+    Which of two "</think>" is the judge's own, and which one it quotes, nothing tells: no verdict counts.
     """
-    _, closed, after = text.rpartition("</think>")
+    _, closed, after = text.partition("</think>")
     thinking, answer = text.find("<think>"), text.find("<answer>")
-    cut = not closed and (thinking_open or (thinking >= 0 and (answer < 0 or thinking < answer)))
-    return None if cut else after
+    if not closed and (thinking_open or (thinking >= 0 and (answer < 0 or thinking < answer))):
+        return None, "unfinished thinking"
+    if closed and re.search("</?think>", after):
+        return None, "a second thinking after the first"
+    return (after if closed else text), ""
 
 
 def tagged_answer(text: str, thinking_open: bool) -> tuple[str | None, str]:
     """→ (what stands in the last closed <answer>…</answer> after the thinking, or None; a note, or why)."""
-    after = after_thinking(text, thinking_open)
+    after, reason = after_thinking(text, thinking_open)
     if after is None:
-        return None, "unfinished thinking"
+        return None, reason
     start = after.rfind("<answer>", 0, max(after.rfind("</answer>"), 0))
     if start < 0:
         return None, "unclosed answer" if "<answer>" in after else "no answer"
@@ -313,9 +328,9 @@ def rationale_from_proof(text: str, thinking_open: bool = False) -> Reading:
 
     Thinking before the proof is passed over.
     """
-    proof = after_thinking(text, thinking_open)
+    proof, reason = after_thinking(text, thinking_open)
     if proof is None:
-        return Reading(None, "unfinished thinking")
+        return Reading(None, reason)
     in_turn = _IN_TURN.search(proof) is not None
     headings, parts, reason = _split_by(proof.strip(), _PROOF_FRAME_IN_TURN if in_turn else _PROOF_FRAME)
     if reason:

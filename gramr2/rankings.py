@@ -30,11 +30,13 @@ Search = Generator[list[Duel], None, Result]  # yields the comparisons that it w
 def preference(judgment: Judgment | InputError) -> float:
     """p that A is better: a number also where the orders disagree and `p_a` is 0.5; 0.5 after a failure.
 
-    It is made from the votes, where there are any: a calibration enters for judges without votes only.
+    It is made from the votes, where there are any: a calibration enters for judges without votes only. It
+    never contradicts what most votes say.
     """
     if isinstance(judgment, InputError):
         return UNDECIDED
-    return mean_over_orders(judgment.details, judgment.p_a)
+    p = mean_over_orders(judgment.details, judgment.p_a)
+    return p if judgment.label in (None, "A" if p > UNDECIDED else "B") else UNDECIDED
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,10 @@ class Ranking:
     overruled: list[tuple[int, int, float]]  # (i, j, p): i was preferred to j, which the order puts first
 
     @property
-    def best(self) -> int:
-        return self.order[0]
+    def best(self) -> int | None:
+        """None where no comparison has preferred anything: the first of the list is then only the first."""
+        decided = not self.answers or any(answer.label for answer in self.answers.values())
+        return self.order[0] if decided else None
 
     @property
     def comparisons(self) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gramr2.fields import typed
 from gramr2.files import InputError, read_text
 from gramr2.stages import STAGES
 
@@ -53,18 +54,5 @@ def resolve(
         for name, value in values.items():
             if name not in kinds:
                 raise InputError(f"{where}: unknown setting {name}; there are {', '.join(kinds)}")
-            merged[name] = _coerce(value, kinds[name], f"{where} {name}")
+            merged[name] = typed(value, kinds[name], f"{where} {name}")
     return cls(**merged)
-
-
-def _coerce(value: Any, kind: Any, where: str) -> Any:
-    """A TOML value as its field's type. One value will do as a list, and a whole number as a float."""
-    if typing.get_origin(kind) is tuple:
-        values = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(_coerce(each, typing.get_args(kind)[0], where) for each in values)
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-        raise InputError(f"{where}: expected {names[kind]}, got {value!r}")
-    return value

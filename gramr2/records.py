@@ -23,7 +23,8 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
-from gramr2.files import InputError, JsonRow
+from gramr2.fields import Fields, as_dataclass
+from gramr2.files import InputError, JsonRow, need
 
 Messages = tuple[tuple[str, str], ...]  # (role, content) of each turn
 OTHER = {"A": "B", "B": "A", None: None}
@@ -93,20 +94,14 @@ def _is_stored(text: str) -> bool:
 
 @dataclass(frozen=True)
 class _Record:
-    """JSON both ways for the flat records: every field by its name; unknown names are refused.
-
-    JSON has lists for tuples, and no record has a list.
-    """
+    """JSON both ways for the flat records: every field by its name and of its type, and no other."""
 
     def to_json(self) -> JsonRow:
         return asdict(self)
 
     @classmethod
     def from_json(cls, row: JsonRow):
-        try:  # to unpack what is no object is a TypeError too
-            return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in {**row}.items()})
-        except TypeError as error:
-            raise InputError(f"not a {cls.__name__} record: {error}") from None
+        return as_dataclass(cls, row)
 
 
 def content_id(messages: Messages, response_a: str, response_b: str) -> str:
@@ -176,10 +171,9 @@ class Pair:
     @classmethod
     def from_json(cls, row: JsonRow) -> Pair:
         """A row of a pair file, in any of the common spellings (`SPELLINGS`)."""
-        if not isinstance(row, dict):
-            raise InputError("not an object with named fields")
-        a, b = _text(row, "response_a"), _text(row, "response_b")
-        given = _known(row, "rationale", "label")
+        fields = Fields(row)
+        a, b = _text(fields, "response_a"), _text(fields, "response_b")
+        given = _known(fields, "rationale", "label")
         if not any(name in row for name in SPELLINGS["response_a"][:-1]):  # "chosen" it is
             if given.get("label", "A") != "A":
                 raise InputError('fields "chosen" and "label" disagree; leave one of them out')
@@ -187,9 +181,9 @@ class Pair:
         if "rationale" in given and not _is_stored(given["rationale"]):
             given["rationale"] = mark(given["rationale"])
         messages = messages_of(row)
-        given |= _known(row, "source", "domain", "margin", "meta")
+        given |= _known(fields, "source", "domain", "margin", "meta")
         if row.get("id") is not None:
-            given["id"] = str(row["id"])
+            given["id"] = str(fields.get("id", int if type(row["id"]) is int else str))
         return cls(messages, a, b, **given)
 
 
@@ -200,29 +194,20 @@ SPELLINGS = {
     "response_b": ("response_b", "response_B", "response2", "response_2", "rejected"),
 }
 # The fields that a pair need not have, and what they hold.
-OPTIONAL: dict[str, type | tuple[type, ...]] = {"rationale": str, "label": str, "source": str, "domain": str}
-OPTIONAL |= {"margin": (int, float), "meta": dict}
+OPTIONAL: dict[str, type] = {"rationale": str, "label": str, "source": str, "domain": str, "margin": float}
+OPTIONAL |= {"meta": dict}
 
 
-def _text(row: JsonRow, field_name: str) -> str:
+def _text(fields: Fields, field_name: str) -> str:
     for name in SPELLINGS[field_name]:
-        if name in row:
-            if isinstance(row[name], str):
-                return row[name]
-            raise InputError(f'field "{name}" is not text')
+        if name in fields.row:
+            return fields.get(name, str)
     raise InputError(f'no field "{field_name}" (nor {", ".join(SPELLINGS[field_name][1:])})')
 
 
-def _known(row: JsonRow, *names: str) -> JsonRow:
+def _known(fields: Fields, *names: str) -> JsonRow:
     """Of these fields, those that the row has."""
-    return {name: _typed(row, name) for name in names if row.get(name) is not None}
-
-
-def _typed(row: JsonRow, name: str) -> Any:
-    value = row[name]
-    if isinstance(value, OPTIONAL[name]) and not isinstance(value, bool) and value == value:  # not NaN
-        return value
-    raise InputError(f'field "{name}" is {value!r:.40}, of another type than expected')
+    return {name: fields.get(name, OPTIONAL[name]) for name in names if fields.row.get(name) is not None}
 
 
 def as_messages(turns: Any, name: str = "messages") -> Messages:
@@ -237,20 +222,20 @@ def as_messages(turns: Any, name: str = "messages") -> Messages:
 
 def messages_of(row: JsonRow) -> Messages:
     """A row's conversation, or its one question."""
-    if not isinstance(row, dict):
-        raise InputError("not an object with named fields")
+    fields = Fields(row)
     if row.get("messages") is not None:
         return as_messages(row["messages"])
-    return (("user", _text(row, "question")),)
+    return (("user", _text(fields, "question")),)
 
 
 @dataclass(frozen=True)
 class Vote(_Record):
     """One sampled verdict. `label` and `p_a` are in the pair's own order, whatever order was asked."""
 
-    label: str | None  # None: an abstention, and `reason` says why
-    order: str  # "AB" as given, "BA" swapped
-    p_a: float | None  # softmax over {A, B} where the verdict stands; None where there is none
+    label: str | None = field(metadata={"among": ("A", "B")})  # None: an abstention, and `reason` says why
+    order: str = field(metadata={"among": ("AB", "BA")})  # "AB" as given, "BA" swapped
+    # Softmax over {A, B} where the verdict stands; None where there is none.
+    p_a: float | None = field(metadata={"low": 0, "high": 1})
     reason: str = ""
     text: str = ""  # what the model wrote, in the order that was asked
     seed: int = 0  # of the vote's own noise
@@ -261,42 +246,61 @@ class Vote(_Record):
         """What was written before the answer, without the tags; "" where the thinking did not close."""
         return self.text.rpartition("</think>")[0].strip().removeprefix("<think>").strip()
 
+    @property
+    def worth(self) -> float | None:
+        """The probability of A that the vote stands for: its letter says which side, its softmax how far.
+
+        A letter may be drawn against the softmax; it is then as sure of itself as that was of the other.
+        """
+        if self.label is None or self.p_a is None:
+            return self.p_a
+        return max(self.p_a, 1 - self.p_a) if self.label == "A" else min(self.p_a, 1 - self.p_a)
+
 
 @dataclass(frozen=True)
 class Judgment(_Record):
     """What the votes on one pair come to."""
 
-    label: str | None
-    p_a: float  # 0.5 where every vote abstained, and where the two orders disagree
+    label: str | None = field(metadata={"among": ("A", "B")})
+    # 0.5 where every vote abstained, and where the two orders disagree.
+    p_a: float = field(metadata={"low": 0, "high": 1})
     votes: dict[str, int] = field(hash=False)  # {"A": n, "B": n, "none": n}
     abstained: int = 0
     rationale: str | None = None  # of a vote for the label, in the stored form and the pair's order
-    orders_agree: bool | None = None  # None where only one order was asked
+    orders_agree: bool | None = None  # None where only one order was asked, or could be read
     details: tuple[Vote, ...] = ()
+    forged: tuple[str, ...] = ()  # fields of the pair in which a line of the judge's prompt stands
 
     @classmethod
     def from_votes(cls, votes: Sequence[Vote]) -> Judgment:
-        """p_a is `mean_over_orders`; 0.5 where the orders' majorities are not the same letter.
+        """The label is what most of the votes say that were read, over both orders; of a tie, its lean.
 
-        The label is the side of 0.5 on which that mean lies, also where the orders disagree.
+        p_a is `mean_over_orders`; 0.5 where the orders' majorities are not the same letter, and where it
+        would contradict the label.
         """
-        mean = mean_over_orders(votes, UNDECIDED)
-        label = None if mean == UNDECIDED else "A" if mean > UNDECIDED else "B"
-        majorities = []
-        for order in {vote.order for vote in votes}:
-            labels = [vote.label for vote in votes if vote.order == order]
-            lead = labels.count("A") - labels.count("B")
-            majorities.append("A" if lead > 0 else "B" if lead < 0 else None)
-        agree = majorities in (["A", "A"], ["B", "B"]) if len(majorities) == 2 else None
-        p_a = UNDECIDED if agree is False else mean
         given = [vote.label for vote in votes]
         counts = {"A": given.count("A"), "B": given.count("B"), "none": given.count(None)}
-        return cls(label, p_a, counts, counts["none"], _surest_rationale(label, votes), agree, tuple(votes))
+        p_a = mean_over_orders(votes, UNDECIDED)
+        lean = None if p_a == UNDECIDED else "A" if p_a > UNDECIDED else "B"
+        label = _majority(given) or lean
+        by_order = [[vote.label for vote in votes if vote.order == order] for order in ("AB", "BA")]
+        read = [_majority(labels) for labels in by_order if any(labels)]
+        orders_agree = read in (["A", "A"], ["B", "B"]) if len(read) == 2 else None
+        p_a = p_a if label == lean and orders_agree is not False else UNDECIDED
+        rationale = _surest_rationale(label, votes)
+        return cls(label, p_a, counts, counts["none"], rationale, orders_agree, tuple(votes))
+
+    @property
+    def was_read(self) -> bool:
+        """Whether an answer could be read. (Equal responses are not asked about, which is no failure.)"""
+        return not 0 < self.abstained == sum(self.votes.values())
 
     @classmethod
     def from_json(cls, row: JsonRow) -> Judgment:
-        votes = tuple(Vote.from_json(vote) for vote in row.get("details", ()))
-        return super().from_json(row | {"details": votes})
+        votes = tuple(Vote.from_json(vote) for vote in Fields(row).get("details", tuple[dict, ...], ()))
+        found = super().from_json(row | {"details": votes})
+        need(found.votes.keys() == {"A", "B", "none"}, 'field "votes": expected numbers for A, B and none')
+        return found
 
     @classmethod
     def from_row(cls, row: JsonRow) -> Judgment:
@@ -304,12 +308,17 @@ class Judgment(_Record):
         return cls.from_json({key: row[key] for key in row if key not in ("id", "pair", "judge")})
 
 
+def _majority(labels: Sequence[str | None]) -> str | None:
+    lead = labels.count("A") - labels.count("B")
+    return "A" if lead > 0 else "B" if lead < 0 else None
+
+
 def mean_over_orders(votes: Sequence[Vote], otherwise: float) -> float:
-    """The mean of the two orders' means of p_a: both weigh the same. `otherwise`: where no vote has one."""
+    """The mean of the two orders' mean worth: both weigh the same. `otherwise`: where no vote has one."""
     by_order: dict[str, list[float]] = {}
     for vote in votes:
-        if vote.p_a is not None:
-            by_order.setdefault(vote.order, []).append(vote.p_a)
+        if vote.worth is not None:
+            by_order.setdefault(vote.order, []).append(vote.worth)
     return fmean(map(fmean, by_order.values())) if by_order else otherwise
 
 

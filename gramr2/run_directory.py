@@ -2,21 +2,23 @@
 
 `plan.json` says what a run was begun with: settings, hashes of the inputs and of the code. A step has a
 directory `steps/NN-name/`, numbered in the order in which steps were begun, and is closed by its `done.json`
-(counts, seconds, hashes of what it left). A step that is closed is never done again; one that is not goes on
-from its finished shards. So the same command after a kill goes on, and ends with the same results; other
-settings under the same name are refused, field by field.
+(counts, seconds, a seal of every file that it left). A step that is closed is never done again; one that is
+not goes on from its finished shards. So the same command after a kill goes on, and ends with the same
+results; other settings under the same name, other inputs, and files that are no longer what a step left, are
+refused by name.
 
     with directory.step("prove-labelled") as step:
         if step.to_do:
             with ranks.errors_on_all_ranks():
                 for shard, pairs in step.shards(Store(path, Pair.from_json)):
-                    write_rows(shard, ...)
+                    write_shard(shard, ...)
             counts = ranks.on_rank_0(...)  # reads step.rows(), and writes what the step leaves
             step.close(counts)
 
 Work on many rows is cut into fixed shards, which ranks take as they become free: whoever makes a shard's
-claim file has it. A shard is published whole, so a cut one is done again whole. Rows pass between ranks
-through the file system alone, and only the shard in hand is held in memory.
+claim file has it. A shard is published whole, and ends with what its rows hash to: one that a kill cut, or
+that was damaged, is done again whole. Rows pass between ranks through the file system alone, and only the
+shard in hand is held in memory.
 
 It leaves out: what the steps do (steps.py), and what becomes of a finished run (extras/results.py).
 """
@@ -34,13 +36,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from gramr2.files import JsonRow, digest, disk_errors_as_input_errors, need, read_json, read_rows, write_json
+from gramr2.fields import Fields
+from gramr2.files import (
+    InputError,
+    JsonRow,
+    disk_errors_as_input_errors,
+    need,
+    parse_json,
+    publish_file,
+    read_json,
+    write_json,
+)
+from gramr2.seals import check_seals, seal, seals_below
 from gramr2.settings import FREE, PAIRS_PER_CALL, check_identity
 
 if TYPE_CHECKING:  # torch takes its seconds, and looking for a run needs none of it
     from gramr2.parallel import Ranks
 
 T = TypeVar("T")
+RECORD = {"counts": dict, "seconds": float, "files": dict}  # a done.json
 SHARD_ROWS = PAIRS_PER_CALL  # what is lost by a kill is one generate call
 
 
@@ -90,7 +104,7 @@ class Step:
                 shard = self.path / "shards" / f"{start:09}.jsonl"
                 self.shard_paths.append(shard)
                 # The claim comes first: a name that was never looked up is not remembered as absent.
-                if claim(shard) and not shard.is_file():
+                if claim(shard) and not (shard.is_file() and is_whole(shard)):
                     yield shard, rows[start:stop]
                 bar.update(stop - start)
 
@@ -98,18 +112,52 @@ class Step:
         """What the shards hold, in order, once every rank is through. They are opened by their names: a
         listing of a directory that hosts share may be a minute old."""
         for shard in self.shard_paths:
-            yield from read_rows(shard)
+            yield from read_shard(shard)
 
     def close(self, counts: JsonRow) -> None:
         """The step is done, and its shards are no longer needed; every rank says so, and the first writes."""
         self.record = self.ranks.on_rank_0(lambda: self._close(counts))
 
     def _close(self, counts: JsonRow) -> JsonRow:
-        files = {path.name: digest(path) for path in sorted(self.path.glob("*.jsonl"))}
         shutil.rmtree(self.path / "shards", ignore_errors=True)
         seconds = time.perf_counter() - self.started
+        files = seals_below(self.path, but=("resume",))
         write_json(self.path / "done.json", {"counts": counts, "seconds": seconds, "files": files})
-        return read_json(self.path / "done.json")
+        return read_record(self.path / "done.json")
+
+
+def read_record(done: Path) -> JsonRow:
+    """What a step was closed with."""
+    fields = Fields(read_json(done), f"{done}: ")
+    return {name: fields.get(name, kind) for name, kind in RECORD.items()}
+
+
+def write_shard(shard: Path, rows: Iterable[JsonRow]) -> None:
+    """Publishes a shard: a line for each row, and then the hash of these lines."""
+    lines = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+    with publish_file(shard) as temporary:
+        temporary.write_bytes(lines + hash_of(lines))
+
+
+def read_shard(shard: Path) -> list[JsonRow]:
+    content = shard.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if hash_of(content[:end]) != content[end:]:
+        raise InputError(f"{shard}: is damaged; run the same command again, and it is made anew")
+    return [parse_json(line) for line in content[:end].split(b"\n")[:-1]]
+
+
+def hash_of(lines: bytes) -> bytes:
+    return hashlib.sha256(lines).hexdigest()[:16].encode()
+
+
+def is_whole(shard: Path) -> bool:
+    try:
+        read_shard(shard)
+    except ValueError:
+        print(f"warning: {shard}: is damaged, and is done again", file=sys.stderr)
+        return False
+    return True
 
 
 def claim(shard: Path) -> bool:
@@ -125,9 +173,10 @@ class RunDirectory:
     """A run's directory, its plan and its steps. `until` names the step after which to stop."""
 
     def __init__(
-        self, root: Path, begun_with: JsonRow, inputs: Iterable[Path], ranks: Ranks, until: str | None = None
-    ):
-        self.root, self.ranks, self.until = Path(root), ranks, until
+        self, root: Path, begun_with: JsonRow, inputs: Iterable[Path], ranks: Ranks,
+        until: str | None = None, verify: bool = False,
+    ):  # fmt: skip
+        self.root, self.ranks, self.until, self.verify = Path(root), ranks, until, verify
         self.paths: dict[str, Path] = {}  # of the steps that this process has come to, by name
         self.seconds: dict[str, float] = {}
         self.counts: dict[str, JsonRow] = {}
@@ -139,18 +188,25 @@ class RunDirectory:
 
     def _begin(self, begun_with: JsonRow, inputs: Iterable[Path]) -> None:
         """Settings and inputs must be what they were. Other code is allowed, and said."""
-        remove_leftovers(self.root)
-        hashes = {str(path): digest(path) for path in inputs}
-        # As plan.json gives it back: a tuple of settings comes as a list.
-        now = json.loads(json.dumps({"settings": begun_with, "inputs": hashes, "code": code_version()}))
         plan = self.root / "plan.json"
-        if not any(self.root.glob("steps/*/done.json")):  # before a step is closed, all of it may change
+        if not plan.exists() and self.root.is_dir() and any(p.name[0] != "." for p in self.root.iterdir()):
+            raise InputError(
+                f"{self.root}: holds files, but no plan.json, and is no run; give another --name"
+            )
+        remove_leftovers(self.root)
+        begun = any(self.root.glob("steps/*/done.json"))
+        before = Fields(read_json(plan) if begun else {}, f"{plan}: ")
+        known = before.get("inputs", dict, {})
+        seals = {str(path): seal(path, known.get(str(path)), self.verify) for path in inputs}
+        # As plan.json gives it back: a tuple of settings comes as a list.
+        now = json.loads(json.dumps({"settings": begun_with, "inputs": seals, "code": code_version()}))
+        if not begun:  # before a step is closed, all of it may change
             with disk_errors_as_input_errors(self.root):
                 write_json(plan, now)
-        before = read_json(plan)
-        found, wanted = (frozen_settings(each["settings"] | each["inputs"]) for each in (before, now))
-        check_identity(found, wanted, self.root, "--name")
-        if before["code"] != now["code"]:
+            return
+        found = frozen_settings(before.get("settings", dict)) | hashes(known, before.where)
+        check_identity(found, frozen_settings(now["settings"]) | hashes(seals), self.root, "--name")
+        if before.get("code", str) != now["code"]:
             self.say(f"warning: {self.root} was begun by another version of the code")
 
     @contextlib.contextmanager
@@ -177,7 +233,15 @@ class RunDirectory:
         with disk_errors_as_input_errors(path):
             path.mkdir(parents=True, exist_ok=True)
         done = path / "done.json"
-        return path, read_json(done) if done.is_file() else None
+        if not done.is_file():
+            return path, None
+        again = f"bring it back, or do this step and all behind it again: --from {name}"
+        try:
+            record = read_record(done)
+        except InputError as error:
+            raise InputError(f"{error}; {again}") from None
+        check_seals(path, record["files"], again, self.verify)
+        return path, record
 
     def forget(self, name: str) -> None:
         """Removes a step and all that came after it, so that they are done again."""
@@ -199,7 +263,12 @@ def frozen_settings(plan: JsonRow) -> JsonRow:
     return {f"{name} {field}".strip(): parts[name][field] for name, field in names}
 
 
+def hashes(seals: JsonRow, where: str = "") -> JsonRow:
+    return {name: Fields(each, f"{where}{name}: ").get("hash", str) for name, each in seals.items()}
+
+
 def remove_leftovers(root: Path) -> None:
     """Takes away the claims, and what was half written, of a run that was killed."""
-    for left in [*root.rglob("*.claim"), *root.rglob(".*.tmp-*")]:
+    written = [*root.glob(".*.tmp-*"), *(root / "steps").rglob(".*.tmp-*")]
+    for left in [*(root / "steps").glob("*/shards/*.claim"), *written]:
         shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)

@@ -14,74 +14,100 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gramr2.fields import typed
 from gramr2.files import InputError
 
 # Settings that a run may be continued under with other values: they change how, not what, it computes.
 FREE = {"device", "dtype", "threads", "fsdp_size", "checkpointing", "compile", "token_budget"}
 FREE |= {"save_steps", "save_minutes"}
 FREE |= {"shard"}  # what fsdp_size is called in the plan.json of older runs, which still go on
+DTYPES = ("auto", "float32", "bfloat16")
 PAIRS_PER_CALL = 64  # pairs of one generate call: enough to fill a batch, little to do again after a kill
 
 
-def setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+SEEDS: dict[str, Any] = {"low": 0, "high": 2**63 - 1}
+SHARE: dict[str, Any] = {"low": 0, "high": 1}
+
+
+def setting(default: Any, text: str, **limits: Any) -> Any:
+    """A field with its line of help, and the range that its value has to be in (fields.typed)."""
+    return field(default=default, metadata={"help": text, "limits": limits})
+
+
+def check_limits(settings: Any) -> None:
+    """Refuses the first field whose value is not of its type, or out of its range."""
+    kinds = typing.get_type_hints(type(settings))
+    for each in dataclasses.fields(settings):
+        typed(getattr(settings, each.name), kinds[each.name], each.name, **each.metadata["limits"])
 
 
 @dataclass(frozen=True)
 class TrainSettings:
     """One training stage. The objective is the stage's; what is here holds for all, or names its stage."""
 
-    batch_size: int = setting(16, "examples per optimizer step, over all ranks together")
-    epochs: float = setting(1.0, "how often each example is seen; a fraction is allowed")
-    steps: int = setting(0, "optimizer steps, instead of epochs; 0: as many as the epochs take")
-    max_length: int = setting(512, "tokens of the longest example; longer ones are dropped and counted")
-    token_budget: int = setting(4096, "tokens of one forward pass on one rank: examples packed together")
-    limit: int = setting(0, "only the first N rows of the data; 0: all of them")
-    seed: int = setting(0, "decides the order, the placement of A and B, and what the prover is not shown")
+    batch_size: int = setting(16, "examples per optimizer step, over all ranks together", low=1, high=10**6)
+    epochs: float = setting(1.0, "how often each example is seen; a fraction is allowed", low=0, high=10**6)
+    steps: int = setting(
+        0, "optimizer steps, instead of epochs; 0: as many as the epochs take", low=0, high=10**9
+    )
+    max_length: int = setting(
+        512, "tokens of the longest example; longer ones are dropped and counted", low=1, high=10**7
+    )
+    token_budget: int = setting(
+        4096, "tokens of one forward pass on one rank: examples packed together", low=1, high=10**9
+    )
+    limit: int = setting(0, "only the first N rows of the data; 0: all of them", low=0)
+    seed: int = setting(
+        0, "decides the order, the placement of A and B, and what the prover is not shown", **SEEDS
+    )
 
-    lr: float = setting(1e-3, "peak learning rate of AdamW")
-    warmup: float = setting(0.05, "share of the steps over which the learning rate rises")
-    final_lr: float = setting(0.1, "share of the peak that the cosine ends at")
-    weight_decay: float = setting(0.0, "decoupled weight decay of matrices (norms and biases have none)")
-    beta1: float = setting(0.9, "AdamW: memory of the gradient")
-    beta2: float = setting(0.95, "AdamW: memory of its square")
-    clip: float = setting(1.0, "largest norm of the gradient; 0 leaves it as it is")
+    lr: float = setting(1e-3, "peak learning rate of AdamW", above=0)
+    warmup: float = setting(0.05, "share of the steps over which the learning rate rises", **SHARE)
+    final_lr: float = setting(0.1, "share of the peak that the cosine ends at", **SHARE)
+    weight_decay: float = setting(
+        0.0, "decoupled weight decay of matrices (norms and biases have none)", low=0
+    )
+    beta1: float = setting(0.9, "AdamW: memory of the gradient", low=0, below=1)
+    beta2: float = setting(0.95, "AdamW: memory of its square", low=0, below=1)
+    clip: float = setting(1.0, "largest norm of the gradient; 0 leaves it as it is", low=0)
 
-    label_smoothing: float = setting(0.0, "generative, as GRAM: the wrong letter's share of the target")
+    label_smoothing: float = setting(
+        0.0, "generative, as GRAM: the wrong letter's share of the target", **SHARE
+    )
     use_margin: bool = setting(False, "discriminative: subtract the pair's margin, where the data has one")
-    drop_condition: float = setting(0.1, "prover: share of examples without their condition (equation 5)")
-    hide_label: float = setting(0.0, "prover: share of examples that are not told the label")
+    drop_condition: float = setting(
+        0.1, "prover: share of examples without their condition (equation 5)", **SHARE
+    )
+    hide_label: float = setting(0.0, "prover: share of examples that are not told the label", **SHARE)
 
-    device: str = setting("auto", "auto (CUDA where there is one), cpu or cuda")
-    dtype: str = setting("auto", "compute in bfloat16 or float32 (as weights are); auto: bfloat16 on CUDA")
-    save_dtype: str = setting("auto", "the saved model: float32, bfloat16, or auto, as the one it began from")
-    threads: int = setting(1, "CPU threads per rank; the same number gives the same bits")
-    fsdp_size: int = setting(0, "ranks that one copy of the model is split over; 0: all (fewer: hybrid FSDP)")
+    device: str = setting(
+        "auto", "auto (CUDA where there is one), cpu or cuda", among=("auto", "cpu", "cuda")
+    )
+    dtype: str = setting(
+        "auto", "compute in bfloat16 or float32 (as weights are); auto: bfloat16 on CUDA", among=DTYPES
+    )
+    save_dtype: str = setting(
+        "auto", "the saved model: float32, bfloat16, or auto, as the one it began from", among=DTYPES
+    )
+    threads: int = setting(1, "CPU threads per rank; the same number gives the same bits", low=1, high=1024)
+    fsdp_size: int = setting(
+        0, "ranks that one copy of the model is split over; 0: all (fewer: hybrid FSDP)", low=0, high=10**6
+    )
     checkpointing: bool = setting(False, "compute activations again in the backward pass; saves memory")
     compile: bool = setting(False, "compile each block")
 
-    save_steps: int = setting(0, "steps between resume points; 0: by time only")
-    save_minutes: float = setting(15.0, "minutes between resume points; 0: by steps only")
+    save_steps: int = setting(0, "steps between resume points; 0: by time only", low=0)
+    save_minutes: float = setting(15.0, "minutes between resume points; 0: by steps only", low=0)
     date: str = setting("2025-01-01", "what a chat template that prints today's date prints")
 
     def __post_init__(self):
-        positive = ("batch_size", "max_length", "token_budget", "threads", "lr")
-        not_negative = ("epochs", "steps", "limit", "seed", "fsdp_size", "save_steps", "save_minutes", "clip")
-        shares = ("warmup", "final_lr", "drop_condition", "hide_label", "label_smoothing")
-        require(self, positive, is_positive, "must be above 0, and finite")
-        require(self, (*not_negative, "weight_decay"), lambda value: value >= 0, "must not be negative")
-        require(self, shares, is_share, "must be from 0 to 1")
-        require(self, ("beta1", "beta2"), lambda value: 0 <= value < 1, "must be from 0 to below 1")
-        require(self, ("device",), ("auto", "cpu", "cuda").__contains__, "must be auto, cpu or cuda")
-        kinds = ("auto", "float32", "bfloat16")
-        require(self, ("dtype", "save_dtype"), kinds.__contains__, f"must be one of {', '.join(kinds)}")
+        check_limits(self)
         if self.token_budget < self.max_length:
             raise InputError(
                 f"token_budget: {self.token_budget} is less than max_length {self.max_length}, so that the "
@@ -116,33 +142,30 @@ class FilterSettings:
 class SelfTrainSettings:
     """The loop around training. The paper publishes rounds, pool and test votes, and no other number."""
 
-    iters: int = setting(3, "rounds of self-training")
-    seed: int = setting(0, "decides the world, the order, and every sample")
-    k: int = setting(4, "proofs per pair, of which equation 5 picks one")
-    proof_temperature: float = setting(0.7, "temperature at which proofs are sampled")
-    proof_tokens: int = setting(1024, "most tokens of a proof")
+    iters: int = setting(3, "rounds of self-training", low=1, high=1000)
+    seed: int = setting(0, "decides the world, the order, and every sample", **SEEDS)
+    k: int = setting(4, "proofs per pair, of which equation 5 picks one", low=1, high=10**4)
+    proof_temperature: float = setting(0.7, "temperature at which proofs are sampled", above=0)
+    proof_tokens: int = setting(1024, "most tokens of a proof", low=1, high=10**7)
     select_by: str = setting("equation-5", "how one of the k proofs is chosen")
-    votes: int = setting(8, "votes per unlabelled pair, half of them in each order")
-    judge_tokens: int = setting(1024, "most tokens of a judge's answer")
+    votes: int = setting(8, "votes per unlabelled pair, half of them in each order", low=2, high=10**4)
+    judge_tokens: int = setting(1024, "most tokens of a judge's answer", low=1, high=10**7)
     confidence: tuple[float, ...] = setting(
-        (0.75,), "share of all votes that a label needs; one for each round, or for all"
+        (0.75,), "share of all votes that a label needs; one for each round, or for all", **SHARE
     )
-    softmax: float = setting(0.0, "mean softmax that it needs (the paper's filter); 0: not used")
-    max_words: int = setting(1500, "longest rationale that is kept, in words")
+    softmax: float = setting(0.0, "mean softmax that it needs (the paper's filter); 0: not used", **SHARE)
+    max_words: int = setting(1500, "longest rationale that is kept, in words", low=1)
     without: tuple[str, ...] = setting((), "filters that are switched off")
     keep_candidates: bool = setting(False, "write down all k proofs of every pair, not of a few alone")
     mix_human: bool = setting(False, "every judge also trains on the human rationales, in every arm alike")
-    pool: int = setting(0, "unlabelled pairs per round; 0: an equal share of all of them")
-    test_votes: int = setting(16, "votes of the row voting@N")
-    test_limit: int = setting(0, "only the first N test pairs; 0: all")
+    pool: int = setting(0, "unlabelled pairs per round; 0: an equal share of all of them", low=0)
+    test_votes: int = setting(16, "votes of the row voting@N", low=2, high=10**4)
+    test_limit: int = setting(0, "only the first N test pairs; 0: all", low=0)
     baselines: bool = setting(True, "also train discriminative, generative and labelled only, 2x steps")
 
     def __post_init__(self):
-        positive = ("iters", "k", "votes", "test_votes", "proof_tokens", "judge_tokens", "max_words")
-        require(self, (*positive, "proof_temperature"), is_positive, "must be above 0, and finite")
-        require(self, ("seed", "pool", "test_limit"), lambda value: value >= 0, "must not be negative")
-        require(self, ("softmax",), is_share, "must be from 0 to 1")
-        require(self, ("confidence",), lambda each: each and all(map(is_share, each)), "must be from 0 to 1")
+        check_limits(self)
+        require(self, ("confidence",), len, "must name a share at least")
         require(self, ("votes", "test_votes"), lambda value: value % 2 == 0, "must be even")
 
     def filters(self, number: int = 1) -> FilterSettings:
@@ -159,14 +182,6 @@ def check_identity(found: dict[str, Any], now: dict[str, Any], out: Path, flag: 
         raise InputError(
             f"{out} holds another run; it differs in {differ}; name another {flag}, or remove it"
         )
-
-
-def is_positive(value: float) -> bool:
-    return 0 < value < math.inf
-
-
-def is_share(value: float) -> bool:
-    return 0 <= value <= 1
 
 
 def require(settings: Any, names: Sequence[str], holds: Callable[[Any], object], rule: str) -> None:

@@ -24,11 +24,11 @@ from typing import Any, TypeVar
 from gramr2 import denoise, fit, parallel
 from gramr2.data import Store
 from gramr2.denoise import RationaleFilter
-from gramr2.files import InputError, JsonRow, publish_rows, write_rows
+from gramr2.files import InputError, JsonRow, publish_rows
 from gramr2.judge import RewardModel
 from gramr2.prover import Prover, as_rationale
 from gramr2.records import Judgment, Pair
-from gramr2.run_directory import RunDirectory, Step
+from gramr2.run_directory import RunDirectory, Step, write_shard
 from gramr2.selection import select
 from gramr2.settings import FilterSettings, SelfTrainSettings, TrainSettings
 
@@ -98,7 +98,7 @@ class Run:
                 with self.ranks.errors_on_all_ranks():
                     for shard, asked in step.shards(Store(pairs, Pair.from_json)):
                         model = model or self.load(Prover, prover)
-                        write_rows(shard, self._proofs(model, asked))
+                        write_shard(shard, self._proofs(model, asked))
                 step.close(self.ranks.on_rank_0(lambda: join_proofs(step)))
         return step.path / "proofs.jsonl"
 
@@ -123,7 +123,7 @@ class Run:
                 with self.ranks.errors_on_all_ranks():
                     for shard, asked in step.shards(store[:limit] if limit else store):
                         judge = judge or self.load(RewardModel, model)
-                        write_rows(shard, self._judgments(judge, asked, votes))
+                        write_shard(shard, self._judgments(judge, asked, votes))
                 step.close(self.ranks.on_rank_0(lambda: join_judgments(step)))
         return step.path / "judged.jsonl"
 
@@ -175,7 +175,7 @@ class Run:
             if step.to_do:
                 with self.ranks.errors_on_all_ranks():
                     for shard, rows in step.shards(Store(source)):
-                        write_rows(shard, map(decide, rows))
+                        write_shard(shard, map(decide, rows))
                 step.close(self.ranks.on_rank_0(lambda: split_kept_and_dropped(step)))
         counts = self.directory.counts[name]
         if not counts["kept"]:
@@ -209,12 +209,13 @@ def join_proofs(step: Step) -> JsonRow:
 
 def join_judgments(step: Step) -> JsonRow:
     """Makes judged.jsonl of the shards; → counts."""
-    labels = Counter[str]()
+    labels, forged = Counter[str](), 0
     with publish_rows(step.path / "judged.jsonl") as write:
         for row in step.rows():
             write(row)
             labels[str(row.get("label", "failed"))] += 1
-    return {"judged": labels.total(), "labels": dict(labels)}
+            forged += bool(row.get("forged"))
+    return {"judged": labels.total(), "labels": dict(labels), "forged": forged}
 
 
 def decision(

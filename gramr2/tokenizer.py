@@ -1,71 +1,40 @@
 """Text ↔ ids: the checkpoint's own tokenizer and its own chat template.
 
 `tokenizer.json` is read by the `tokenizers` library; the template (`chat_template.jinja`, or the field in
-`tokenizer_config.json`) runs in jinja2's sandbox with the few functions that published templates use. A
-rendered prompt is encoded once and without added specials, because the template writes them itself: one
-BOS, never two.
+`tokenizer_config.json`) runs in a sandbox (chat_templates.py). A rendered prompt is encoded once and without
+added specials, because the template writes them itself: one BOS, never two.
 
 A training target is never passed through the template, which would rewrite it (Qwen3's drops earlier
 thinking, LLaMA's strips blanks): an example is the rendered prompt's ids, then the encoded target, then
 the stop id.
 
-What a message says is text. If it spells one of the tokenizer's special tokens, that spelling is encoded
-as ordinary text, so that a response cannot close its own turn. (transformers encodes it as the token.)
+Text is never control. Where a message, its role, a target or any other text spells one of the tokenizer's
+special tokens, that spelling is encoded as ordinary text, so that a response cannot close its own turn: only
+the chat template, and the stop id behind a target, are special tokens. (transformers encodes a spelling as
+the token.) What a model writes is shown as it wrote it: of special tokens, decoding leaves out those alone
+that begin, end or fill a sequence. A text that the vocabulary cannot spell is refused, with the word.
 
 It leaves out: training tokenizers, sentencepiece models without a `tokenizer.json`, images, tools.
 """
 
 from __future__ import annotations
 
-import datetime
-import json
 import re
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
-from gramr2.files import InputError, read_json
+from gramr2.chat_templates import compile_template
+from gramr2.fields import Fields
+from gramr2.files import InputError, need, open_file, parse_json, read_json
 
 FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
 FILES += ["generation_config.json", "vocab.json", "merges.txt"]
 Message = Mapping[str, str]  # {"role": …, "content": …}
-
-
-def _compile_template(source: str, date: str | None):
-    """A chat template as a function of its variables, in a sandbox that can neither read nor write."""
-    import jinja2
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}` marks the assistant's words for other tools; here it is transparent."""
-
-        tags = {"generation"}  # noqa: RUF012 (jinja2 wants a plain class attribute)
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body, lineno=line)
-
-    def raise_exception(message: str):
-        raise jinja2.TemplateError(message)
-
-    def strftime_now(form: str) -> str:
-        now = datetime.datetime.fromisoformat(date) if date else datetime.datetime.now()
-        return now.strftime(form)
-
-    def tojson(value: Any, **options) -> str:
-        return json.dumps(value, **({"ensure_ascii": False} | options))
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
-    return environment.from_string(source)
+SILENT = ("bos", "eos", "pad")
 
 
 class Tokenizer:
@@ -79,23 +48,27 @@ class Tokenizer:
             raise InputError(f"{where}/tokenizer.json: {error}") from None
         self._fast.no_padding()
         self._fast.no_truncation()
-        self._config = self._json("tokenizer_config.json")
-        self._generation = self._json("generation_config.json")
+        self._fast.encode_special_tokens = True  # as text; `_encode_frame` alone turns it off
+        self._lock = threading.Lock()
+        self._config = self._fields("tokenizer_config.json")
+        self._generation = self._fields("generation_config.json")
+        self._specials = self._fields("special_tokens_map.json")
 
     @classmethod
     def load(cls, directory: str | Path, date: str | None = None) -> Tokenizer:
         """`date` ("2026-01-31") pins what a template prints as today."""
-        directory = Path(directory)
-        if not (directory / "tokenizer.json").is_file():
-            raise InputError(f"{directory}: holds no tokenizer.json")
-        present = {name: directory / name for name in FILES if (directory / name).is_file()}
+        present = [name for name in FILES if (Path(directory) / name).exists()]
+        need("tokenizer.json" in present, f"{directory}: holds no tokenizer.json")
+        files = {}
         for name in present:
             if name.endswith(".json"):
-                read_json(present[name])
-        return cls({name: path.read_bytes() for name, path in present.items()}, str(directory), date)
+                read_json(Path(directory) / name)
+            with open_file(Path(directory) / name) as file:
+                files[name] = file.read()
+        return cls(files, str(directory), date)
 
-    def _json(self, name: str) -> dict[str, Any]:
-        return json.loads(self.files[name]) if name in self.files else {}
+    def _fields(self, name: str) -> Fields:
+        return Fields(parse_json(self.files.get(name, b"{}")), f"{self.where}/{name}: ")
 
     # ------------------------------------------------------------------ plain text
 
@@ -109,8 +82,12 @@ class Tokenizer:
 
     def _special_text(self, name: str) -> str | None:
         """bos_token and its kin stand in the config as text, or as {"content": text}."""
-        value = self._config.get(name) or self._json("special_tokens_map.json").get(name)
-        return value.get("content") if isinstance(value, dict) else value
+        for fields in (self._config, self._specials):
+            if isinstance(fields.row.get(name), dict):
+                return fields.object(name).get("content", str)
+            if text := fields.get(name, str, ""):
+                return text
+        return None
 
     @cached_property
     def bos_id(self) -> int | None:
@@ -124,12 +101,9 @@ class Tokenizer:
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """What ends an answer: generation_config.json's list, or the tokenizer's own end of text."""
-        stop = self._generation.get("eos_token_id")
-        if stop is None:
-            stop = self.id_of(self._special_text("eos_token"))
-        if stop is None:
-            return ()
-        return tuple(stop) if isinstance(stop, list) else (stop,)
+        stop = self._generation.get("eos_token_id", tuple[int, ...], (), low=0)
+        own = self.id_of(self._special_text("eos_token"))
+        return stop or (() if own is None else (own,))
 
     @cached_property
     def turn_end(self) -> int:
@@ -148,36 +122,55 @@ class Tokenizer:
         added = self._fast.get_added_tokens_decoder()
         return {token.content: i for i, token in added.items() if token.special}
 
+    @cached_property
+    def _silent(self) -> set[int | None]:
+        """Ids that begin, end or fill a sequence, and are no part of what it says."""
+        return {*self.stop_ids, *(self.id_of(self._special_text(f"{name}_token")) for name in SILENT)}
+
     def encode(self, text: str) -> list[int]:
-        """Ids of a text as it stands: nothing is added."""
+        """Ids of a text as it stands: nothing is added, and nothing in it is control."""
         try:
-            return self._fast.encode(text, add_special_tokens=False).ids
+            ids = self._fast.encode(text, add_special_tokens=False).ids
         except TypeError:
             raise InputError("text that is not Unicode (half of a surrogate pair)") from None
+        self._check_words(text, ids)
+        return ids
+
+    def _check_words(self, text: str, ids: Sequence[int]) -> None:
+        """Refuses a text that the vocabulary cannot spell. Some know a word by the blank before it alone: the
+        first one of a text is then unknown, and no other word would do."""
+        never = {*self.special.values(), self.unknown_id}
+        if not never & {*ids}:
+            return
+        for piece in re.findall(r"\w+|[^\w\s]", text):
+            spelled = (self._fast.encode(each, add_special_tokens=False).ids for each in (piece, f" {piece}"))
+            if all(never & {*each} for each in spelled):
+                raise InputError(f"the tokenizer has no word for {piece!r:.60}; use its words")
 
     def encode_document(self, text: str) -> list[int]:
         """Ids of a text that stands by itself: with BOS where the tokenizer has one, and exactly one."""
-        ids = self.encode(text)
-        if self.bos_id is None or ids[:1] == [self.bos_id] or self._config.get("add_bos_token") is False:
-            return ids
-        return [self.bos_id, *ids]
+        ids, add = self.encode(text), self._config.get("add_bos_token", bool, True)
+        return ids if self.bos_id is None or not add else [self.bos_id, *ids]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        return self._fast.decode(list(ids), skip_special_tokens=skip_special)
+        """What ids say: without those of beginning, end and filling. Others are words, as <filename> is."""
+        said = [i for i in ids if not (skip_special and i in self._silent)]
+        return self._fast.decode(said, skip_special_tokens=False)
 
     # ------------------------------------------------------------------ conversations
 
     @cached_property
     def _template(self):
-        source = self.files.get("chat_template.jinja", b"").decode() or self._config.get("chat_template")
-        if isinstance(source, list):  # several templates by name; "default" is the conversation's
-            source = next((each["template"] for each in source if each["name"] == "default"), None)
-        if not source:
-            raise InputError(
-                f"{self.where}: has no chat template (chat_template.jinja, or in tokenizer_config.json)"
-            )
+        source = self.files.get("chat_template.jinja", b"").decode("utf-8", "replace")
+        if not source and isinstance(self._config.row.get("chat_template"), list):
+            named = map(Fields, self._config.get("chat_template", tuple[dict, ...]))
+            by_name = {each.get("name", str): each.get("template", str) for each in named}
+            source = by_name.get("default", "")  # the conversation's, of several
+        elif not source:
+            source = self._config.get("chat_template", str, "")
+        need(source != "", f"{self.where}: no chat template (chat_template.jinja, tokenizer_config.json)")
         try:
-            return _compile_template(source, self.date)
+            return compile_template(source, self.date)
         except Exception as error:  # jinja2's syntax errors have several bases
             raise InputError(f"{self.where}: chat template does not parse: {error}") from None
 
@@ -186,10 +179,9 @@ class Tokenizer:
             if (text := self._special_text(name)) is not None:
                 variables[name] = text
         turns = [dict(message) for message in messages]
+        variables |= {"messages": turns, "add_generation_prompt": add_generation_prompt}
         try:
-            return self._template.render(
-                variables, messages=turns, add_generation_prompt=add_generation_prompt
-            )
+            return self._template(sum(len(text) for turn in turns for text in turn.values()), **variables)
         except Exception as error:  # a template may raise anything
             raise InputError(f"{self.where}: chat template refuses the messages: {error}") from None
 
@@ -200,34 +192,44 @@ class Tokenizer:
         the template runs. Around the specials that remain, which are the template's own, the text is encoded
         piece by piece, as the tokenizer itself would cut it, with the hidden spellings back in place.
         """
-        spelled = [text for text in self.special if any(text in m["content"] for m in messages)]
+        said = "\n".join(text for each in messages for text in each.values())
+        spelled = [text for text in self.special if text in said]
         if not spelled:
-            return self.encode(self.render(messages, add_generation_prompt, **variables))
-        used = {*"".join(m["content"] for m in messages)}
+            return self._encode_frame(self.render(messages, add_generation_prompt, **variables))
+        used = {*said}
         free = (chr(c) for c in range(0xF0000, 0xFFFFE) if chr(c) not in used)
         hidden = dict(zip(spelled, free, strict=False))
         cut = "|".join(re.escape(text) for text in sorted(self.special, key=len, reverse=True))
-        contents = [re.sub(cut, lambda found: hidden[found[0]], each["content"]) for each in messages]
-        masked = [{**each, "content": text} for each, text in zip(messages, contents, strict=True)]
+        masked = [
+            {key: re.sub(cut, lambda found: hidden[found[0]], text) for key, text in each.items()}
+            for each in messages
+        ]
         shown = str.maketrans({mark: text for text, mark in hidden.items()})
         ids: list[int] = []
         for piece in re.split(f"({cut})", self.render(masked, add_generation_prompt, **variables)):
             if piece in self.special:
                 ids.append(self.special[piece])
             else:
-                ids += self._encode_plain(piece.translate(shown))
+                ids += self.encode(piece.translate(shown))
         return ids
 
-    def _encode_plain(self, text: str) -> list[int]:
-        self._fast.encode_special_tokens = True
-        try:
-            return self.encode(text)
-        finally:
+    def _encode_frame(self, text: str) -> list[int]:
+        """Ids of a rendered conversation in which every special token is the template's own."""
+        with self._lock:
             self._fast.encode_special_tokens = False
+            try:
+                ids = self._fast.encode(text, add_special_tokens=False).ids
+            except TypeError:
+                raise InputError("text that is not Unicode (half of a surrogate pair)") from None
+            finally:
+                self._fast.encode_special_tokens = True
+        if self.unknown_id in ids:
+            self._check_words(text, ids)
+        return ids
 
     @cached_property
     def opens_thinking(self) -> bool:
-        """Whether the frame has already opened <think>, so that the answer will not."""
+        """Whether the frame has already open_file <think>, so that the answer will not."""
         return self.render([{"role": "user", "content": ""}]).rstrip().endswith("<think>")
 
     def example(self, turns: Iterable[tuple[str, str]], target: str) -> tuple[list[int], int]:

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from gramr2 import prompts
-from gramr2.files import InputError
+from gramr2.files import InputError, need
 from gramr2.model import Decoder
 from gramr2.records import OTHER, UNDECIDED, Judgment, Pair, Vote
 from gramr2.sampler import Sample, generate
@@ -100,7 +100,11 @@ class Voter:
         for pair in pairs:
             ballot: list[Vote] = []
             orders = ("AB", "BA")[: 1 + (count > 1)] if pair.response_a != pair.response_b else ()
-            queries = [self.ask(pair, order) for order in orders]
+            try:
+                queries = [self.ask(pair, order) for order in orders]
+            except InputError as error:  # a word that the tokenizer does not have; what a template refuses
+                found.append(InputError(f"pair {pair.id}: {error}"))
+                continue
             tokens = max((len(query.ids) for query in queries), default=0)
             if tokens < room:
                 found.append(ballot)
@@ -121,12 +125,25 @@ class Voter:
         for (query, ballot), samples in zip(asked, answers, strict=True):
             for number, sample in enumerate(samples):
                 ballot.append(self.read(query, sample, noise_seed(seed, query.key, number)))
-        return [each if isinstance(each, InputError) else Judgment.from_votes(each) for each in found]
+        return [
+            each
+            if isinstance(each, InputError)
+            else replace(Judgment.from_votes(each), forged=prompts.forged(pair, self.template))
+            for pair, each in zip(pairs, found, strict=True)
+        ]
 
     def read(self, query: Query, sample: Sample, seed: int) -> Vote:
         """One sampled answer as a vote in the pair's own order."""
-        text, p_a = self.tokenizer.decode(sample.ids), None
-        if self.format.parse is not None and sample.finish == "stop":
+        text, p_a, label = self.tokenizer.decode(sample.ids), None, None
+        if sample.finish == "error":
+            reason = "no finite logits"
+        elif self.format.parse is None:
+            p_a = softmax_of(*sample.watched[0]) if sample.watched else None
+            label = None if p_a is None or p_a == UNDECIDED else "A" if p_a > UNDECIDED else "B"
+            reason = "no finite logits" if p_a is None else "" if label else "both letters are as likely"
+        elif sample.finish == "length":
+            reason = "cut at the length limit"
+        else:
             label, reason = self.format.parse(text, self.thinking_open)
             if label is not None:
                 start = max(map(text.rfind, self.format.openings))  # of the verdict that was read
@@ -134,14 +151,7 @@ class Voter:
                 if p_a is None:
                     p_a = self._softmax_after(query.ids, text[:start])
                 if p_a is None:
-                    label, reason = None, "no room to score the verdict"
-        elif self.format.parse is None and sample.watched:
-            p_a = sigmoid(sample.watched[0][0] - sample.watched[0][1])
-            label, reason = "A" if p_a > UNDECIDED else "B", ""
-        elif sample.finish == "length":
-            label, reason = None, "cut at the length limit"
-        else:
-            label, reason = None, "no finite logits"
+                    label, reason = None, "no room to score the verdict, or no finite logits"
         if query.order == "BA":
             label, p_a = OTHER[label], None if p_a is None else 1 - p_a
         return Vote(label, query.order, p_a, reason, text, seed, len(sample.ids))
@@ -153,7 +163,7 @@ class Voter:
                 before = self.tokenizer.decode(sample.ids[:place])
                 ending = self.endings[self.letters.index(sample.ids[place])]
                 if before == text[:start] + self.verdict_prefix and text.startswith(ending, start):
-                    return sigmoid(sample.watched[place][0] - sample.watched[place][1])
+                    return softmax_of(*sample.watched[place])
         return None
 
     def _softmax_after(self, prompt_ids: list[int], written: str) -> float | None:
@@ -161,21 +171,31 @@ class Voter:
 
         A pass of its own: what else is judged beside it must not change its last bits.
         """
-        a, b = (self.tokenizer.encode(written + ending) for ending in self.endings)
+        try:
+            a, b = (self.tokenizer.encode(written + ending) for ending in self.endings)
+        except InputError:  # what was sampled is no text of this tokenizer
+            return None
         differ = _first_difference(a, b)
         if len(prompt_ids) + differ >= self.model.config.max_positions:
             return None
         scored = logprobs(self.model, [prompt_ids + ending[: differ + 1] for ending in (a, b)])
-        return sigmoid(float(scored[0][-1] - scored[1][-1]))
+        return softmax_of(float(scored[0][-1]), float(scored[1][-1]))
 
 
 def _first_difference(a: Sequence[int], b: Sequence[int]) -> int:
-    return next(i for i, (one, two) in enumerate(zip(a, b, strict=False)) if one != two)
+    differ = [i for i, (one, two) in enumerate(zip(a, b, strict=False)) if one != two]
+    need(len(differ) > 0, "the tokenizer does not tell a verdict for A from one for B; take another model")
+    return differ[0]
 
 
 def sigmoid(x: float) -> float:
     """Of the difference of two log-probabilities: the softmax over the two."""
     return 1 / (1 + math.exp(min(-x, 700)))
+
+
+def softmax_of(a: float, b: float) -> float | None:
+    """The share of A among two log-probabilities, or scores; None where one of them is not finite."""
+    return sigmoid(a - b) if math.isfinite(a) and math.isfinite(b) else None
 
 
 def too_long(pair: Pair, tokens: int, room: int) -> InputError:

@@ -8,14 +8,16 @@ what transformers loads unchanged, and publishes the directory whole (files.py).
 `config.json` is understood as transformers 4 writes it (`rope_theta`, `rope_scaling`, `torch_dtype`) and
 as transformers 5 does (`rope_parameters`, `dtype`); what a model came with is what it is saved with.
 
-It leaves out: pickled checkpoints (never opened), quantised ones, downloads, and splitting over ranks
+It leaves out: pickled checkpoints (never open_file), quantised ones, downloads, and splitting over ranks
 (parallel.py distributes what `checkpoint_tensors` yields).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +28,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gramr2.files import InputError, publish_directory, read_json
+from gramr2.fields import Fields
+from gramr2.files import InputError, need, open_file, publish_directory, read_json, write_json
 from gramr2.model import Decoder, Llama3Rope, ModelConfig
-from gramr2.tokenizer import Tokenizer
+from gramr2.seals import SEALS, seal, seals_below
+from gramr2.tokenizer import FILES, Tokenizer
 
 MAX_FILE_BYTES = 5 * 10**9  # the largest file of tensors that the hub's own tools write
 NamedTensors = Iterable[tuple[str, Tensor]]  # by our names; they may come one by one
@@ -66,7 +70,9 @@ FIELDS = {
     "tie_embeddings": "tie_word_embeddings",
     "output_bias": "attention_bias",
 }
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "max_positions")
+# The largest that is believed: what stands above was never meant, and would be built before it failed.
+SIZES = {"vocab_size": 2**24, "hidden_size": 2**20, "intermediate_size": 2**22, "num_layers": 1000}
+SIZES |= {"num_heads": 2**12, "max_positions": 2**31}
 ROPE = {name: name for name in ("factor", "low_freq_factor", "high_freq_factor")}
 ROPE["original_max_positions"] = "original_max_position_embeddings"
 HEADS = ("ForCausalLM", "ForSequenceClassification")
@@ -117,63 +123,70 @@ def read_config(directory: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     if not (directory / "config.json").is_file():
         raise InputError(f"{directory}: holds no config.json; expected a Hugging Face model directory")
     raw = read_json(directory / "config.json")
-    try:
-        return parse_config(raw, str(directory / "config.json")), raw
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{directory}/config.json: missing or malformed field {error}") from None
+    return parse_config(Fields(raw, f"{directory / 'config.json'}: ")), raw
 
 
-def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
+def parse_config(raw: Fields) -> ModelConfig:
     """config.json's fields as the decoder's; what it cannot compute is refused by name."""
-    model_type = str(raw.get("model_type"))
+    model_type = raw.get("model_type", str, "")
     family = FAMILIES.get(model_type)
-    architecture = (raw.get("architectures") or [f"{family and family.name}ForCausalLM"])[0]
+    own = (f"{family and family.name}ForCausalLM",)
+    architecture = (raw.get("architectures", tuple[str, ...], own) or own)[0]
     supported = [each.name + head for each in FAMILIES.values() for head in HEADS]
     if family is None or architecture not in [family.name + head for head in HEADS]:
         raise InputError(
-            f"{where}: architecture {architecture} (model type {model_type}) is not supported; "
+            f"{raw.where}architecture {architecture} (model type {model_type}) is not supported; "
             f"supported are {', '.join(supported)}"
         )
     refused = {
-        "hidden_act": raw.get("hidden_act", "silu") != "silu",
-        "mlp_bias": raw.get("mlp_bias", False),
-        family.window_field: raw.get(family.window_field),
-        "quantization_config": "quantization_config" in raw,
+        "hidden_act": raw.get("hidden_act", str, "silu") != "silu",
+        "mlp_bias": raw.get("mlp_bias", bool, False),
+        family.window_field: raw.get(family.window_field, bool, False),
+        "quantization_config": "quantization_config" in raw.row,
     }
     for field in (name for name, present in refused.items() if present):
-        raise InputError(f"{where}: {field} = {raw[field]!r} is not supported")
-    for field in (FIELDS[name] for name in SIZES):
-        if not isinstance(raw.get(field), int) or raw[field] < 1:
-            raise InputError(f"{where}: {field} is {raw.get(field)!r}, expected a positive number")
-    theta, llama3 = _parse_rope(raw, where)
-    classifies = architecture.endswith("ForSequenceClassification")
-    heads = raw["num_attention_heads"]
-    attention_bias = bool(raw.get("attention_bias", False))
+        raise InputError(f"{raw.where}{field} = {raw.row[field]!r:.60} is not supported")
+    sizes = {name: raw.get(FIELDS[name], int, low=1, high=most) for name, most in SIZES.items()}
+    theta, llama3 = _parse_rope(raw)
+    attention_bias = raw.get("attention_bias", bool, False)
+    heads = sizes["num_heads"]
+    head_size = raw.get("head_dim", int, sizes["hidden_size"] // heads, low=2, high=2**16)
+    kv_heads = raw.get("num_key_value_heads", int, heads, low=1, high=heads)
+    need(
+        head_size > 1 and head_size % 2 == 0, f"{raw.where}a head of {head_size} cannot be rotated by halves"
+    )
+    need(
+        heads % kv_heads == 0, f"{raw.where}{heads} heads do not share {kv_heads} num_key_value_heads evenly"
+    )
+    labels = raw.get("id2label", dict, {"0": "", "1": ""})  # transformers leaves two, its default, out
     return ModelConfig(
-        **{name: raw[FIELDS[name]] for name in SIZES},
-        num_kv_heads=raw.get("num_key_value_heads") or heads,
-        head_size=raw.get("head_dim") or raw["hidden_size"] // heads,
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope_theta=float(theta),
+        **sizes,
+        num_kv_heads=kv_heads,
+        head_size=head_size,
+        rms_norm_eps=raw.get("rms_norm_eps", float, 1e-6, above=0, below=1),
+        rope_theta=theta,
         rope_llama3=llama3,
-        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        tie_embeddings=raw.get("tie_word_embeddings", bool, False),
         qkv_bias=family.only_qkv_bias or attention_bias,
         output_bias=not family.only_qkv_bias and attention_bias,
         qk_norm=family.qk_norm,
-        # transformers leaves the field out where it has its default, two labels.
-        num_labels=len(raw.get("id2label") or "01") if classifies else 0,
+        num_labels=len(labels) if architecture.endswith("ForSequenceClassification") else 0,
     )
 
 
-def _parse_rope(raw: dict[str, Any], where: str) -> tuple[float, Llama3Rope | None]:
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+def _parse_rope(raw: Fields) -> tuple[float, Llama3Rope | None]:
+    rope = raw.object("rope_parameters" if raw.row.get("rope_parameters") else "rope_scaling")
+    kind = rope.get("rope_type", str, rope.get("type", str, "default"))
+    theta = rope.get("rope_theta", float, raw.get("rope_theta", float, 10000.0, above=0), above=0)
     if kind == "default":
         return theta, None
-    if kind != "llama3":
-        raise InputError(f"{where}: RoPE type {kind!r} is not supported; supported are default, llama3")
-    return theta, Llama3Rope(**{ours: rope[theirs] for ours, theirs in ROPE.items()})
+    need(kind == "llama3", f"{rope.where}type {kind!r:.40} is not supported; supported are default, llama3")
+    kinds = typing.get_type_hints(Llama3Rope)
+    llama3 = Llama3Rope(**{ours: rope.get(theirs, kinds[ours], above=0) for ours, theirs in ROPE.items()})
+    need(
+        llama3.low_freq_factor < llama3.high_freq_factor, f"{rope.where}low_freq_factor is not the lower one"
+    )
+    return theta, llama3
 
 
 def published_config(config: ModelConfig, dtype: torch.dtype, raw: Mapping[str, Any] | None) -> dict:
@@ -185,8 +198,9 @@ def published_config(config: ModelConfig, dtype: torch.dtype, raw: Mapping[str, 
         written = dict(raw)
     else:
         traits = config.qkv_bias > config.output_bias, config.qk_norm
-        fits = (name for name, each in FAMILIES.items() if (each.only_qkv_bias, each.qk_norm) == traits)
-        written = {"model_type": next(fits)}
+        fits = [name for name, each in FAMILIES.items() if (each.only_qkv_bias, each.qk_norm) == traits]
+        need(len(fits) > 0, "no family of models has both biases on q, k, v alone and norms of q and k")
+        written = {"model_type": fits[0]}
         written |= {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
         written["hidden_act"] = "silu"
         if rope := config.rope_llama3:
@@ -214,6 +228,8 @@ def load(directory: str | Path, device="cpu", dtype="float32", date=None) -> tup
         raise InputError(
             f"{directory}: the tokenizer has {tokenizer.size} ids, the model only {model.config.vocab_size}"
         )
+    if beyond := [token for token in tokenizer.stop_ids if token >= model.config.vocab_size]:
+        raise InputError(f"{directory}: eos_token_id {beyond[0]} is outside of the vocabulary")
     model.stop_ids = tokenizer.stop_ids
     return model, tokenizer
 
@@ -250,8 +266,8 @@ def checkpoint_tensors(directory: str | Path, model: Decoder, fresh_score: bool 
     known = {*expected, head} if model.config.tie_embeddings or fresh_score else expected.keys()
     if unused := [name for name in files if name not in known and not COMPUTED.fullmatch(name)]:
         raise InputError(f"{directory}: {_some(unused)} in the checkpoint, but not in the model")
-    opened = {path: _open(path) for path in set(files.values())}
-    stored = {name: opened[path] for name, path in files.items()}
+    open_file = {path: _open(path) for path in set(files.values())}
+    stored = {name: open_file[path] for name, path in files.items()}
     for name, (_, wanted) in expected.items():
         shape = tuple(stored[name].get_slice(name).get_shape())
         if shape != wanted:
@@ -272,13 +288,12 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
         if not single.is_file():
             raise InputError(f"{directory}: holds neither model.safetensors nor an index of files")
         return dict.fromkeys(_open(single).keys(), single)
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: has no weight_map")
+    weight_map = Fields(read_json(index), f"{index}: ").get("weight_map", dict[str, str])
+    need(weight_map, f"{index}: weight_map is empty")
     files = {name: directory / place for name, place in weight_map.items()}
     for path in sorted(set(files.values())):
-        if not path.is_file():
-            raise InputError(f"{path}: missing, though {index.name} names it")
+        need(path.parent == directory, f"{index}: {path} leaves the directory; files are named, not paths")
+        need(path.exists(), f"{path}: missing, though {index.name} names it")
         absent = {name for name, place in files.items() if place == path} - set(_open(path).keys())
         if absent:
             raise InputError(f"{path}: {_some(sorted(absent))} missing, though {index.name} places it there")
@@ -287,7 +302,8 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
 
 def _open(path: Path) -> safe_open:
     try:
-        return safe_open(path, framework="pt")
+        with open_file(path):  # a pipe would be waited for
+            return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: truncated or not safetensors ({error}); copy the file again") from None
 
@@ -311,6 +327,9 @@ def save(
 
     `named` takes the place of the model's own tensors.
     """
+    directory = Path(directory)
+    mine = not directory.is_dir() or (directory / SEALS).is_file()
+    need(mine, f"{directory}: there are files that this project did not write; name another place")
     with publish_directory(directory) as place:
         dtype = _write_tensors(named or model.named_parameters(), place)
         text = dict(tokenizer.files) if tokenizer else {}
@@ -319,6 +338,21 @@ def save(
         text["config.json"] = json.dumps(config, indent=2).encode() + b"\n"
         for name, content in text.items():
             (place / name).write_bytes(content)
+        write_json(place / SEALS, seals_below(place))
+
+
+def fingerprint(directory: str | Path) -> str:
+    """A hash of all that makes a model answer as it does, but for its prompt: weights, shape and tokenizer.
+
+    Files that are what they were when they were published are not read again for it.
+    """
+    directory = Path(directory)
+    known = Fields(read_json(directory / SEALS)).row if (directory / SEALS).is_file() else {}
+    files = sorted(
+        [*directory.glob("*.safetensors"), *(directory / name for name in ("config.json", *FILES))]
+    )
+    hashes = [f"{path.name} {seal(path, known.get(path.name))['hash']}" for path in files if path.is_file()]
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()[:16]
 
 
 def _write_tensors(named: NamedTensors, place: Path) -> torch.dtype:

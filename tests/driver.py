@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import forks
 import torch
 
-from gramr2 import fit, parallel
+from gramr2 import fit, resume
 from gramr2.files import InputError
 from gramr2.settings import TrainSettings
 
@@ -86,7 +86,7 @@ def child(job: dict, rank: int) -> int:
         # By `patch`, which refuses a name that is no longer there.
         patch.object(fit, "make_optimizer", lambda made, _: torch.optim.SGD(made.parameters())).start()
         patch.object(fit, "learning_rate_at", lambda *_: 1.0).start()
-        patch.object(parallel, "training_state", lambda *_: {}).start()
+        patch.object(resume, "training_state", lambda *_: {}).start()
     try:
         figures = fit.train(
             job["stage"], TrainSettings(**job["config"]), job["data"], job["model"], Path(job["out"])

@@ -30,7 +30,7 @@ def test_a_pipe_is_refused_in_one_line(tmp_path):
     """`cat pairs.jsonl | infer.py --pairs /dev/stdin`: rows are read by their place, which a pipe has not."""
     os.mkfifo(tmp_path / "pipe")
     keep = os.open(tmp_path / "pipe", os.O_RDWR)
-    with pytest.raises(InputError, match="not a file on disk"):
+    with pytest.raises(InputError, match="expected a file on disk"):
         Store(tmp_path / "pipe")
     os.close(keep)
 

@@ -54,7 +54,7 @@ LABEL_CASES = [
     ("agreement", votes("AB:A", "AB:A", "BA:A", "BA:B", "BA:A"), None),
     ("agreement", votes("AB:A", "AB:A", "BA:B", "BA:B"), "the two orders disagree"),
     ("agreement", votes("AB:A", "AB:A", "BA:A", "BA:B"), "the two orders disagree"),  # a tie is no majority
-    ("agreement", votes("AB:A", "AB:A", "BA:-", "BA:-"), "the two orders disagree"),
+    ("agreement", votes("AB:A", "AB:A", "BA:-", "BA:-"), "one order has no readable vote"),
     ("agreement", votes("AB:-", "BA:-"), "no readable vote"),
     ("agreement", votes("AB:B", "AB:A"), "undecided"),
     ("agreement", votes("AB:B"), None),  # one order was asked: there is nothing to disagree

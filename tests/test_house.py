@@ -18,11 +18,19 @@ import kernels
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["gramr2.files"],
-    ["kernels", "gramr2.records", "gramr2.settings"],
+    ["gramr2.fields"],
+    ["kernels", "gramr2.records", "gramr2.settings", "gramr2.seals", "gramr2.chat_templates"],
     ["gramr2.prompts", "gramr2.tokenizer", "gramr2.cache", "gramr2.model"],
     ["gramr2.data", "gramr2.weights", "gramr2.loss", "gramr2.scoring", "gramr2.requests"],
     ["gramr2.denoise", "gramr2.selection", "gramr2.rankings", "gramr2.stages", "gramr2.parallel"],
-    ["gramr2.scheduler", "gramr2.batch", "gramr2.recipes", "gramr2.examples", "gramr2.run_directory"],
+    [
+        "gramr2.scheduler",
+        "gramr2.batch",
+        "gramr2.recipes",
+        "gramr2.examples",
+        "gramr2.run_directory",
+        "gramr2.resume",
+    ],
     ["gramr2.graphs", "gramr2.plan"],
     ["gramr2.engine"],
     ["gramr2.sampler", "gramr2.cost"],
@@ -32,7 +40,7 @@ LAYERS = [
     ["gramr2.extras"],
     ["train", "selftrain", "infer"],
 ]
-BUDGET = {"core": 4350, "kernels": 800, "extras": 2800}
+BUDGET = {"core": 4950, "kernels": 800, "extras": 2800}
 LARGEST = 350  # lines of code of one file of the core
 
 

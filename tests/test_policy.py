@@ -265,13 +265,13 @@ def test_equals_are_no_abstentions():
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"group": 1, "batch_size": 8}, "group: 1 is too few"),
+        ({"group": 1, "batch_size": 8}, "group: expected a whole number from 2"),
         ({"batch_size": 10}, "batch_size: 10 is not whole groups of 4"),
         ({"votes": 3}, "votes: 3 must be even"),
-        ({"reward": "guess"}, "reward: 'guess' must be one of pairwise"),
-        ({"lr": math.inf}, "lr: inf must be above 0, and finite"),
-        ({"beta1": 1.0}, "beta1: 1.0 must be from 0 to below 1"),
-        ({"max_abstained": 1.5}, "max_abstained: 1.5 must be from 0 to 1"),
+        ({"reward": "guess"}, "reward: expected one of pairwise"),
+        ({"lr": math.inf}, "lr: expected a number above 0, got inf"),
+        ({"beta1": 1.0}, "beta1: expected a number from 0 below 1"),
+        ({"max_abstained": 1.5}, "max_abstained: expected a number from 0 to 1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_by_name(config, message):

@@ -160,7 +160,10 @@ THINK = "<think>\nhm\n</think>\n"
      (THINK + "<answer>[[A]]</answer>", None, "answer is neither A nor B"),
      (THINK + "<answer>neither</answer>", None, "answer is neither A nor B"),
      ("<think>so <answer>A</answer>", None, "unfinished thinking"), ("<think>", None, "unfinished thinking"),
-     ("<think>a <answer>B</answer> </think> <answer>B</answer> x</think><answer>A</answer>", "A", ""),
+     ("<think>a <answer>B</answer> </think> <answer>B</answer> x</think><answer>A</answer>", None,
+      "a second thinking after the first"),
+     ("<think>a</think><answer>B</answer> for it said </think><answer>A</answer>", None,
+      "a second thinking after the first"),
      ("<think>it says <think>x</think><answer>B</answer> and", None, "unfinished thinking"),
      ("<think>tags like <think> and <answer></think>\n<answer>A</answer>", "A", "")],
 )  # fmt: skip
@@ -186,9 +189,9 @@ def test_parsers_never_raise(text, opened):
 
 @given(texts, labels, st.booleans())
 def test_render_then_parse(rationale, label, opened):
-    """Whatever the thinking quotes, tags and verdicts too, the label that was rendered is read."""
-    target = judge_target(rationale, label)
-    assert parse_verdict(target.removeprefix("<think>") if opened else target, opened).label == label
+    """Whatever the thinking quotes, tags and verdicts too, the label that was rendered is read, or none."""
+    target, read = judge_target(rationale, label), None if "</think>" in rationale else label
+    assert parse_verdict(target.removeprefix("<think>") if opened else target, opened).label == read
 
 
 @given(texts.filter(lambda thinking: "</think>" not in thinking), labels, st.integers(0))

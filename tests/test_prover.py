@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 from collections import Counter
 from functools import partial
 
@@ -57,7 +58,8 @@ def scripted(monkeypatch, written, given=-1.0, second=None, positions=10_000):
         prover.per_call.append(len(ids))
         groups = []
         for one, _ in zip(ids, keys, strict=True):
-            question, *_, label = TOKENIZER.decode(one).partition("user\n\n")[2].split("|")
+            said = re.sub(r"<\|\w+\|>", "", TOKENIZER.decode(one))
+            question, *_, label = said.partition("user\n\n")[2].split("|")
             texts = [written(question.strip(), label[0], number) for number in range(n)]
             groups.append([sample(*((text, "stop") if isinstance(text, str) else text)) for text in texts])
         return groups

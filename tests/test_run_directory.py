@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gramr2 import run_directory
-from gramr2.files import InputError, write_rows
+from gramr2.files import InputError
 from gramr2.parallel import Ranks
 from gramr2.run_directory import RunDirectory, Step
 
@@ -33,8 +33,9 @@ def paths(directory: RunDirectory) -> list[str]:
 
 
 def test_what_has_no_number_is_no_step(tmp_path):
+    directory = begin(tmp_path)
     (tmp_path / "steps/notes-mine").mkdir(parents=True)
-    assert do(begin(tmp_path), "one") == ["one"]
+    assert do(directory, "one") == ["one"]
     assert list(run_directory.step_paths(tmp_path)) == ["one"]
 
 
@@ -51,7 +52,7 @@ def test_finished_shards_are_kept_and_a_cut_one_is_done_again_whole(tmp_path, mo
 
     def work(step: Step, cut=None):
         for shard, items in step.shards(range(10)):
-            write_rows(shard, rows(items, cut))
+            run_directory.write_shard(shard, rows(items, cut))
 
     with pytest.raises(InputError, match="cut"), begin(tmp_path).step("one") as step:
         work(step, cut=6)
@@ -65,7 +66,8 @@ def test_finished_shards_are_kept_and_a_cut_one_is_done_again_whole(tmp_path, mo
 
 
 def test_a_shard_is_given_to_one_alone_and_a_killed_run_leaves_no_claim(tmp_path):
-    shard = tmp_path / "shards" / "000000000.jsonl"
+    shard = tmp_path / "steps/01-one/shards/000000000.jsonl"
+    shard.parent.parent.mkdir(parents=True)
     assert run_directory.claim(shard) and not run_directory.claim(shard)
     run_directory.remove_leftovers(tmp_path)
     assert run_directory.claim(shard)

@@ -137,13 +137,13 @@ def test_the_trained_model_judges_a_pair_and_a_file(run):
 
     bulk = ("infer.py", "--pairs", "in.jsonl", "--out", "out.jsonl", "--votes", "4", "--json")
     counts = json.loads(command(*bulk, cwd=run).stdout)
-    assert counts == {"judged": 5, "before": 0, "failed": 1}
+    assert counts == {"judged": 5, "before": 0, "failed": 1, "unread": 0}
     out = [json.loads(line) for line in (run / "out.jsonl").read_text().splitlines()]
     assert [row["id"] for row in out[:-1]] == [json.loads(row)["id"] for row in rows] and "error" in out[-1]
     # One pair alone and the same pair among others: the same judgment, bit for bit.
     assert {**judged, "pair": None} == {**out[0], "pair": None}
     again = json.loads(command(*bulk, cwd=run).stdout)
-    assert again == {"judged": 0, "before": 5, "failed": 1}
+    assert again == {"judged": 0, "before": 5, "failed": 1, "unread": 0}
     assert len((run / "out.jsonl").read_text().splitlines()) == 6
 
 

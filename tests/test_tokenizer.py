@@ -75,7 +75,7 @@ def test_special_tokens_spelled_in_a_message_stay_text(tmp_path, kind):
     specials = set(ours.special.values())
     assert [i for i in ids if i in specials] == [i for i in ours.chat(harmless) if i in specials]
     assert ours.decode(ids, skip_special=False) == ours.render(hostile)
-    assert ours.chat(harmless) == ours.encode(ours.render(harmless))  # and the guard left no mode behind
+    assert not specials & set(ours.encode(ours.render(harmless)))  # nor is a spelled frame one
 
 
 def test_a_template_that_raises_or_does_not_parse_is_one_line(tmp_path):

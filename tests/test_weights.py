@@ -41,7 +41,7 @@ def index_with_an_absent_file(directory):
 BROKEN = {
     "no config": (lambda d: (d / "config.json").unlink(), "holds no config.json"),
     "config not JSON": (lambda d: (d / "config.json").write_text("{"), "not JSON"),
-    "config without a field": (lambda d: edit_config(d, hidden_size=None), "hidden_size is None"),
+    "config without a field": (lambda d: edit_config(d, hidden_size=None), 'no field "hidden_size"'),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors nor an index"),
     "truncated": (truncate, "truncated"),
     "absent file": (index_with_an_absent_file, "b.safetensors: missing, though"),
@@ -68,7 +68,7 @@ BROKEN = {
     "Gemma": (lambda d: edit_config(d, model_type="gemma2", architectures=["Gemma2ForCausalLM"]), "Gemma2"),
     "YaRN": (
         lambda d: edit_config(d, rope_scaling={"rope_type": "yarn", "factor": 4.0}),
-        "RoPE type 'yarn' is not supported",
+        "type 'yarn' is not supported",
     ),
     "sliding window": (lambda d: edit_config(d, use_sliding_window=True), "use_sliding_window = True"),
     "quantised": (lambda d: edit_config(d, quantization_config={"bits": 4}), "quantization_config"),

@@ -1,8 +1,9 @@
 """Many items and one judge: a file of judged rows that grows, and goes on where it was cut.
 
 `Judge` is the reward model that somebody named, with the settings that go into every row; what cannot be
-judged is a row with the reason. `judge_into` appends rows call by call: what was judged before stays, what
-failed is tried again, and a row that stands twice in what goes in is judged twice.
+judged is a row with the reason. `judge_into` appends rows call by call: what was judged before, by the same
+weights under the same prompt, stays; what failed is tried again, and a row that stands twice in what goes in
+is judged twice. A file of other rows is refused as it stands, and so is a second process.
 
 It leaves out: what the rows are worth (evaluate.py), and the command line (infer.py).
 """
@@ -17,13 +18,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from gramr2.data import Store
-from gramr2.extras.row_log import RowLog
-from gramr2.files import InputError, JsonRow, read_json, write_rows
+from gramr2.extras.row_log import RowLog, read_log
+from gramr2.fields import Fields
+from gramr2.files import InputError, JsonRow, need, only_writer, read_json, write_rows
 from gramr2.rankings import Ranking
 from gramr2.records import Judgment, Pair
 from gramr2.run_directory import finished_runs
@@ -50,7 +51,8 @@ class JudgeSettings:
 def newest_model() -> Path:
     """The model of the run that finished last, under runs/ here."""
     for run in finished_runs():
-        model = run / read_json(run / "results.json")["model"]
+        results = Fields(read_json(run / "results.json"), f"{run / 'results.json'}: ")
+        model = run / results.get("model", str)
         print(f"model: {model}", file=sys.stderr)
         return model
     raise InputError("no finished run under runs/; give --model DIR, or make one: python selftrain.py")
@@ -77,10 +79,16 @@ class Judge:
         self.sampling: JsonRow = {name: getattr(settings, name) for name in names}
         calibrated = self.model.calibrates(settings.votes, settings.temperature)
         self.judged_with = {"model": str(directory), "format": self.model.format.name, **self.sampling}
-        self.judged_with |= {"prompt": settings.prompt and str(settings.prompt), "calibrated": calibrated}
+        self.judged_with |= {"prompt": self.model.prompt_hash, "calibrated": calibrated}
         if self.model.calibration and not calibrated:
             fitted = "{votes} votes, greedy: {greedy}".format_map(self.model.calibration)
-            print(f"warning: not calibrated: the calibration is for {fitted}", file=sys.stderr)
+            print(f"warning: not calibrated: the calibration is for {fitted}, of its judge", file=sys.stderr)
+
+    def sign_rows(self) -> None:
+        """Rows say from now on which weights they are of: a file of them may meet others under one name."""
+        from gramr2.weights import fingerprint
+
+        self.judged_with["weights"] = fingerprint(self.judged_with["model"])
 
     def rows(self, items: Sequence[Item]) -> Iterator[JsonRow]:
         """The row of each pair, or of each of a benchmark's lists: a failure is a row with the reason."""
@@ -95,50 +103,69 @@ class Judge:
 
     def outcome(self, found: Judgment | Ranking | InputError) -> JsonRow:
         if isinstance(found, InputError):
-            return {"error": str(found)}
+            return {"error": str(found), "judge": self.judged_with}
         return found.to_json() | {"judge": self.judged_with}
 
 
-def judge_into(out: Path, settings: JudgeSettings, source: Store | list[Item]) -> dict[str, int]:
-    """Appends rows call by call. What succeeded before stays, what failed is tried again."""
-    judge = Judge(settings)
-    done = keep_finished(out, judge.judged_with)
-    unreadable: list[JsonRow] = []
-    waiting = pending(source, done, unreadable)
-    counts = {"judged": 0, "before": done.total(), "failed": 0}
-    with RowLog(out) as log, tqdm(total=len(source), unit="pair", disable=None) as bar:
-        bar.update(done.total())
-        while together := list(islice(waiting, PAIRS_PER_CALL)):
-            rows = list(judge.rows(together))
-            for row in rows:
-                log.write(row)
-                counts["failed" if "error" in row else "judged"] += 1
-            log.sync()
-            bar.update(len(rows))
-        for row in unreadable:
-            log.write(row)
-    return counts | {"failed": counts["failed"] + len(unreadable)}
+def judge_into(out: Path, settings: JudgeSettings, source: Store | list[Item], path: Path) -> dict[str, int]:
+    """Appends rows call by call. What succeeded before stays, what failed is tried again.
+
+    `path` is where `source` was read from. Nothing judged is an error, and not an empty result.
+    """
+    need(len(source) > 0, f"{path}: holds no row")
+    need(not (out.exists() and out.samefile(path)), f"{out}: is what is to be judged; give another --out")
+    with only_writer(out):
+        for _ in judged_rows(out):  # before the model, which takes its time
+            pass
+        judge = Judge(settings)
+        judge.sign_rows()
+        done = keep_finished(out, judge.judged_with)
+        unreadable: list[JsonRow] = []
+        waiting = pending(source, done, unreadable)
+        counts = {"judged": 0, "before": done.total(), "failed": 0, "unread": 0}
+        with RowLog(out) as log, tqdm(total=len(source), unit="pair", disable=None) as bar:
+            bar.update(done.total())
+            while together := list(islice(waiting, PAIRS_PER_CALL)):
+                rows = list(judge.rows(together))
+                for row in rows:
+                    log.write(row)
+                    counts["failed" if "error" in row else "judged"] += 1
+                    counts["unread"] += 0 < row.get("abstained", 0) == sum(row["votes"].values())
+                log.sync()
+                bar.update(len(rows))
+            for row in unreadable:
+                log.write(row | {"judge": judge.judged_with})
+    counts["failed"] += len(unreadable)
+    if not counts["judged"] + counts["before"]:
+        reason = next(row["error"] for row in judged_rows(out) if "error" in row)
+        raise InputError(f"{path}: none of {len(source)} rows could be judged; the first: {reason}")
+    return counts
+
+
+def judged_rows(path: Path) -> Iterator[JsonRow]:
+    """The rows of a judged file, or none where there is no file yet; a file of other rows is refused."""
+    for number, row in enumerate(read_log(path) if path.exists() else (), 1):
+        judge = row.get("judge") if isinstance(row, dict) else None
+        if not (isinstance(judge, dict) and "id" in row and judge.keys() >= {"model", "format", "votes"}):
+            raise InputError(f"{path}: row {number} is not a judged row; give another --out")
+        yield row
 
 
 def keep_finished(path: Path, judged_with: JsonRow) -> Counter[bytes]:
     """How often an earlier call has judged each key; its failures are taken out, to be tried again."""
     done: Counter[bytes] = Counter()
-    if not path.exists():
-        return done
-    failed, rows = False, Store(path)
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not isinstance(row.get("judge", {}), dict):
-            raise InputError(f"{path}: row {number} is not a judged row; give another --out")
+    failed = False
+    for number, row in enumerate(judged_rows(path), 1):
         if "error" in row:
             failed = True
             continue
-        was = row.get("judge", {})
+        was = row["judge"]
         other = [f"{k} {was.get(k)}, now {now}" for k, now in judged_with.items() if was.get(k) != now]
         if other:
             raise InputError(f"{path}: row {number} was judged with {'; '.join(other)}; give another --out")
         done[key_of(Pair.from_json(row["pair"]) if "pair" in row else row)] += 1
     if failed:
-        write_rows(path, (row for row in rows if "error" not in row))
+        write_rows(path, (row for row in judged_rows(path) if "error" not in row))
     return done
 
 
@@ -160,11 +187,4 @@ def pending(source: Store | list[Item], done: Counter[bytes], unreadable: list[J
 def key_of(item: Item) -> bytes:
     """What makes an item the same in another call: a pair's whole row; a list's id."""
     content = item.to_json() if isinstance(item, Pair) else item["id"]
-    return hashlib.blake2b(json_bytes(content), digest_size=16).digest()
-
-
-def json_bytes(content: Any) -> bytes:
-    try:
-        return json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise InputError("text that is not Unicode (half of a surrogate pair)") from None
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).digest()

@@ -19,6 +19,11 @@ What it leaves out: fetching, sampling and mixing of sets, and scoring of benchm
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # Ctrl-C may come while the rest is imported
+    from gramr2.files import quit_on_interrupt
+
+    quit_on_interrupt()
+
 import bisect
 import codecs
 import contextlib
@@ -28,7 +33,6 @@ import json
 import math
 import random
 import re
-import sys
 import time
 import zlib
 from array import array
@@ -42,7 +46,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from gramr2.files import InputError, JsonRow, Parser, exit_status, publish_file
+from gramr2.files import (
+    InputError,
+    JsonRow,
+    Parser,
+    need,
+    open_file,
+    parse_json,
+    publish_file,
+    run_command,
+)
 from gramr2.prompts import Rationale, parse_rationale, parse_verdict
 from gramr2.records import OTHER, Messages, Pair, as_messages, content_id, mark
 
@@ -86,7 +99,7 @@ class Source:
 
     def chunks(self, size: int = 1 << 20) -> Iterator[bytes]:
         """The content, unpacked: so many bytes at a time, or line by line where `size` is 0."""
-        with self.path.open("rb") as raw:
+        with open_file(self.path) as raw:
             file = gzip.GzipFile(fileobj=raw) if self.kind.endswith(".gz") else raw
             for chunk in iter(lambda: file.read(size), b"") if size else file:
                 self.done = raw.tell()
@@ -97,11 +110,11 @@ class Source:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8-sig"))
+                row = parse_json(line)
             except UnicodeDecodeError:
                 raise self.error(f"line {count} is not UTF-8 text") from None
-            except (ValueError, RecursionError) as error:
-                row = InputError(f"not JSON: {getattr(error, 'msg', 'too deep or too long')}")
+            except ValueError as error:
+                row = InputError(f"not JSON: {getattr(error, 'msg', error)}")
             yield f"line {count}", row
 
     def _array(self) -> Iterator[tuple[str, JsonRow]]:
@@ -734,6 +747,7 @@ def convert(
     if chosen.benchmark and (against or max_characters):
         raise InputError(f"{name} is a benchmark, and converted whole: no --against and no --max-characters")
     sources = [Source(one, seed) for one in _inputs(Path(path))]
+    _check_target(Path(target), Path(path))
     sieve = Sieve([Overlap(Path(one)) for one in against], max_characters, seed)
     with publish_file(target) as temporary, temporary.open("wb") as out:
         for where, source, row in _rows(sources):
@@ -752,6 +766,21 @@ def convert(
         account.seconds = time.perf_counter() - began
         account.check(name, path, 0 if chosen.benchmark else malformed_limit)
     return account
+
+
+def _check_target(target: Path, path: Path) -> None:
+    """Nothing is written over but an earlier conversion: a file whose first row is one of ours."""
+    if not target.exists():
+        return
+    need(not target.samefile(path), f"{target}: is what is converted; name another output")
+    with open_file(target) as file:
+        first = file.readline()
+    try:
+        row = parse_json(first) if first else {"id": "", "scores": []}
+        if "scores" not in row:
+            Pair.from_json(row)
+    except (ValueError, TypeError):
+        raise InputError(f"{target}: holds something else than pairs; name another output") from None
 
 
 def _line(item: Pair | JsonRow) -> bytes:
@@ -790,4 +819,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    run_command(main)

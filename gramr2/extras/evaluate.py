@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from gramr2.data import Store
+from gramr2.fields import Fields
 from gramr2.files import InputError, JsonRow, write_json
 from gramr2.records import OTHER, UNDECIDED, Judgment, Pair
 
@@ -255,15 +256,19 @@ def reliability(rows: Sequence[JsonRow]) -> JsonRow:
     judged = [row for row in rows if "error" not in row]
     agree = [row["orders_agree"] for row in judged if row.get("orders_agree") is not None]
     votes = [vote for row in judged for vote in row.get("details") or ()]
-    known = [(row["p_a"], row["pair"]["label"]) for row in judged if row.get("p_a") is not None]
+    read = [row for row in judged if not 0 < row.get("abstained", 0) == sum(row["votes"].values())]
+    known = [(row["p_a"], row["pair"]["label"]) for row in read if row.get("p_a") is not None]
     tokens = [vote["tokens"] for vote in votes if "tokens" in vote]
     figures = {
         "failed": len(rows) - len(judged),
+        "unread": len(judged) - len(read),
+        "forged": sum(bool(row.get("forged")) for row in judged),
         "consistency": fmean(agree) if agree else None,
         "abstention": fmean(vote["label"] is None for vote in votes) if votes else None,
         "tokens": sum(tokens) / len(judged) if tokens else None,
         "calibrated": any(_settings(row).get("calibrated") for row in judged),
     }
+    # Where nothing could be read, probabilities are worth nothing, and not one half.
     return figures | calibration(*zip(*known, strict=True)) if known else figures
 
 
@@ -287,7 +292,7 @@ def fit_calibrator(rows: Iterable[JsonRow]) -> JsonRow:
     judge.py interpolates between the blocks: each one's mean p, and its observed frequency, which stays
     at least 1 / (pairs + 2) away from 0 and 1: no number of pairs makes a judge certain.
     """
-    rows = [row for row in rows if "error" not in row and row["pair"].get("label")]
+    rows = [row for row in rows if "error" not in row and row["pair"].get("label") and row["p_a"] is not None]
     if len(rows) < FEWEST:
         raise InputError(f"{len(rows)} judged pairs with a label; a calibrator needs {FEWEST} or more")
     votes = {sum(row["votes"].values()) for row in rows if row["details"] or not sum(row["votes"].values())}
@@ -322,15 +327,16 @@ def calibrate(path: Path, directory: Path) -> tuple[Path, JsonRow]:
 
     if not (directory / "config.json").is_file():
         raise InputError(f"{directory}: not a model directory (it has no config.json)")
-    try:
-        rows = Store(path)
-        fitted = fit_calibrator(rows)
-        judge = next(_settings(row).get("model", "") for row in rows if "error" not in row)
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a file of judged pairs ({error!r})") from None
-    if Path(judge).resolve() != directory.resolve():
-        raise InputError(f"{path}: judged by {judge or 'another judge'}, not by {directory}")
-    write_json(directory / CALIBRATION, fitted)
+    from gramr2.weights import fingerprint
+
+    rows = Store(path, partial(_checked, "pairs"))
+    fitted = fit_calibrator(rows)
+    judge = next(Fields(_settings(row), f"{path}: judge: ") for row in rows if "error" not in row)
+    weights, prompt = judge.get("weights", str, ""), judge.get("prompt", str, "")
+    if weights != fingerprint(directory):
+        by = judge.get("model", str, "another judge")
+        raise InputError(f"{path}: judged by {by}, with other weights than those of {directory}")
+    write_json(directory / CALIBRATION, fitted | {"judge": f"{weights} {prompt}"})
     return directory / CALIBRATION, fitted
 
 
@@ -363,15 +369,20 @@ def _checked(name: str, row: JsonRow) -> JsonRow:
 
 
 def _read(name: str, row: JsonRow) -> JsonRow:
-    if isinstance(row, dict) and "judgments" in row:
+    fields = Fields(row)
+    if "judgments" in row:
         return _published(row)
     if name == "ppe":
+        scores = fields.get("scores", tuple[float, ...])
         for each in row.get("comparisons", ()):  # which of two is better is known where their scores differ
-            gap = row["scores"][each["a"]] - row["scores"][each["b"]]
-            each["pair"] = {"label": "A" if gap > 0 else "B"}
-            each["p_a"] = each["p_a"] if gap else None
+            duel = Fields(each, "comparisons: ")
+            a, b = (scores[duel.get(side, int, low=0, high=len(scores) - 1)] for side in "ab")
+            duel.get("p", float, low=0, high=1)
+            Judgment.from_json({key: each[key] for key in each if key not in ("a", "b", "p")})
+            each["pair"] = {"label": "A" if a > b else "B"}
+            each["p_a"] = each["p_a"] if a != b else None
         return row
-    if row["pair"].get("label") is None:
+    if Pair.from_json(fields.get("pair", dict)).label is None:
         raise InputError("its pair has no label")
     if "error" not in row:
         Judgment.from_row(row)
@@ -397,6 +408,8 @@ FIGURES = (
     ("orders agree", "consistency", ".1%"),
     ("unreadable votes", "abstention", ".1%"),
     ("pairs that could not be judged", "failed", "d"),
+    ("pairs without a readable vote", "unread", "d"),
+    ("pairs that hold a line of the prompt's own", "forged", "d"),
     ("ECE", "ece", ".3f"),
     ("Brier score", "brier", ".3f"),
     ("accuracy at 50% coverage", "covered", ".1%"),

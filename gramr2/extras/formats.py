@@ -25,9 +25,9 @@ _ARENA = r"(?:\[\[|\\boxed\{)([AB](?=>)|[AB]=[AB])>{0,2}[AB]?(?:\]\]|\})"
 
 def _last(pattern: str, text: str, thinking_open: bool) -> Verdict:
     """The last match of `pattern`'s group after any thinking; 1 and 2 are A and B."""
-    after = prompts.after_thinking(text, thinking_open)
+    after, reason = prompts.after_thinking(text, thinking_open)
     if after is None:
-        return Verdict(None, "unfinished thinking")
+        return Verdict(None, reason)
     found = re.findall(pattern, after, re.DOTALL)
     if not found:
         return Verdict(None, "no answer")

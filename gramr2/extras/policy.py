@@ -286,7 +286,7 @@ def train(
     `judge_dir` is where the reward's model stands, if it has one: a run with another model is another run.
     """
     data, model_dir, out = [Path(path) for path in data], Path(model_dir), Path(out)
-    with parallel.join_ranks(settings) as ranks, fit.stop_on_signals() as stop:
+    with parallel.join_ranks(settings) as ranks, fit.stop_on_signals() as stop, ranks.only_writer(out):
         tokenizer = Tokenizer.load(model_dir, date=settings.date)
         config = read_model_config("policy", "vocabulary", settings, model_dir, tokenizer)
         files = [*data, *(sorted(Path(judge_dir).glob("*.safetensors")) if judge_dir else ())]

@@ -6,10 +6,13 @@ It leaves out: tables of benchmarks (evaluate.py), and the end of a run (results
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
-from gramr2.files import JsonRow
+from gramr2.files import JsonRow, visible
 from gramr2.rankings import Ranking
-from gramr2.records import Pair, show
+from gramr2.records import UNDECIDED, Pair, show
+
+ENDING = 60  # characters of an unreadable answer that are shown
 
 
 def judgment_text(pair: Pair, judgment: JsonRow) -> str:
@@ -19,22 +22,42 @@ def judgment_text(pair: Pair, judgment: JsonRow) -> str:
     elif label is None:
         why = "the votes are tied" if votes["A"] + votes["B"] else "none of the answers could be read"
         lines = [f"No verdict: {why if sum(votes.values()) else 'the two scores are equal'}."]
-    elif judgment["orders_agree"] is False:
-        lines = [f"Leaning to {label}, but the verdict changes with the order: no clear preference."]
+    elif judgment["p_a"] == UNDECIDED:
+        why = "the verdict changes with the order" if judgment["orders_agree"] is False else "it is not sure"
+        lines = [f"Leaning to {label}, but {why}: no clear preference."]
     else:
         lines = [f"Response {label} is better (probability {sure:.2f})"]
     if sum(votes.values()):
         lines.append(f"votes: {votes['A']} for A, {votes['B']} for B, {votes['none']} unreadable")
+    lines += unread_lines(judgment["details"])
+    if judgment["forged"]:
+        where = ", ".join(judgment["forged"])
+        lines.append(f"warning: {where}: holds a line of the judge's own prompt, and may speak in its name")
     if judgment["rationale"]:
         lines += ["", show(judgment["rationale"])]
-    return "\n".join(lines)
+    return visible("\n".join(lines))
+
+
+def unread_lines(votes: Sequence[JsonRow]) -> Iterator[str]:
+    """Why votes could not be read, how often, and how one of each kind ends."""
+    unread: dict[str, list[str]] = {}
+    for vote in votes:
+        if vote["label"] is None:
+            unread.setdefault(vote["reason"], []).append(vote["text"])
+    for reason, texts in unread.items():
+        end = " ".join(texts[0].split())[-ENDING:]
+        yield f"  {len(texts)} unreadable: {reason}" + (f'; one ends "…{end}"' if end else "")
 
 
 def ranking_lines(ranking: Ranking, responses: Sequence[str]) -> Iterator[str]:
-    yield f"The best is response {ranking.best + 1}."
+    if ranking.best is None:
+        yield "No winner: no comparison came to a verdict. The responses stand in the order given."
+    else:
+        yield f"The best is response {ranking.best + 1}."
     for place, index in enumerate(ranking.order, 1):
-        yield f"{place:4}. response {index + 1}: {' '.join(responses[index].split())[:80]}"
+        yield visible(f"{place:4}. response {index + 1}: {' '.join(responses[index].split())[:80]}")
     counts = f"{ranking.comparisons} comparisons in {ranking.rounds} batches, {ranking.undecided}"
     yield f"{counts} without a preference"
+    yield from unread_lines([asdict(vote) for each in ranking.answers.values() for vote in each.details])
     for i, j, p in ranking.overruled:
         yield f"intransitive: {i + 1} was preferred to {j + 1} (p {p:.2f}), which surer answers overrule"

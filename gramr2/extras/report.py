@@ -16,11 +16,15 @@ It leaves out: anything that would need a model. The truth is read here for repo
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # Ctrl-C may come while the rest is imported
+    from gramr2.files import quit_on_interrupt
+
+    quit_on_interrupt()
+
 import base64
 import hashlib
 import heapq
 import math
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice, zip_longest
@@ -32,7 +36,7 @@ from gramr2 import denoise
 from gramr2.extras.evaluate import score_leanings
 from gramr2.extras.results import FUNNEL, JudgedPair, RunReader, accuracy_row, read_round
 from gramr2.extras.toyworld import world_rules
-from gramr2.files import JsonRow, Parser, exit_status, publish_file
+from gramr2.files import JsonRow, Parser, publish_file, run_command
 from gramr2.records import UNDECIDED, Judgment, Pair, show
 from gramr2.settings import SelfTrainSettings
 from gramr2.stages import STAGES
@@ -252,7 +256,7 @@ def write_report(root: str | Path) -> Path:
     """Makes report.html in a run's directory, from what the run has left there."""
     path, text = Path(root) / "report.html", page(RunReader(root))
     with publish_file(path) as temporary:
-        temporary.write_bytes(text.encode("utf-8", "replace"))  # JSON may hold half a character
+        temporary.write_text(text, encoding="utf-8")
     return path
 
 
@@ -264,4 +268,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main, sys.argv[1:]))
+    run_command(main)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from gramr2.extras.evaluate import average, by_domain, is_right
 from gramr2.extras.inputs import RunInputs
+from gramr2.fields import Fields
 from gramr2.files import InputError, JsonRow, read_json, read_rows, write_json
 from gramr2.records import OTHER
 from gramr2.run_directory import step_paths
@@ -100,9 +101,10 @@ class RunReader:
         self.root = Path(root)
         if not (self.root / "plan.json").is_file():
             raise InputError(f"{root}: holds no plan.json; give the directory of a run, such as runs/toy")
-        self.settings = read_json(self.root / "plan.json")["settings"]
+        plan = Fields(read_json(self.root / "plan.json"), f"{self.root / 'plan.json'}: ")
+        self.settings = plan.get("settings", dict)
         finished = (self.root / "results.json").is_file()
-        self.results = read_json(self.root / "results.json") if finished else {}
+        self.results = Fields(read_json(self.root / "results.json")).row if finished else {}
         paths = step_paths(self.root).items()
         self.steps = {name: path for name, path in paths if (path / "done.json").exists()}
         judged = range(1, self.settings["iters"] + 1)

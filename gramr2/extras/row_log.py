@@ -7,10 +7,27 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from gramr2.data import is_json, say_torn
-from gramr2.files import JsonRow, disk_errors_as_input_errors
+from gramr2.files import InputError, JsonRow, disk_errors_as_input_errors, need, open_file, parse_json
+
+_CUT_ROW = re.compile(rb'\{("(\w+("(:.*)?)?)?)?', re.DOTALL)  # the beginning of an object with named fields
+
+
+def read_log(path: Path) -> Iterator[JsonRow]:
+    """The rows of a log as it stands. What no RowLog has written is refused, and left as it is."""
+    with open_file(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = parse_json(line)
+            except ValueError as error:
+                if not line.endswith(b"\n") and _CUT_ROW.fullmatch(line):
+                    return
+                raise InputError(f"{path}: row {number} is not of a log of ours ({error})") from None
+            yield row
 
 
 class RowLog:
@@ -18,6 +35,8 @@ class RowLog:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        if self.path.exists():
+            open_file(self.path).close()  # to append to a pipe would wait for its reader
         with disk_errors_as_input_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a+b")
@@ -35,6 +54,7 @@ class RowLog:
         if rest and is_json(rest):
             self._file.write(b"\n")
         elif rest:
+            need(_CUT_ROW.fullmatch(rest) is not None, f"{self.path}: its last line is no row that was cut")
             say_torn(self.path, len(rest))
             self._file.truncate(size - len(rest))
 

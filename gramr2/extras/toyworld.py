@@ -36,15 +36,17 @@ from pathlib import Path
 from typing import Any
 
 from gramr2.denoise import RationaleFilter
-from gramr2.files import InputError, read_json, write_json, write_rows
+from gramr2.files import InputError, need, read_json, write_json, write_rows
 from gramr2.prompts import judge_prompt, label_target, parse_rationale, proof_from_rationale
 from gramr2.recipes import resolve
 from gramr2.records import Pair, mark, show
-from gramr2.settings import FilterSettings, setting
+from gramr2.settings import FilterSettings, check_limits, setting
 
 Prices = dict[str, int]
 Goods = tuple[str, ...]
 SHIPPED = Path(__file__).parent / "toy_backbone"
+COUNT: dict[str, Any] = {"low": 1, "high": 10**7}
+TOO_FEW = "[world] goods: {} goods give too few questions for {} pairs"
 SPLITS = ("human", "labelled", "unlabelled", "dev", "test")
 JUDGE_TEMPLATE = "{question}\nResponse A: {response_a}\nResponse B: {response_b}"
 PROVER_TEMPLATE = "Prove {label}: {question}\nResponse A: {response_a}\nResponse B: {response_b}"
@@ -69,18 +71,30 @@ WORDS += ("price", "Prices", " Prices", " of", ":", ",", ".", "?", *(f" {digit}"
 class WorldSettings:
     """Sizes of the world and of its backbone."""
 
-    goods: int = setting(160, "goods in the shop")
-    settled: int = setting(160, "goods that have a price in annotated pairs; both lists say 0 of the others")
-    asked: int = setting(3, "goods that a question names")
-    human: int = setting(60, "pairs with a human rationale")
-    labelled: int = setting(160, "pairs with a label only")
-    unlabelled: int = setting(2400, "pairs without a label, over all rounds")
-    dev: int = setting(300, "held-out pairs for choosing settings")
-    test: int = setting(1500, "held-out pairs for reporting")
-    pretrain: int = setting(20000, "fragments for the backbone")
-    hidden_size: int = setting(96, "width of the backbone")
-    layers: int = setting(3, "blocks of the backbone")
-    heads: int = setting(4, "attention heads of the backbone")
+    goods: int = setting(160, "goods in the shop", low=4, high=1000)
+    settled: int = setting(
+        160, "goods that have a price in annotated pairs; both lists say 0 of the others", low=1, high=1000
+    )
+    asked: int = setting(3, "goods that a question names", low=2, high=9)
+    human: int = setting(60, "pairs with a human rationale", **COUNT)
+    labelled: int = setting(160, "pairs with a label only", **COUNT)
+    unlabelled: int = setting(2400, "pairs without a label, over all rounds", **COUNT)
+    dev: int = setting(300, "held-out pairs for choosing settings", **COUNT)
+    test: int = setting(1500, "held-out pairs for reporting", **COUNT)
+    pretrain: int = setting(20000, "fragments for the backbone", **COUNT)
+    hidden_size: int = setting(96, "width of the backbone", low=8, high=2**14)
+    layers: int = setting(3, "blocks of the backbone", low=1, high=1000)
+    heads: int = setting(4, "attention heads of the backbone", low=1, high=512)
+
+    def __post_init__(self):
+        check_limits(self)
+        whole = self.hidden_size % self.heads == 0 and self.hidden_size // self.heads % 2 == 0
+        need(whole, f"[world] hidden_size: {self.hidden_size} does not divide into {self.heads} even heads")
+        # Questions are drawn until one is new: where nearly all are taken, that would never end.
+        pairs = sum(getattr(self, split) for split in SPLITS)
+        told = math.comb(self.goods, self.asked) - math.comb(max(0, self.goods - self.settled), self.asked)
+        need(3 * pairs <= 2 * math.comb(self.goods, self.asked), TOO_FEW.format(self.goods, pairs))
+        need(3 * (self.human + self.labelled) <= 2 * told, TOO_FEW.format(self.settled, "the annotated"))
 
 
 def good_names(count: int) -> list[str]:
@@ -279,8 +293,6 @@ def make_world(directory: Path, seed: int = 0, **sizes: int) -> Path:
     names, rng = good_names(settings.goods), random.Random(f"shop {seed}")
     prices = prices_of(seed, names)
     counts = [getattr(settings, split) for split in SPLITS]
-    if 3 * sum(counts) > 2 * math.comb(len(names), settings.asked):
-        raise InputError(f"world: {len(names)} goods give too few questions for {sum(counts)} pairs")
     sets = _distinct_sets(names, settings.asked, rng)
     for split, count in zip(SPLITS, counts, strict=True):
         told = set(names[: settings.settled] if split in ("human", "labelled") else names)

@@ -1,0 +1,58 @@
+"""Seals: what a file held when it was finished, so that it is known again before it is used.
+
+A seal is {"hash", "bytes", "changed"}. A file of the same size and time of change is taken for the same;
+where either differs, as after a copy, or where it is asked for, the whole file is read and its hash decides.
+So to take up a finished run costs a look at its files, and one byte that changed is still seen.
+
+It leaves out: who may write (files.only_writer). A hash keeps out accidents, and nobody who means harm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from gramr2.fields import Fields
+from gramr2.files import InputError, JsonRow, digest, read_errors_as_input_errors
+
+SEALS = "seals.json"  # in a model directory that was published here
+
+
+def seal(path: Path, known: Any = None, whole: bool = False) -> JsonRow:
+    """The seal of a file; its hash is taken from `known`, where that is a seal of its size and time."""
+    with read_errors_as_input_errors(path):
+        stat = path.stat()
+    stamp = {"bytes": stat.st_size, "changed": stat.st_mtime_ns}
+    if not whole and isinstance(known, dict) and stamp.items() <= known.items():
+        return {"hash": Fields(known, f"{path}: its seal: ").get("hash", str), **stamp}
+    return {"hash": digest(path), **stamp}
+
+
+def seals_below(place: Path, but: Iterable[str] = ()) -> dict[str, JsonRow]:
+    """A seal for every file below a directory, by its name from there; hidden ones, indices and `but` are
+    left out."""
+    names = (path.relative_to(place) for path in sorted(place.rglob("*")) if path.is_file())
+    out = {*but}
+    return {
+        str(name): seal(place / name)
+        for name in names
+        if not (out & {*name.parts} or name.suffix == ".idx" or any(part[0] == "." for part in name.parts))
+    }
+
+
+def model_files(directory: Path) -> list[Path]:
+    """What makes a model answer as it does: all of its directory, but for what is only said of it there."""
+    with read_errors_as_input_errors(directory):
+        every = sorted(path for path in directory.iterdir() if path.is_file() and path.name[0] != ".")
+    return [path for path in every if path.name not in (SEALS, "training.json", "calibration.json")]
+
+
+def check_seals(place: Path, seals: JsonRow, what_to_do: str, whole: bool = False) -> None:
+    """Refuses the first file below `place` that is not what its seal says, or that is gone."""
+    for name, known in seals.items():
+        path = place / name
+        if not path.is_file():
+            raise InputError(f"{path}: it is gone; {what_to_do}")
+        if seal(path, known, whole)["hash"] != Fields(known, f"{path}: its seal: ").get("hash", str):
+            raise InputError(f"{path}: it is no longer what was finished; {what_to_do}")
