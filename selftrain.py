@@ -11,7 +11,7 @@ after an interruption, and does nothing twice. Exit status: 0 done, 2 bad input,
 from __future__ import annotations
 
 if __name__ == "__main__":  # Ctrl-C may come while the rest is imported
-    from gramr2.files import quit_on_interrupt
+    from gramr2.interrupts import quit_on_interrupt
 
     quit_on_interrupt()
 

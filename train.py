@@ -23,7 +23,7 @@ clerks, OUT-start; the judge made for it is OUT-judge. OUT/rollouts.jsonl has ev
 from __future__ import annotations
 
 if __name__ == "__main__":  # Ctrl-C may come while the rest is imported
-    from gramr2.files import quit_on_interrupt
+    from gramr2.interrupts import quit_on_interrupt
 
     quit_on_interrupt()
 

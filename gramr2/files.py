@@ -332,17 +332,6 @@ def exit_status(main, *args) -> int:
     return status
 
 
-def quit_on_interrupt() -> None:
-    """Until a command's main runs, Ctrl-C and SIGTERM end it at once, in one line."""
-
-    def end(number: int, frame: Any) -> None:
-        os.write(2, b"interrupted\n")
-        os._exit(130)
-
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, end)
-
-
 def run_command(main) -> None:
     """A command's last line: runs its main on what was typed. Once it leaves, it is not interrupted."""
     signal.signal(signal.SIGINT, signal.default_int_handler)

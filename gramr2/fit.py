@@ -297,7 +297,8 @@ def open_run(out: Path, now: dict[str, str], ranks: parallel.Ranks) -> None:
 
     def open_or_check() -> None:
         record = out / "resume" / "run.json"
-        theirs = [*out.glob("model"), *out.glob("metrics.jsonl"), *record.parent.glob("[!.]*")]
+        theirs = [*out.glob("model"), *record.parent.glob("[!.]*")]
+        theirs += [path for path in out.glob("metrics.jsonl") if not is_metrics(path)]
         need(record.exists() or not theirs, f"{[*theirs, ''][0]}: is of no run of ours; name another --out")
         if any(record.parent.glob("step-*")) and record.exists():
             check_identity(Fields(read_json(record), f"{record}: ").row, now, out)
@@ -305,6 +306,12 @@ def open_run(out: Path, now: dict[str, str], ranks: parallel.Ranks) -> None:
             write_json(record, now)
 
     ranks.on_rank_0(open_or_check)
+
+
+def is_metrics(path: Path) -> bool:
+    """Whether a metrics.jsonl begins as ours do, with a step's number."""
+    with open_file(path) as file:
+        return file.readline(9) in (b"", b'{"step": ')
 
 
 def keep_metrics(path: Path, steps: int) -> None:

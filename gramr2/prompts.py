@@ -120,12 +120,12 @@ def template_for(
     directory = Path(directory)
     own = directory / f"{kind}_prompt.txt"
     if prompt_file is not None:
-        note = f"prompt: {prompt_file}" + (f", instead of the checkpoint's own {own.name}" * own.is_file())
+        note = f"prompt: {prompt_file}" + (f", instead of the checkpoint's own {own.name}" * own.exists())
         return check_template(read_text(prompt_file), kind, str(prompt_file)), note
-    if own.is_file():
+    if own.exists():
         return check_template(read_text(own), kind, str(own)), f"prompt: {own}"
     card = directory / "README.md"
-    if card.is_file() and (template := _template_in_card(read_text(card), kind)) is not None:
+    if card.exists() and (template := _template_in_card(read_text(card), kind)) is not None:
         return template, f"prompt: as shown in {card}"
     ours = ours or {"judge": JUDGE_PROMPT, "prover": PROVER_PROMPT}[kind]
     return ours, f"warning: {directory} brings no {own.name} and no card with a prompt; using this project's"

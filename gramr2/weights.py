@@ -8,7 +8,7 @@ what transformers loads unchanged, and publishes the directory whole (files.py).
 `config.json` is understood as transformers 4 writes it (`rope_theta`, `rope_scaling`, `torch_dtype`) and
 as transformers 5 does (`rope_parameters`, `dtype`); what a model came with is what it is saved with.
 
-It leaves out: pickled checkpoints (never open_file), quantised ones, downloads, and splitting over ranks
+It leaves out: pickled checkpoints (never opened), quantised ones, downloads, and splitting over ranks
 (parallel.py distributes what `checkpoint_tensors` yields).
 """
 
@@ -135,7 +135,7 @@ def parse_config(raw: Fields) -> ModelConfig:
     supported = [each.name + head for each in FAMILIES.values() for head in HEADS]
     if family is None or architecture not in [family.name + head for head in HEADS]:
         raise InputError(
-            f"{raw.where}architecture {architecture} (model type {model_type}) is not supported; "
+            f"{raw.where}architectures {architecture} (model_type {model_type}) is not supported; "
             f"supported are {', '.join(supported)}"
         )
     refused = {
@@ -152,9 +152,7 @@ def parse_config(raw: Fields) -> ModelConfig:
     heads = sizes["num_heads"]
     head_size = raw.get("head_dim", int, sizes["hidden_size"] // heads, low=2, high=2**16)
     kv_heads = raw.get("num_key_value_heads", int, heads, low=1, high=heads)
-    need(
-        head_size > 1 and head_size % 2 == 0, f"{raw.where}a head of {head_size} cannot be rotated by halves"
-    )
+    need(head_size > 1 and head_size % 2 == 0, f"{raw.where}head_dim {head_size} cannot be rotated by halves")
     need(
         heads % kv_heads == 0, f"{raw.where}{heads} heads do not share {kv_heads} num_key_value_heads evenly"
     )
@@ -266,8 +264,8 @@ def checkpoint_tensors(directory: str | Path, model: Decoder, fresh_score: bool 
     known = {*expected, head} if model.config.tie_embeddings or fresh_score else expected.keys()
     if unused := [name for name in files if name not in known and not COMPUTED.fullmatch(name)]:
         raise InputError(f"{directory}: {_some(unused)} in the checkpoint, but not in the model")
-    open_file = {path: _open(path) for path in set(files.values())}
-    stored = {name: open_file[path] for name, path in files.items()}
+    opened = {path: _open(path) for path in set(files.values())}
+    stored = {name: opened[path] for name, path in files.items()}
     for name, (_, wanted) in expected.items():
         shape = tuple(stored[name].get_slice(name).get_shape())
         if shape != wanted:

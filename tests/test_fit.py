@@ -1,6 +1,8 @@
 """The loop: beside transformers, resumed to the bit, and what happens to bad input."""
 
 import json
+import math
+import pickle
 from pathlib import Path
 
 import pytest
@@ -182,6 +184,65 @@ def test_killed_or_stopped_at_odd_moments_it_ends_in_the_same_bits(world, tmp_pa
     assert [r["statuses"][0] for r in results][-2:] == [130, 0] and results[6]["statuses"] == [0]
     assert -9 in [r["statuses"][0] for r in results[1:6]]
     assert same_bits(tmp_path / "whole", shared) and same_bits(tmp_path / "whole", stopped)
+
+
+class Planted:
+    """What a pickle may hold: reading it makes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_damaged_resume_point_falls_back_and_an_object_planted_in_one_is_not_run(world, tmp_path):
+    """The newest point is passed over for the one before; the state of the torch library was unpickled."""
+    model, data = world
+    config = {"steps": 8, "save_steps": 2, "batch_size": 2, "limit": 12}
+    whole = drive([job(tmp_path / "whole", model, data, config=config)])[0]
+    kill = ["before", whole["publications"]]  # of the model
+    jobs = [job(tmp_path / name, model, data, config=config, kill=kill) for name in ("flip", "all")]
+    assert [result["statuses"] for result in drive(jobs)] == [[-9], [-9]]
+    older, newest = sorted((tmp_path / "flip/resume").glob("step-*"))
+    content = bytearray((newest / "rank-0.safetensors").read_bytes())
+    content[-1] ^= 1
+    (newest / "rank-0.safetensors").write_bytes(content)
+    for place in (older, newest):
+        (place / ".metadata").write_bytes(pickle.dumps(Planted(tmp_path / "executed")))
+    for point in (tmp_path / "all/resume").glob("step-*"):
+        (point / "point.json").write_bytes(pickle.dumps(Planted(tmp_path / "executed")))
+    flipped, spoilt = drive([job(tmp_path / name, model, data, config=config) for name in ("flip", "all")])
+    assert flipped["statuses"] == [0] and f"warning: {newest}" in flipped["log"]
+    assert same_bits(tmp_path / "whole", tmp_path / "flip")
+    assert spoilt["statuses"] == [2] and "no resume point is whole" in spoilt["error"]
+    assert not (tmp_path / "executed").exists()
+
+
+def test_what_another_left_in_the_place_of_a_run_stays(world, tmp_path):
+    """A model of one's own under OUT/model was replaced, and a metrics.jsonl emptied."""
+    for name in ("model/config.json", "metrics.jsonl", "resume/notes"):
+        mine = tmp_path / name.replace("/", "-") / name
+        mine.parent.mkdir(parents=True)
+        mine.write_text("mine\n")
+        with pytest.raises(InputError, match="is of no run of ours"):
+            train(tmp_path / name.replace("/", "-"), world, steps=1)
+        assert mine.read_text() == "mine\n"
+
+
+def test_weights_that_are_not_finite_are_not_published(world, tmp_path, monkeypatch):
+    """A step that is not finite is skipped; what is left may be so all the same."""
+    taken = fit.Loop.step
+
+    def spoil(loop, examples):
+        figures = taken(loop, examples)
+        next(loop.trainee.parameters()).data[0] = math.inf
+        return figures
+
+    monkeypatch.setattr(fit.Loop, "step", spoil)
+    with pytest.raises(InputError, match=r"embed.weight: holds numbers that are not finite"):
+        train(tmp_path / "out", world, steps=1)
+    assert not (tmp_path / "out/model").exists()
 
 
 def test_a_full_disk_leaves_the_earlier_point_and_says_so(world, tmp_path):

@@ -17,6 +17,7 @@ from gramr2 import prompts
 from gramr2.examples import ExampleBuilder
 from gramr2.extras import datasets
 from gramr2.extras.toyworld import SHIPPED, WorldSettings, good_names, make_pair
+from gramr2.files import only_writer
 from gramr2.records import Pair, show
 from gramr2.settings import PAIRS_PER_CALL, TrainSettings
 from gramr2.steps import SHOWN
@@ -117,6 +118,121 @@ def test_a_full_disk_is_one_line_and_the_next_start_goes_on(forks, small, whole,
         assert done["statuses"] == [2] and "No space left" in error and "run" in error
     assert forks.run(tmp_path, ["--recipe", small, *KILL])["statuses"] == [0]
     assert same_results(whole / "runs/small", tmp_path / "runs/small")
+
+
+# ---------------------------------------------------------------------------------- what changed meanwhile
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+JUDGE = prompts.JUDGE_PROMPT
+DAMAGE = {
+    "a byte of the test": ("steps/*-data/test.jsonl", flip),
+    "a byte of the held-out pairs": ("steps/*-data/held_out.jsonl", flip),
+    "cut proofs": ("steps/*-prove-labelled/proofs.jsonl", cut),
+    "emptied judgments": ("steps/*-round-1-predict/judged.jsonl", lambda path: path.write_bytes(b"")),
+    "no kept pairs": ("steps/*-filter-labelled/kept.jsonl", Path.unlink),
+    "a byte of the weights": ("steps/*-initial/model/model.safetensors", flip),
+    "another prompt": (
+        "steps/*-initial/model/judge_prompt.txt",
+        lambda path: path.write_text(prompts.JUDGE_PROMPT),
+    ),
+    "a cut record": ("steps/*-prover/done.json", cut),
+    "a byte of a record": ("steps/*-prover/done.json", flip),
+    "a cut plan": ("plan.json", cut),
+    "no plan": ("plan.json", Path.unlink),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_what_is_no_longer_what_a_step_left_is_refused_by_name(name, forks, small, whole, tmp_path):
+    """All of it was used, with exit status 0."""
+    shutil.copytree(whole / "runs", tmp_path / "runs")
+    pattern, damage = DAMAGE[name]
+    (path,) = (tmp_path / "runs/small").glob(pattern)
+    damage(path)
+    done = forks.run(tmp_path, ["--recipe", small, *KILL])
+    (error,) = errors(done)
+    assert done["statuses"] == [2] and path.name in error
+
+
+def test_a_copied_run_is_the_same_and_a_byte_without_its_time_is_seen_where_it_is_asked_for(
+    forks, small, whole, tmp_path
+):
+    shutil.copytree(whole / "runs", tmp_path / "runs", copy_function=shutil.copyfile)  # with new times
+    assert forks.run(tmp_path, ["--recipe", small, *KILL])["statuses"] == [0]
+    assert same_results(whole / "runs/small", tmp_path / "runs/small")
+    shutil.rmtree(tmp_path / "runs")
+    shutil.copytree(whole / "runs", tmp_path / "runs")
+    (path,) = tmp_path.glob("runs/small/steps/??-initial/model/model.safetensors")
+    stat = path.stat()
+    flip(path)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert forks.run(tmp_path, ["--recipe", small, *KILL])["statuses"] == [0]
+    assert "model.safetensors" in errors(forks.run(tmp_path, ["--recipe", small, *KILL, "--verify"]))[0]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "judge_prompt.txt", "human.jsonl"])
+def test_what_a_run_was_begun_with_may_not_change_under_its_path(name, forks, small, micro, tmp_path):
+    """A backbone, a prompt or a file of pairs that another took the place of, while the run was stopped."""
+    place = tmp_path / "inputs"
+    place.mkdir()
+    recipe = small_world(micro, place)
+    backbone = Path(shutil.copytree(micro / "steps/09-initial/model", place / "backbone"))
+    recipe.write_text(recipe.read_text().replace(str(micro / "steps/09-initial/model"), str(backbone)))
+    assert forks.run(tmp_path, ["--recipe", recipe, "--until", "data"])["statuses"] == [0]
+    flip(place / name if name == "human.jsonl" else backbone / name)
+    assert name in errors(forks.run(tmp_path, ["--recipe", recipe, "--until", "data"]))[0]
+
+
+def kill_after(forks, small, whole, place: Path, moment: str) -> None:
+    """Runs until a publication, and dies behind it."""
+    every = [f"{when} {name}" for name in read_lines(whole / "publications") for when in ("before", "after")]
+    (place / "killed").write_text("\n".join(each for each in every if each != f"after {moment}") + "\n")
+    words = ["--recipe", small, *KILL]
+    assert forks.run(place, words, kill=str(place / "killed"))["statuses"] == [-9], moment
+
+
+@pytest.mark.parametrize(
+    "damage", [flip, cut, lambda path: path.write_bytes(b"")], ids=["flip", "cut", "empty"]
+)
+def test_a_damaged_shard_or_resume_point_is_made_again_and_the_results_are_the_same(
+    damage, forks, small, whole, tmp_path
+):
+    for pattern, file in (
+        ("*-round-1-prove/shards/*.jsonl", ""),
+        ("*-fine-tune/resume/step-00000001", "rank-0.safetensors"),
+    ):
+        moments = [
+            name for name in read_lines(whole / "publications") if Path(name).match(f"steps/{pattern}")
+        ]
+        kill_after(forks, small, whole, tmp_path, moments[0])
+        damage(tmp_path / moments[0] / file if file else tmp_path / moments[0])
+    done = forks.run(tmp_path, ["--recipe", small, *KILL])
+    # The only point there was: the step says so, and is begun anew once it is gone.
+    assert done["statuses"] == [2] and "no resume point is whole" in errors(done)[0]
+    shutil.rmtree(step(tmp_path, "fine-tune") / "resume")
+    done = forks.run(tmp_path, ["--recipe", small, *KILL])
+    assert done["statuses"] == [0], done["logs"]
+    assert same_results(whole / "runs/small", tmp_path / "runs/small")
+
+
+def test_a_run_has_one_process_and_a_directory_of_other_files_is_no_run(forks, small, whole, tmp_path):
+    shutil.copytree(whole / "runs", tmp_path / "runs")
+    with only_writer(tmp_path / "runs/small"):
+        assert "another process" in errors(forks.run(tmp_path, ["--recipe", small, *KILL]))[0]
+    (tmp_path / "runs/mine").mkdir()
+    (tmp_path / "runs/mine/thesis.claim").touch()
+    assert "no run" in errors(forks.run(tmp_path, ["--recipe", small, "--name", "mine"]))[0]
+    assert (tmp_path / "runs/mine/thesis.claim").exists()
 
 
 # ---------------------------------------------------------------------------------- ranks

@@ -63,7 +63,7 @@ BROKEN = {
     ),
     "MoE": (
         lambda d: edit_config(d, model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"]),
-        "Qwen3MoeForCausalLM (model type qwen3_moe) is not supported; supported are LlamaForCausalLM",
+        "Qwen3MoeForCausalLM (model_type qwen3_moe) is not supported; supported are LlamaForCausalLM",
     ),
     "Gemma": (lambda d: edit_config(d, model_type="gemma2", architectures=["Gemma2ForCausalLM"]), "Gemma2"),
     "YaRN": (

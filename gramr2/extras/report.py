@@ -17,7 +17,7 @@ It leaves out: anything that would need a model. The truth is read here for repo
 from __future__ import annotations
 
 if __name__ == "__main__":  # Ctrl-C may come while the rest is imported
-    from gramr2.files import quit_on_interrupt
+    from gramr2.interrupts import quit_on_interrupt
 
     quit_on_interrupt()
 
