@@ -3,19 +3,26 @@
     python benchmarks/kills.py training [--kills 20]
     python benchmarks/kills.py judging --kills 10
     python benchmarks/kills.py selftrain --kills 25 [--recipe recipes/micro.toml]
+    python benchmarks/kills.py damage [--kills 10]
 
 Each run is killed at a moment drawn at random over the time that a whole one takes, continued by the same
 call, killed again, and continued to its end. Equal means: every tensor of the final model has the
-same bits, and metrics.jsonl has the same losses; of self-training, the same results.json but for seconds. The
-result is benchmarks/results/kills_PART.json.
+same bits, and metrics.jsonl has the same losses; of self-training, the same results.json but for seconds.
+
+`damage` kills as many runs for each kind of damage, and does it before the run goes on: one byte is flipped
+in a file drawn at random, a file is cut, one is removed, or a model's weights are swapped for another's. What
+was damaged must be refused by name, or made again: a run that ends otherwise than the whole one has used it.
+The result is benchmarks/results/kills_PART.json.
 
 Left out: kills around each single rename, which the tests do.
 """
 
 import argparse
 import random
+import shutil
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import common
@@ -98,7 +105,75 @@ def selftrain(kills: int, recipe: Path) -> dict:
     return figures | {"level": "results.json but for seconds; float32"}
 
 
-PARTS = {"training": training, "judging": judging, "selftrain": selftrain}
+def flip(path: Path, rng: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    if content:
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+
+
+def cut(path: Path, rng: random.Random) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: rng.randrange(len(content) + 1)])
+
+
+def damage(kills: int) -> dict:
+    """A self-training run of seconds, of its own backbone; each kind of damage `kills` times."""
+    from selfruns import Forks, finished_micro, same_results, small_world
+
+    rng, forks = random.Random(0), Forks()
+    counts = {kind: Counter(refused=0, repaired=0, used=0) for kind in ("flip", "cut", "remove", "swap")}
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
+        micro = finished_micro(place)
+        recipe, root = small_world(micro, place), Path("runs/small")
+        others = [
+            micro / f"steps/{step}/model/model.safetensors" for step in ("02-backbone", "15-round-1-train")
+        ]
+
+        def start(name: str, **how) -> dict:
+            (place / name).mkdir(exist_ok=True)
+            return forks.run(place / name, ["--recipe", recipe, "--no-baselines"], **how)
+
+        whole = start("whole")
+        assert whole["statuses"] == [0], whole["logs"]
+        for number, kind in enumerate(kind for kind in counts for _ in range(kills)):
+            name, files = f"run{number}", []
+            while not files:  # a kill before the first file is none
+                start(name, kill_after=rng.uniform(0.1, 0.95) * whole["seconds"])
+                every = (path for path in (place / name / root).rglob("*") if path.is_file())
+                hidden = (path for path in every if not any(part[0] == "." for part in path.parts))
+                files = sorted(path for path in hidden if kind != "swap" or path.name == "model.safetensors")
+            chosen = rng.choice(files)
+            if kind == "swap":
+                shutil.copyfile(
+                    next(path for path in others if path.read_bytes() != chosen.read_bytes()), chosen
+                )
+            elif kind == "remove":
+                chosen.unlink()
+            else:
+                {"flip": flip, "cut": cut}[kind](chosen, rng)
+            end = start(name)
+            errors = [line for line in end["logs"][0].splitlines() if line.startswith("error: ")]
+            if end["statuses"] == [2] and len(errors) == 1 and "Traceback" not in end["logs"][0]:
+                counts[kind]["refused"] += 1
+            elif end["statuses"] == [0] and same_results(place / "whole" / root, place / name / root):
+                counts[kind]["repaired"] += 1
+            else:
+                counts[kind]["used"] += 1
+                print(f"{kind} {chosen}: {end['statuses']} {end['logs'][0][-500:]}", file=sys.stderr)
+            shutil.rmtree(place / name)
+        forks.close()
+    used = sum(each["used"] for each in counts.values())
+    runs = kills * len(counts)
+    figures = {"kills": runs, "runs": runs, "runs_equal": runs - used, "recipe": "small"}
+    return figures | {
+        "outcomes": {kind: dict(each) for kind, each in counts.items()},
+        "level": "refused or equal",
+    }
+
+
+PARTS = {"damage": damage, "training": training, "judging": judging, "selftrain": selftrain}
 
 
 def main() -> int:

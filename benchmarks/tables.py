@@ -144,7 +144,7 @@ def training_cuda(result):
 @table("kills")
 def kills(read):
     lines = []
-    for part in ("training", "selftrain", "judging"):
+    for part in ("training", "selftrain", "judging", "damage"):
         result = read(f"kills_{part}")
         if result is None:
             lines.append((part, "unmeasured", "", ""))

@@ -31,10 +31,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from gramr2.fields import Fields, typed
-from gramr2.files import InputError, JsonRow, need, read_json, sync, write_json
+from gramr2.files import InputError, JsonRow, need, sync
 from gramr2.loss import Trainee
 from gramr2.parallel import Ranks
-from gramr2.seals import check_seals, seal
+from gramr2.seals import check_seals, read_signed, seal, write_signed
 
 KEPT = 2  # points: the newest, and the one before in case a disk lied
 ABOUT = "point.json"
@@ -116,7 +116,7 @@ class ResumePoints:
         if self.ranks.is_first and not failure:
             files, spans = ({part[0]: part[n] for part in parts} for n in (1, 2))
             try:
-                write_json(place / ABOUT, {"cursor": cursor, "files": files, "rows": spans})
+                write_signed(place / ABOUT, {"cursor": cursor, "files": files, "rows": spans})
             except OSError as error:
                 failure = str(error)
         return failure
@@ -155,7 +155,7 @@ class ResumePoints:
 def read_point(point: Path, state: State) -> tuple[JsonRow | None, str]:
     """What point.json says, where the point is whole and is one of this state; else None, and why not."""
     try:
-        fields = Fields(read_json(point / ABOUT), f"{point / ABOUT}: ")
+        fields = Fields(read_signed(point / ABOUT), f"{point / ABOUT}: ")
         about = {name: fields.get(name, dict) for name in ("cursor", "files", "rows")}
         check_seals(point, about["files"], "the point is damaged")
         covered = dict.fromkeys(state, 0)

@@ -44,10 +44,8 @@ from gramr2.files import (
     need,
     parse_json,
     publish_file,
-    read_json,
-    write_json,
 )
-from gramr2.seals import check_seals, seal, seals_below
+from gramr2.seals import check_seals, read_signed, seal, seals_below, write_signed
 from gramr2.settings import FREE, PAIRS_PER_CALL, check_identity
 
 if TYPE_CHECKING:  # torch takes its seconds, and looking for a run needs none of it
@@ -122,13 +120,13 @@ class Step:
         shutil.rmtree(self.path / "shards", ignore_errors=True)
         seconds = time.perf_counter() - self.started
         files = seals_below(self.path, but=("resume",))
-        write_json(self.path / "done.json", {"counts": counts, "seconds": seconds, "files": files})
+        write_signed(self.path / "done.json", {"counts": counts, "seconds": seconds, "files": files})
         return read_record(self.path / "done.json")
 
 
 def read_record(done: Path) -> JsonRow:
     """What a step was closed with."""
-    fields = Fields(read_json(done), f"{done}: ")
+    fields = Fields(read_signed(done), f"{done}: ")
     return {name: fields.get(name, kind) for name, kind in RECORD.items()}
 
 
@@ -195,17 +193,16 @@ class RunDirectory:
             )
         remove_leftovers(self.root)
         begun = any(self.root.glob("steps/*/done.json"))
-        before = Fields(read_json(plan) if begun else {}, f"{plan}: ")
+        before = Fields(read_signed(plan) if begun else {}, f"{plan}: ")
         known = before.get("inputs", dict, {})
         seals = {str(path): seal(path, known.get(str(path)), self.verify) for path in inputs}
-        # As plan.json gives it back: a tuple of settings comes as a list.
-        now = json.loads(json.dumps({"settings": begun_with, "inputs": seals, "code": code_version()}))
+        now = {"settings": begun_with, "inputs": seals, "code": code_version()}
         if not begun:  # before a step is closed, all of it may change
             with disk_errors_as_input_errors(self.root):
-                write_json(plan, now)
+                write_signed(plan, now)
             return
         found = frozen_settings(before.get("settings", dict)) | hashes(known, before.where)
-        check_identity(found, frozen_settings(now["settings"]) | hashes(seals), self.root, "--name")
+        check_identity(found, frozen_settings(begun_with) | hashes(seals), self.root, "--name")
         if before.get("code", str) != now["code"]:
             self.say(f"warning: {self.root} was begun by another version of the code")
 
@@ -260,7 +257,8 @@ def frozen_settings(plan: JsonRow) -> JsonRow:
     """What may not change between starts, by name: not a training's memory and device."""
     parts = {name: value if isinstance(value, dict) else {"": value} for name, value in plan.items()}
     names = ((name, field) for name, part in parts.items() for field in part if field not in FREE)
-    return {f"{name} {field}".strip(): parts[name][field] for name, field in names}
+    frozen = {f"{name} {field}".strip(): parts[name][field] for name, field in names}
+    return json.loads(json.dumps(frozen))  # as plan.json gives it back: a tuple of settings comes as a list
 
 
 def hashes(seals: JsonRow, where: str = "") -> JsonRow:

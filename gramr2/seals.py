@@ -4,17 +4,21 @@ A seal is {"hash", "bytes", "changed"}. A file of the same size and time of chan
 where either differs, as after a copy, or where it is asked for, the whole file is read and its hash decides.
 So to take up a finished run costs a look at its files, and one byte that changed is still seen.
 
+A record that says such things is signed with a hash of its own (`write_signed`, `read_signed`).
+
 It leaves out: who may write (files.only_writer). A hash keeps out accidents, and nobody who means harm.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from gramr2.fields import Fields
-from gramr2.files import InputError, JsonRow, digest, read_errors_as_input_errors
+from gramr2.files import InputError, JsonRow, digest, read_errors_as_input_errors, read_json, write_json
 
 SEALS = "seals.json"  # in a model directory that was published here
 
@@ -56,3 +60,21 @@ def check_seals(place: Path, seals: JsonRow, what_to_do: str, whole: bool = Fals
             raise InputError(f"{path}: it is gone; {what_to_do}")
         if seal(path, known, whole)["hash"] != Fields(known, f"{path}: its seal: ").get("hash", str):
             raise InputError(f"{path}: it is no longer what was finished; {what_to_do}")
+
+
+def write_signed(path: Path, record: JsonRow) -> None:
+    """Publishes a record with a hash of what it says."""
+    record = json.loads(json.dumps(record))  # as it will be read: a tuple comes as a list
+    write_json(path, record | {"signature": _signature(record)})
+
+
+def read_signed(path: Path) -> JsonRow:
+    """A record as it was written; one that was changed is refused."""
+    record = dict(Fields(read_json(path), f"{path}: ").row)
+    if record.pop("signature", None) != _signature(record):
+        raise InputError(f"{path}: it is no longer what was written")
+    return record
+
+
+def _signature(record: JsonRow) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]

@@ -19,6 +19,7 @@ from gramr2.extras import report
 from gramr2.extras.results import RunReader, read_round
 from gramr2.files import write_json, write_rows
 from gramr2.records import Judgment, Pair, Proof, Vote, mark
+from gramr2.seals import write_signed
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -108,7 +109,7 @@ def make_run(root: Path, until: str = "end", truth: bool = True) -> Path:
         for name, rows in files.items():
             place.mkdir(parents=True, exist_ok=True)
             (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        write_json(place / "done.json", {"counts": {"alone": {}}, "seconds": 1.0})
+        write_signed(place / "done.json", {"counts": {"alone": {}}, "seconds": 1.0, "files": {}})
         if step == until:
             return root
     row = {

@@ -26,7 +26,7 @@ from gramr2.extras.inputs import RunInputs
 from gramr2.fields import Fields
 from gramr2.files import InputError, JsonRow, read_json, read_rows, write_json
 from gramr2.records import OTHER
-from gramr2.run_directory import step_paths
+from gramr2.run_directory import read_record, step_paths
 
 if TYPE_CHECKING:
     from gramr2.steps import Run
@@ -116,7 +116,7 @@ class RunReader:
             yield from read_rows(self.steps[step] / name)
 
     def done(self, step: str) -> JsonRow:
-        return read_json(self.steps[step] / "done.json") if step in self.steps else {"counts": {}}
+        return read_record(self.steps[step] / "done.json") if step in self.steps else {"counts": {}}
 
     def truth(self) -> dict[str, str]:
         """The hidden labels of the unlabelled pairs, by id, where the world has told them."""
