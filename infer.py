@@ -34,10 +34,11 @@ from gramr2.data import Store
 from gramr2.extras import evaluate
 from gramr2.extras.bulk import Judge, JudgeSettings, judge_into, newest_model
 from gramr2.extras.printing import judgment_text, ranking_lines
-from gramr2.fields import Fields
+from gramr2.fields import Fields, typed
 from gramr2.files import InputError, Parser, need, read_json, run_command, visible
 from gramr2.rankings import METHODS
 from gramr2.records import Messages, Pair, messages_of
+from gramr2.settings import SEEDS
 
 VOTES = {"pair": 16, "rank": 4, "pairs": 4, "bench": 1}  # 16 is what the paper's best figures use
 
@@ -96,7 +97,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def judge_settings(kind: str, given: argparse.Namespace) -> JudgeSettings:
-    votes = VOTES[kind] if given.votes is None else given.votes
+    votes = typed(VOTES[kind] if given.votes is None else given.votes, int, "--votes", high=10**4)
+    typed(given.seed, int, "--seed", **SEEDS)
+    typed(given.max_new_tokens, int, "--max-new-tokens", low=1, high=10**7)
     if votes < 1 or (votes > 1 and votes % 2 and kind != "bench"):
         raise InputError(f"--votes {votes}: expected 1, or an even number (half in each order)")
     temperature = float(votes > 1)

@@ -27,7 +27,7 @@ from gramr2.denoise import FILTERS
 from gramr2.extras.inputs import KINDS, RunInputs, prepare
 from gramr2.extras.report import write_report
 from gramr2.extras.results import Results, show
-from gramr2.extras.toyworld import SHIPPED, world_rules
+from gramr2.extras.toyworld import SHIPPED, world_rules, world_table
 from gramr2.files import (
     InputError,
     JsonRow,
@@ -148,12 +148,13 @@ def main(argv: Sequence[str]) -> int:
     settings, trainings = resolved(arguments.recipe, given(SelfTrainSettings, arguments))
     sources, recipe = named_sources(arguments), read_recipe(arguments.recipe)
     plan: JsonRow = {"recipe": arguments.recipe.stem, **asdict(settings)}
+    _, sizes = world_table(arguments.recipe)
     plan |= {"from": asdict(sources)} if sources else {"world": recipe["world"]}
     plan["coherence"] = "the shop's" if "world" in recipe else "of plain text"
     plan |= {f"train {stage}": asdict(each) for stage, each in trainings.items()}
     name = arguments.recipe.stem if arguments.name is None else arguments.name
-    plain = re.fullmatch(r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]*", name)
-    need(plain is not None, f"--name {name!r}: expected a name, without slashes and without a dot in front")
+    plain = re.fullmatch(r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]{,99}", name)
+    need(plain is not None, f"--name {name!r:.60}: expected a name, without slashes or a dot in front")
     root = Path("runs") / name
     if arguments.dry_run:
         print(json.dumps({"run": str(root), **plan}, indent=2))
@@ -178,7 +179,7 @@ def main(argv: Sequence[str]) -> int:
             if sources:
                 inputs = prepare(directory, settings, sources)
             else:
-                inputs = toy_inputs(directory, recipe["world"], settings, trainings["pretrain"])
+                inputs = toy_inputs(directory, sizes, settings, trainings["pretrain"])
             run_to_the_end(run, inputs)
         except StoppedAsAsked as reached:
             directory.say(f"stopped after {reached}, as asked")

@@ -41,6 +41,8 @@ SECONDS_TO_SPEAK = 3  # that the other ranks leave the first, to say what was wr
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 UNWRITABLE |= {errno.EISDIR, errno.ENOTDIR, errno.EEXIST}
 
+NO_NAMES = {errno.ENAMETOOLONG, errno.ELOOP}  # a path that no file system takes
+
 
 class InputError(ValueError):
     """Bad input: names the file, row or field, and says what to do. One line."""
@@ -246,11 +248,11 @@ def open_file(path: str | Path) -> BufferedReader:
 
 
 @contextlib.contextmanager
-def only_writer(place: Path) -> Iterator[None]:
-    """Holds `place` against other processes. The system lets go of it when its holder dies."""
+def only_writer(place: Path, is_directory: bool = False) -> Iterator[None]:
+    """Holds a file, or a directory, against other processes. The system lets go when the holder dies."""
     with disk_errors_as_input_errors(place):
-        place = place.resolve()
-        lock = place.with_name(f".{place.name or 'root'}.lock")
+        is_new = is_directory and not place.exists()
+        lock = place / ".lock" if is_directory else place.parent / f".{place.name}.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -268,6 +270,9 @@ def only_writer(place: Path) -> Iterator[None]:
             yield
         finally:
             lock.unlink(missing_ok=True)
+            if is_new:
+                with contextlib.suppress(OSError):  # something was left in it
+                    place.rmdir()
     finally:
         os.close(handle)
 
@@ -322,6 +327,10 @@ def exit_status(main, *args) -> int:
     except BrokenPipeError:  # whoever read what was printed has left, as `| head` does
         status = 141  # as of those that the signal ends: a run may have been cut
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in NO_NAMES:
+            raise
+        status, message = 2, f"error: {visible(str(error.filename)):.60}…: {error.strerror}"
     finally:
         if is_main:
             signal.signal(signal.SIGTERM, before)

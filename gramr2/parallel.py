@@ -73,7 +73,7 @@ class Ranks:
     def only_writer(self, place: Path) -> Iterator[None]:
         """Holds a directory against other runs; the first rank does, for all."""
         with contextlib.ExitStack() as held:
-            self.on_rank_0(lambda: held.enter_context(only_writer(place)))
+            self.on_rank_0(lambda: held.enter_context(only_writer(place, is_directory=True)))
             yield
 
     def all_reduce_sum(self, *numbers: float) -> list[float]:

@@ -29,7 +29,9 @@ def read_recipe(path: str | Path) -> dict[str, dict[str, Any]]:
     """A recipe's tables by their dotted names; a table that no recipe has is refused."""
     try:
         raw = tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as error:
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or deep nesting, too
         raise InputError(f"{path}: not a TOML recipe ({error})") from None
     tables: dict[str, dict[str, Any]] = {}
     for name, table in raw.items():

@@ -239,7 +239,7 @@ class Vote(_Record):
     reason: str = ""
     text: str = ""  # what the model wrote, in the order that was asked
     seed: int = 0  # of the vote's own noise
-    tokens: int = 0  # sampled
+    tokens: int = field(default=0, metadata={"low": 0})  # sampled
 
     @property
     def thinking(self) -> str:

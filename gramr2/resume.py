@@ -72,20 +72,22 @@ class ResumePoints:
     # ------------------------------------------------------------------ reading
 
     def load(self, state: State) -> JsonRow | None:
-        """Fills `state` in place from the newest point that is whole; → its cursor, or None without any."""
+        """Fills `state` in place from the newest point that is whole; → its cursor, or None without any.
+
+        Those behind it are damaged, and go: their steps are taken, and saved, again.
+        """
         points = self.ranks.on_rank_0(self._begin)
-        for point in reversed(points):
+        for number, point in reversed([*enumerate(points, 1)]):
             # The first rank says for all whether it is whole, so that they take the same one.
             about, damage = self.ranks.on_rank_0(partial(read_point, point, state))
             if about is not None:
                 fill(state, point, about["rows"])
+                self.ranks.on_rank_0(partial(remove, points[number:]))
                 return about["cursor"]
             if self.ranks.is_first:
                 print(f"warning: {damage}; an earlier resume point is looked for", file=sys.stderr)
-        if points:
-            raise InputError(
-                f"{self.directory}: no resume point is whole; remove it, and the run begins anew"
-            )
+        again = "remove it, and the run begins anew"
+        need(not points, f"{self.directory}: no resume point is whole; {again}")
         return None
 
     # ------------------------------------------------------------------ writing
@@ -172,6 +174,11 @@ def read_point(point: Path, state: State) -> tuple[JsonRow | None, str]:
     except (SafetensorError, ValueError, OSError) as error:
         return None, str(error)
     return about, ""
+
+
+def remove(points: list[Path]) -> None:
+    for point in points:
+        shutil.rmtree(point)
 
 
 def fill(state: State, point: Path, rows: dict[str, dict[str, list[int]]]) -> None:

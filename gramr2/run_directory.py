@@ -28,6 +28,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import shutil
 import sys
 import time
@@ -44,6 +45,7 @@ from gramr2.files import (
     need,
     parse_json,
     publish_file,
+    read_json,
 )
 from gramr2.seals import check_seals, read_signed, seal, seals_below, write_signed
 from gramr2.settings import FREE, PAIRS_PER_CALL, check_identity
@@ -52,6 +54,8 @@ if TYPE_CHECKING:  # torch takes its seconds, and looking for a run needs none o
     from gramr2.parallel import Ranks
 
 T = TypeVar("T")
+WRITTEN = ("plan.json", "results.json", "pair.json", "report.html")  # beside the steps
+OURS_BEFORE_A_PLAN = r"\.(lock$|plan\.json\.tmp-)"
 RECORD = {"counts": dict, "seconds": float, "files": dict}  # a done.json
 SHARD_ROWS = PAIRS_PER_CALL  # what is lost by a kill is one generate call
 
@@ -60,6 +64,11 @@ def finished_runs() -> list[Path]:
     """The self-training runs under runs/ that have results, the one that finished last first."""
     results = sorted(Path("runs").glob("*/results.json"), key=lambda path: -path.stat().st_mtime)
     return [path.parent for path in results]
+
+
+def model_of(run: Path) -> Path:
+    """The last model of a finished run, as its results name it."""
+    return run / Fields(read_json(run / "results.json"), f"{run / 'results.json'}: ").get("model", str)
 
 
 def step_paths(root: Path) -> dict[str, Path]:
@@ -187,22 +196,21 @@ class RunDirectory:
     def _begin(self, begun_with: JsonRow, inputs: Iterable[Path]) -> None:
         """Settings and inputs must be what they were. Other code is allowed, and said."""
         plan = self.root / "plan.json"
-        if not plan.exists() and self.root.is_dir() and any(p.name[0] != "." for p in self.root.iterdir()):
-            raise InputError(
-                f"{self.root}: holds files, but no plan.json, and is no run; give another --name"
-            )
-        remove_leftovers(self.root)
+        theirs = [each for each in self.root.glob("*") if not re.match(OURS_BEFORE_A_PLAN, each.name)]
+        need(plan.exists() or not theirs, f"{self.root}: holds files, but no plan.json: it is no run of ours")
+        before = Fields(read_signed(plan) if plan.exists() else {}, f"{plan}: ")
         begun = any(self.root.glob("steps/*/done.json"))
-        before = Fields(read_signed(plan) if begun else {}, f"{plan}: ")
         known = before.get("inputs", dict, {})
         seals = {str(path): seal(path, known.get(str(path)), self.verify) for path in inputs}
         now = {"settings": begun_with, "inputs": seals, "code": code_version()}
         if not begun:  # before a step is closed, all of it may change
             with disk_errors_as_input_errors(self.root):
                 write_signed(plan, now)
+            remove_leftovers(self.root)
             return
         found = frozen_settings(before.get("settings", dict)) | hashes(known, before.where)
         check_identity(found, frozen_settings(begun_with) | hashes(seals), self.root, "--name")
+        remove_leftovers(self.root)
         if before.get("code", str) != now["code"]:
             self.say(f"warning: {self.root} was begun by another version of the code")
 
@@ -267,6 +275,7 @@ def hashes(seals: JsonRow, where: str = "") -> JsonRow:
 
 def remove_leftovers(root: Path) -> None:
     """Takes away the claims, and what was half written, of a run that was killed."""
-    written = [*root.glob(".*.tmp-*"), *(root / "steps").rglob(".*.tmp-*")]
+    written = [path for name in WRITTEN for path in root.glob(f".{name}.tmp-*")]
+    written += (root / "steps").rglob(".*.tmp-*")
     for left in [*(root / "steps").glob("*/shards/*.claim"), *written]:
         shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)

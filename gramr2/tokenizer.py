@@ -185,7 +185,9 @@ class Tokenizer:
         turns = [dict(message) for message in messages]
         variables |= {"messages": turns, "add_generation_prompt": add_generation_prompt}
         try:
-            return self._template(sum(len(text) for turn in turns for text in turn.values()), **variables)
+            text = self._template(sum(len(text) for turn in turns for text in turn.values()), **variables)
+            text.encode()  # half a character is none
+            return text
         except Exception as error:  # a template may raise anything
             raise InputError(f"{self.where}: chat template refuses the messages: {error}") from None
 

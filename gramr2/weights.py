@@ -157,6 +157,7 @@ def parse_config(raw: Fields) -> ModelConfig:
         heads % kv_heads == 0, f"{raw.where}{heads} heads do not share {kv_heads} num_key_value_heads evenly"
     )
     labels = raw.get("id2label", dict, {"0": "", "1": ""})  # transformers leaves two, its default, out
+    need(len(labels) > 0, f"{raw.where}id2label is empty")
     return ModelConfig(
         **sizes,
         num_kv_heads=kv_heads,
@@ -176,7 +177,7 @@ def _parse_rope(raw: Fields) -> tuple[float, Llama3Rope | None]:
     rope = raw.object("rope_parameters" if raw.row.get("rope_parameters") else "rope_scaling")
     kind = rope.get("rope_type", str, rope.get("type", str, "default"))
     theta = rope.get("rope_theta", float, raw.get("rope_theta", float, 10000.0, above=0), above=0)
-    if kind == "default":
+    if kind == "default" and "factor" not in rope.row:
         return theta, None
     need(kind == "llama3", f"{rope.where}type {kind!r:.40} is not supported; supported are default, llama3")
     kinds = typing.get_type_hints(Llama3Rope)
@@ -282,8 +283,8 @@ def checkpoint_tensors(directory: str | Path, model: Decoder, fresh_score: bool 
 def _tensor_files(directory: Path) -> dict[str, Path]:
     """Where each tensor stands: from the index where there is one, else from the single file."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if not index.is_file():
-        if not single.is_file():
+    if not index.exists():
+        if not single.exists():
             raise InputError(f"{directory}: holds neither model.safetensors nor an index of files")
         return dict.fromkeys(_open(single).keys(), single)
     weight_map = Fields(read_json(index), f"{index}: ").get("weight_map", dict[str, str])

@@ -140,7 +140,7 @@ def test_an_out_that_cannot_be_written_is_one_line_and_status_2_on_every_rank(tm
     words = ["--stage", "reward", "--model", str(model), "--data", str(data), "--out", "file/out"]
     assert json.loads(fresh.run(train_on_two_ranks, str(tmp_path), *words)) == [2, 2]
     logs = [(tmp_path / f"log.{rank}").read_text() for rank in (0, 1)]
-    assert "/file: File exists" in logs[0] and "mend that" in logs[0].splitlines()[-1] and not logs[1]
+    assert "error: file/out: " in logs[0] and "mend that" in logs[0].splitlines()[-1] and not logs[1]
 
 
 def test_the_plan_of_a_policy_is_printed_by_the_first_rank_alone(tmp_path):

@@ -227,11 +227,11 @@ def test_a_damaged_shard_or_resume_point_is_made_again_and_the_results_are_the_s
 
 def test_a_run_has_one_process_and_a_directory_of_other_files_is_no_run(forks, small, whole, tmp_path):
     shutil.copytree(whole / "runs", tmp_path / "runs")
-    with only_writer(tmp_path / "runs/small"):
+    with only_writer(tmp_path / "runs/small", is_directory=True):
         assert "another process" in errors(forks.run(tmp_path, ["--recipe", small, *KILL]))[0]
     (tmp_path / "runs/mine").mkdir()
     (tmp_path / "runs/mine/thesis.claim").touch()
-    assert "no run" in errors(forks.run(tmp_path, ["--recipe", small, "--name", "mine"]))[0]
+    assert "no run of ours" in errors(forks.run(tmp_path, ["--recipe", small, "--name", "mine"]))[0]
     assert (tmp_path / "runs/mine/thesis.claim").exists()
 
 

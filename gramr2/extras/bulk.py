@@ -23,11 +23,10 @@ from tqdm import tqdm
 
 from gramr2.data import Store
 from gramr2.extras.row_log import RowLog, read_log
-from gramr2.fields import Fields
-from gramr2.files import InputError, JsonRow, need, only_writer, read_json, write_rows
+from gramr2.files import InputError, JsonRow, need, only_writer, write_rows
 from gramr2.rankings import Ranking
 from gramr2.records import Judgment, Pair
-from gramr2.run_directory import finished_runs
+from gramr2.run_directory import finished_runs, model_of
 from gramr2.settings import PAIRS_PER_CALL
 
 Item = Pair | JsonRow  # of bulk work: a pair, or one of a benchmark's lists
@@ -51,10 +50,8 @@ class JudgeSettings:
 def newest_model() -> Path:
     """The model of the run that finished last, under runs/ here."""
     for run in finished_runs():
-        results = Fields(read_json(run / "results.json"), f"{run / 'results.json'}: ")
-        model = run / results.get("model", str)
-        print(f"model: {model}", file=sys.stderr)
-        return model
+        print(f"model: {model_of(run)}", file=sys.stderr)
+        return model_of(run)
     raise InputError("no finished run under runs/; give --model DIR, or make one: python selftrain.py")
 
 

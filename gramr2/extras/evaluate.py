@@ -125,9 +125,11 @@ def rm_bench(rows: list[JsonRow]) -> tuple[list[JsonRow], str]:
     """Nine pairs a prompt; a domain's accuracy is the mean of its 3x3 matrix, overall that of the domains."""
     cells: dict[tuple, np.ndarray] = defaultdict(lambda: np.full((3, 3), np.nan))
     for row in rows:
-        meta = row["pair"]["meta"]
-        prompt = row["pair"]["domain"], meta["subset"], meta["prompt"]
-        cells[prompt][meta["chosen"], meta["rejected"]] = is_right(row)
+        meta = Fields(row["pair"]["meta"], "meta: ")
+        prompt = row["pair"]["domain"], meta.row["subset"], meta.row["prompt"]
+        cells[prompt][tuple(meta.get(name, int, low=0, high=2) for name in ("chosen", "rejected"))] = (
+            is_right(row)
+        )
     domains = defaultdict(list)
     for (domain, *_), matrix in cells.items():
         if not np.isnan(matrix).any():
@@ -295,7 +297,9 @@ def fit_calibrator(rows: Iterable[JsonRow]) -> JsonRow:
     rows = [row for row in rows if "error" not in row and row["pair"].get("label") and row["p_a"] is not None]
     if len(rows) < FEWEST:
         raise InputError(f"{len(rows)} judged pairs with a label; a calibrator needs {FEWEST} or more")
-    votes = {sum(row["votes"].values()) for row in rows if row["details"] or not sum(row["votes"].values())}
+    votes = {
+        sum(row["votes"].values()) for row in rows if row.get("details") or not sum(row["votes"].values())
+    }
     votes -= {0} if len(votes) > 1 else set()  # identical responses have none
     alike = {json.dumps(_settings(row) | {"seed": 0}, sort_keys=True) for row in rows}
     if len(votes) > 1 or len(alike) > 1 or _settings(rows[0]).get("calibrated"):
@@ -324,11 +328,10 @@ def fit_calibrator(rows: Iterable[JsonRow]) -> JsonRow:
 def calibrate(path: Path, directory: Path) -> tuple[Path, JsonRow]:
     """Fits on a judged file and leaves the map in the model's directory, whole or not at all."""
     from gramr2.judge import CALIBRATION  # brings torch, which a table does not need
+    from gramr2.weights import fingerprint
 
     if not (directory / "config.json").is_file():
         raise InputError(f"{directory}: not a model directory (it has no config.json)")
-    from gramr2.weights import fingerprint
-
     rows = Store(path, partial(_checked, "pairs"))
     fitted = fit_calibrator(rows)
     judge = next(Fields(_settings(row), f"{path}: judge: ") for row in rows if "error" not in row)
@@ -364,7 +367,7 @@ def score(name: str, paths: Sequence[Path]) -> JsonRow:
 def _checked(name: str, row: JsonRow) -> JsonRow:
     try:
         return _read(name, row)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise InputError(f"not a judged row ({error!r})") from None
 
 
@@ -372,6 +375,8 @@ def _read(name: str, row: JsonRow) -> JsonRow:
     fields = Fields(row)
     if "judgments" in row:
         return _published(row)
+    if not isinstance(row.get("judge", ""), (str, dict)):
+        raise InputError('field "judge" is neither a name nor what it judged with')
     if name == "ppe":
         scores = fields.get("scores", tuple[float, ...])
         for each in row.get("comparisons", ()):  # which of two is better is known where their scores differ

@@ -20,11 +20,13 @@ from gramr2.data import Store
 from gramr2.extras.policy import Judged, train
 from gramr2.extras.policy_settings import PolicySettings
 from gramr2.extras.toy_start import make_toy
+from gramr2.extras.toyworld import world_table
+from gramr2.fields import Fields
 from gramr2.files import InputError, read_json, write_rows
 from gramr2.judge import RewardModel
-from gramr2.recipes import read_recipe, resolve
+from gramr2.recipes import resolve
 from gramr2.records import Pair
-from gramr2.run_directory import finished_runs
+from gramr2.run_directory import finished_runs, model_of
 from gramr2.settings import Sources, TrainSettings
 from gramr2.stages import STAGES
 
@@ -46,8 +48,8 @@ def command(
     """
     judge, model = arguments.judge, arguments.model
     data = arguments.data or [Path(path) for path in sources.unlabelled]
-    world = dict(read_recipe(arguments.recipe).get("world", {}))
-    place = Path(world.pop("directory", ""))
+    directory, world = world_table(arguments.recipe)
+    place = Path(directory)
     run = ranks.on_rank_0(lambda: run_of(world, judge))
     if world and not (arguments.data and model):
         backbone = Path(sources.backbone)
@@ -83,7 +85,7 @@ def run_of(world: dict[str, Any], judge: Path | None = None) -> Path | None:
     own = [path for path in judge.resolve().parents if (path / "results.json").is_file()] if judge else []
     for run in (*own, *finished_runs()):
         made = next(run.glob("steps/*-world/world.json"), None)
-        if not world or (made and world.items() <= read_json(made).items()):
+        if not world or (made and world.items() <= Fields(read_json(made), f"{made}: ").row.items()):
             return run
     return None
 
@@ -91,7 +93,7 @@ def run_of(world: dict[str, Any], judge: Path | None = None) -> Path | None:
 def judge_of(run: Path, settings: PolicySettings) -> Path:
     """A run's own judge: its last one, or for scalar rewards its discriminative model."""
     if settings.reward != "scalar":
-        return run / read_json(run / "results.json")["model"]
+        return model_of(run)
     found = next(run.glob("steps/*-discriminative/model"), None)
     if found is None:
         raise InputError(f"{run}: ran without baselines, and has no scalar judge; give --judge DIR")

@@ -15,9 +15,9 @@ from pathlib import Path
 from gramr2 import fit
 from gramr2.extras import toyworld
 from gramr2.extras.inputs import KINDS, RunInputs, prepare
-from gramr2.files import InputError, JsonRow
+from gramr2.files import JsonRow, need
 from gramr2.parallel import Ranks
-from gramr2.recipes import read_recipe, resolve
+from gramr2.recipes import resolve
 from gramr2.run_directory import RunDirectory
 from gramr2.settings import SelfTrainSettings, Sources, TrainSettings
 from gramr2.stages import STAGES
@@ -27,7 +27,7 @@ def toy_inputs(
     directory: RunDirectory, world: JsonRow, settings: SelfTrainSettings, pretraining: TrainSettings
 ) -> RunInputs:
     """A self-training run's own world, and a step that pre-trains its backbone where none has its shape."""
-    sizes = {name: value for name, value in world.items() if name != "directory"} | {"seed": settings.seed}
+    sizes = world | {"seed": settings.seed}
     with directory.step("world") as step:
         if step.to_do:
             directory.ranks.on_rank_0(lambda: toyworld.make_world(step.path, **sizes))
@@ -49,10 +49,9 @@ def make_toy(arguments: argparse.Namespace, sources: Sources, ranks: Ranks) -> P
 
     The untrained one takes its place for pretrain, and in a dry run that would train the backbone first.
     """
-    sizes = dict(read_recipe(arguments.recipe)["world"])
-    if "directory" not in sizes:
-        raise InputError("the recipe's [world] names no directory, where the toy's files are to lie")
-    directory = Path(sizes.pop("directory"))
+    place, sizes = toyworld.world_table(arguments.recipe)
+    need(place != "", "the recipe's [world] names no directory, where the toy's files are to lie")
+    directory = Path(place)
     untrained = directory / "backbone_init"
 
     def make() -> None:

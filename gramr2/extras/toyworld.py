@@ -36,9 +36,9 @@ from pathlib import Path
 from typing import Any
 
 from gramr2.denoise import RationaleFilter
-from gramr2.files import InputError, need, read_json, write_json, write_rows
+from gramr2.files import InputError, JsonRow, need, read_json, write_json, write_rows
 from gramr2.prompts import judge_prompt, label_target, parse_rationale, proof_from_rationale
-from gramr2.recipes import resolve
+from gramr2.recipes import read_recipe, resolve
 from gramr2.records import Pair, mark, show
 from gramr2.settings import FilterSettings, check_limits, setting
 
@@ -71,6 +71,7 @@ WORDS += ("price", "Prices", " Prices", " of", ":", ",", ".", "?", *(f" {digit}"
 class WorldSettings:
     """Sizes of the world and of its backbone."""
 
+    directory: str = setting("", "where train.py keeps it; a self-training run has one of its own")
     goods: int = setting(160, "goods in the shop", low=4, high=1000)
     settled: int = setting(
         160, "goods that have a price in annotated pairs; both lists say 0 of the others", low=1, high=1000
@@ -95,6 +96,13 @@ class WorldSettings:
         told = math.comb(self.goods, self.asked) - math.comb(max(0, self.goods - self.settled), self.asked)
         need(3 * pairs <= 2 * math.comb(self.goods, self.asked), TOO_FEW.format(self.goods, pairs))
         need(3 * (self.human + self.labelled) <= 2 * told, TOO_FEW.format(self.settled, "the annotated"))
+
+
+def world_table(recipe: Path) -> tuple[str, JsonRow]:
+    """A recipe's [world]: where it is to lie, and the sizes that it names."""
+    directory = resolve(WorldSettings, recipe, ["world"], {}).directory
+    table = read_recipe(recipe).get("world", {})
+    return directory, {name: value for name, value in table.items() if name != "directory"}
 
 
 def good_names(count: int) -> list[str]:
@@ -285,6 +293,7 @@ def make_world(directory: Path, seed: int = 0, **sizes: int) -> Path:
     """Writes the world, or finds it written; the same seed and sizes give the same bytes."""
     settings = resolve(WorldSettings, None, [], sizes)
     directory, world = Path(directory), {"seed": seed, **vars(settings)}
+    del world["directory"]
     about = directory / "world.json"
     if about.is_file():
         if read_json(about) != world:
