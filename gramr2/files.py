@@ -23,16 +23,16 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import stat
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
+
+from gramr2.interrupts import stop_on_interrupt
 
 JsonRow = dict[str, Any]  # one line of a JSONL file
 MOST_DIGITS = 1000  # of a whole number
@@ -41,6 +41,7 @@ SECONDS_TO_SPEAK = 3  # that the other ranks leave the first, to say what was wr
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 UNWRITABLE |= {errno.EISDIR, errno.ENOTDIR, errno.EEXIST}
 
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer")  # how torch's exchanges say it
 NO_NAMES = {errno.ENAMETOOLONG, errno.ELOOP}  # a path that no file system takes
 
 
@@ -311,12 +312,10 @@ def visible(text: str) -> str:
 def exit_status(main, *args) -> int:
     """Runs a command's main and maps what happened to the exit status that every command shares.
 
-    SIGTERM stops it as Ctrl-C does. Under torchrun every rank meets the same bad input; the first one says
-    it, and the others let it: the launcher ends all of them as soon as one has gone.
+    Under torchrun every rank meets the same bad input; the first one says it, and the others let it: the
+    launcher ends all of them as soon as one has gone.
     """
     message, rank = "", int(os.environ.get("RANK", 0))
-    is_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if is_main else None
     try:
         status = main(*args) or 0
         sys.stdout.flush()
@@ -331,9 +330,10 @@ def exit_status(main, *args) -> int:
         if error.errno not in NO_NAMES:
             raise
         status, message = 2, f"error: {visible(str(error.filename)):.60}…: {error.strerror}"
-    finally:
-        if is_main:
-            signal.signal(signal.SIGTERM, before)
+    except RuntimeError as error:
+        if not any(each in str(error) for each in LOST_PEER):
+            raise
+        status, message, rank = 1, "error: another rank has ended; run the same command again", 0
     if message and rank == 0:
         print(message, file=sys.stderr, flush=True)
     elif status == 2:
@@ -342,9 +342,10 @@ def exit_status(main, *args) -> int:
 
 
 def run_command(main) -> None:
-    """A command's last line: runs its main on what was typed. Once it leaves, it is not interrupted."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    status = exit_status(main, sys.argv[1:])
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, signal.SIG_IGN)
-    sys.exit(status)
+    """A command's last line: runs its main on what was typed, until it ends or is told to."""
+
+    def until_told(argv: list[str]) -> int | None:
+        with stop_on_interrupt():
+            return main(argv)
+
+    sys.exit(exit_status(until_told, sys.argv[1:]))

@@ -1,11 +1,16 @@
-"""Ctrl-C and SIGTERM before a command has begun: what it imports takes longer than a finger.
+"""Ctrl-C and SIGTERM, from a command's first line to its last: one line, and exit status 130.
 
-The commands import this before anything else. It leaves out: what an interruption means to a command at work
-(files.exit_status).
+The commands import this before anything else, for what they import takes longer than a finger. It leaves out:
+trainings, which save first (fit.stop_on_signals), and what is printed (files.exit_status).
 """
 
+import contextlib
 import os
 import signal
+import time
+from collections.abc import Iterator
+
+AGAIN = 2.0  # seconds within which another signal is the same one: a terminal and a launcher both send it
 
 
 def quit_on_interrupt() -> None:
@@ -17,3 +22,24 @@ def quit_on_interrupt() -> None:
 
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, end)
+
+
+@contextlib.contextmanager
+def stop_on_interrupt() -> Iterator[None]:
+    """In the block, the first of them is a KeyboardInterrupt. A later one, also behind the block, while the
+    process leaves, is not waited for."""
+    first: list[float] = []
+
+    def stop(number: int, frame: object) -> None:
+        first.append(time.monotonic())
+        if len(first) == 1:
+            raise KeyboardInterrupt
+        if first[-1] - first[0] > AGAIN:
+            os._exit(130)
+
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, stop)
+    try:
+        yield
+    finally:
+        first.append(time.monotonic())

@@ -17,7 +17,8 @@ import kernels
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    ["gramr2.files", "gramr2.interrupts"],
+    ["gramr2.interrupts"],
+    ["gramr2.files"],
     ["gramr2.fields"],
     ["kernels", "gramr2.records", "gramr2.settings", "gramr2.seals", "gramr2.chat_templates"],
     ["gramr2.prompts", "gramr2.tokenizer", "gramr2.cache", "gramr2.model"],
