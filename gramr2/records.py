@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any
@@ -290,11 +290,6 @@ class Judgment(_Record):
         rationale = _surest_rationale(label, votes)
         return cls(label, p_a, counts, counts["none"], rationale, orders_agree, tuple(votes))
 
-    @property
-    def was_read(self) -> bool:
-        """Whether an answer could be read. (Equal responses are not asked about, which is no failure.)"""
-        return not 0 < self.abstained == sum(self.votes.values())
-
     @classmethod
     def from_json(cls, row: JsonRow) -> Judgment:
         votes = tuple(Vote.from_json(vote) for vote in Fields(row).get("details", tuple[dict, ...], ()))
@@ -306,6 +301,11 @@ class Judgment(_Record):
     def from_row(cls, row: JsonRow) -> Judgment:
         """The judgment in a row of a judged file, without what says which pair it is of, and whose it is."""
         return cls.from_json({key: row[key] for key in row if key not in ("id", "pair", "judge")})
+
+
+def nothing_read(votes: Mapping[str, int]) -> bool:
+    """Whether answers were asked for, and none could be read. (Equal responses are not asked about.)"""
+    return 0 < votes["none"] == sum(votes.values())
 
 
 def _majority(labels: Sequence[str | None]) -> str | None:

@@ -25,7 +25,7 @@ from gramr2.data import Store
 from gramr2.extras.row_log import RowLog, read_log
 from gramr2.files import InputError, JsonRow, need, only_writer, write_rows
 from gramr2.rankings import Ranking
-from gramr2.records import Judgment, Pair
+from gramr2.records import Judgment, Pair, nothing_read
 from gramr2.run_directory import finished_runs, model_of
 from gramr2.settings import PAIRS_PER_CALL
 
@@ -127,7 +127,7 @@ def judge_into(out: Path, settings: JudgeSettings, source: Store | list[Item], p
                 for row in rows:
                     log.write(row)
                     counts["failed" if "error" in row else "judged"] += 1
-                    counts["unread"] += 0 < row.get("abstained", 0) == sum(row["votes"].values())
+                    counts["unread"] += "votes" in row and nothing_read(row["votes"])
                 log.sync()
                 bar.update(len(rows))
             for row in unreadable:

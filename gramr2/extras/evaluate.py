@@ -31,7 +31,7 @@ import numpy as np
 from gramr2.data import Store
 from gramr2.fields import Fields
 from gramr2.files import InputError, JsonRow, write_json
-from gramr2.records import OTHER, UNDECIDED, Judgment, Pair
+from gramr2.records import OTHER, UNDECIDED, Judgment, Pair, nothing_read
 
 RESAMPLES = 2000
 BINS = 10  # of ECE, over confidences from 0.5 to 1
@@ -258,7 +258,7 @@ def reliability(rows: Sequence[JsonRow]) -> JsonRow:
     judged = [row for row in rows if "error" not in row]
     agree = [row["orders_agree"] for row in judged if row.get("orders_agree") is not None]
     votes = [vote for row in judged for vote in row.get("details") or ()]
-    read = [row for row in judged if not 0 < row.get("abstained", 0) == sum(row["votes"].values())]
+    read = [row for row in judged if not nothing_read(row["votes"])]
     known = [(row["p_a"], row["pair"]["label"]) for row in read if row.get("p_a") is not None]
     tokens = [vote["tokens"] for vote in votes if "tokens" in vote]
     figures = {

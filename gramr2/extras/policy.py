@@ -49,7 +49,7 @@ from gramr2.judge import RewardModel
 from gramr2.model import Decoder
 from gramr2.plan import Plan, read_model_config
 from gramr2.rankings import preference
-from gramr2.records import Example, Judgment, Pair, Tokens, messages_of, show
+from gramr2.records import Example, Judgment, Pair, Tokens, messages_of, nothing_read, show
 from gramr2.sampler import generate
 from gramr2.tokenizer import Tokenizer
 from gramr2.weights import load_model
@@ -252,16 +252,12 @@ class Rollouts:
         return {"reward": mean, "kl": kl / tokens, "clipped": clipped / tokens, **self.counts()}
 
 
-def is_read(judgment: Judgment | InputError) -> bool:
-    """Whether any vote could be read. (Equal responses are not asked about, which is no failure.)"""
-    return isinstance(judgment, Judgment) and not 0 < judgment.abstained == sum(judgment.votes.values())
-
-
 def by_response(log: Log) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """What was judged of each response that stood first in a comparison, as its rollout's row says it."""
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for pair, found in log:
-        row = {"against": pair.response_b, "p": preference(found), "read": is_read(found)}
+        read = isinstance(found, Judgment) and not nothing_read(found.votes)
+        row = {"against": pair.response_b, "p": preference(found), "read": read}
         if isinstance(found, InputError):
             row["error"] = str(found)
         else:
