@@ -135,6 +135,8 @@ def judge_list(path: Path, method: str, settings: JudgeSettings, as_json: bool) 
 def judge_file(path: Path, out: Path, settings: JudgeSettings, as_json: bool) -> None:
     counts = judge_into(out, settings, Store(path, Pair.from_json), path)
     line = "{judged} judged ({unread} of them unreadable), {before} were there before, {failed} failed: {out}"
+    if counts["forged"]:
+        line += "\n{forged} hold a line of the judge's own prompt, and may speak in its name"
     print(json.dumps(counts) if as_json else line.format(**counts, out=out))
 
 

@@ -153,7 +153,7 @@ def main(argv: Sequence[str]) -> int:
     plan["coherence"] = "the shop's" if "world" in recipe else "of plain text"
     plan |= {f"train {stage}": asdict(each) for stage, each in trainings.items()}
     name = arguments.recipe.stem if arguments.name is None else arguments.name
-    plain = re.fullmatch(r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]{,99}", name)
+    plain = re.fullmatch(r"[^/\\\x00-\x1f\ud800-\udfff.][^/\\\x00-\x1f\ud800-\udfff]{,99}", name)
     need(plain is not None, f"--name {name!r:.60}: expected a name, without slashes or a dot in front")
     root = Path("runs") / name
     if arguments.dry_run:

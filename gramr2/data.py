@@ -63,7 +63,7 @@ class Store(Sequence[Any]):
         if words is None:
             words = self._build_index(stat)
             # It stays in memory where the directory cannot be written, or another's file has that name.
-            if not index.exists() or is_index(index):
+            if not os.path.lexists(index) or is_index(index):
                 with contextlib.suppress(OSError), publish_file(index) as temporary:
                     words.tofile(temporary)
         self._offsets = words[_HEADER:]

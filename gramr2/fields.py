@@ -36,6 +36,8 @@ def typed(value: Any, kind: Any, where: str, **limits: Any) -> Any:
     `kind` may be T | None; a tuple of one type, for which a list and a single value will do; or a dict from
     texts to one type.
     """
+    if kind is Any:
+        return value
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         return None if value is None else typed(value, inner[0], where, **limits)
@@ -46,6 +48,8 @@ def typed(value: Any, kind: Any, where: str, **limits: Any) -> Any:
     fits = type(value) is plain or (plain is float and type(value) is int)
     if not fits or (origin is None and not _is_within(value, plain, **limits)):
         raise InputError(f"{where}: expected {_expected(plain, **limits)}, got {value!r:.60}")
+    if origin is list:
+        return [typed(each, inner[0], where, **limits) for each in value]
     if origin is dict:
         return {name: typed(each, inner[1], f"{where}: {name}", **limits) for name, each in value.items()}
     return float(value) if plain is float else value

@@ -35,7 +35,6 @@ from typing import Any
 from gramr2.interrupts import stop_on_interrupt
 
 JsonRow = dict[str, Any]  # one line of a JSONL file
-MOST_DIGITS = 1000  # of a whole number
 SECONDS_TO_SPEAK = 3  # that the other ranks leave the first, to say what was wrong
 # A full disk or quota, a limit on a file's size, no leave to write; a file for a directory, or the reverse.
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -204,12 +203,6 @@ def _finite(text: str) -> float:
     return value
 
 
-def _whole(text: str) -> int:
-    if len(text) > MOST_DIGITS:
-        raise ValueError("a number that is too long")
-    return int(text)
-
-
 def _each_name_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found := dict(pairs)) < len(pairs):
         (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
@@ -217,9 +210,7 @@ def _each_name_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-_READER = json.JSONDecoder(
-    object_pairs_hook=_each_name_once, parse_int=_whole, parse_float=_finite, parse_constant=_finite
-)
+_READER = json.JSONDecoder(object_pairs_hook=_each_name_once, parse_float=_finite, parse_constant=_finite)
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -235,6 +226,10 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deep") from None
     except UnicodeEncodeError:
         raise ValueError("text that is not Unicode: half of a surrogate pair") from None
+    except ValueError as error:
+        if "digits" in str(error):  # Python's own limit
+            raise ValueError("a number that is too long") from None
+        raise
     return value
 
 
@@ -255,14 +250,15 @@ def only_writer(place: Path, is_directory: bool = False) -> Iterator[None]:
         is_new = is_directory and not place.exists()
         lock = place / ".lock" if is_directory else place.parent / f".{place.name}.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
+        need(os.fstat(handle).st_size == 0, f"{lock}: is no lock of ours; take it away")
         held = True
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Whoever held it before may have removed the file that was opened here.
-            held = lock.exists() and os.path.samestat(os.fstat(handle), os.stat(lock))
-        except BlockingIOError:
+            held = os.path.samestat(os.fstat(handle), os.stat(lock))
+        except (BlockingIOError, FileNotFoundError):
             held = False
         except OSError:  # a file system without locks: nobody is kept out
             pass
@@ -285,6 +281,8 @@ def read_errors_as_input_errors(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
+    except ValueError as error:  # a name that no file has
+        raise InputError(f"{path!r:.60}: {error}") from None
 
 
 @contextlib.contextmanager

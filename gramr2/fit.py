@@ -19,7 +19,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import shutil
 import signal
 import sys
 import threading
@@ -46,18 +45,27 @@ from gramr2.files import (
     parse_json,
     publish_file,
     read_json,
+    read_text,
     write_json,
     write_rows,
 )
+from gramr2.interrupts import AGAIN
 from gramr2.loss import OBJECTIVES, Objective, Trainee, collate
 from gramr2.model import Decoder, ModelConfig
 from gramr2.plan import global_batches, make_plan, read_model_config, split_into_packs
 from gramr2.records import Example
-from gramr2.seals import SEALS, check_seals, model_files
+from gramr2.seals import SEALS, check_seals, model_files, read_signed
 from gramr2.settings import FREE, TrainSettings, check_identity
 from gramr2.tokenizer import Tokenizer
 from gramr2.weights import read_config, save
 
+LEFT = (
+    "model",
+    "resume/[!.]*",
+    "metrics.jsonl",
+    "rollouts.jsonl",
+    "bad-batch.jsonl",
+)  # by a run in its place
 BAD_STEPS = 3  # steps in a row whose loss or gradient is not finite; then the run stops
 
 
@@ -287,8 +295,7 @@ def finished(out: Path, now: dict[str, str]) -> dict[str, Any] | None:
     record = Fields(read_json(model / "training.json"), f"{model / 'training.json'}: ")
     check_identity(record.get("run", dict), now, out)
     if (model / SEALS).exists():
-        seals = Fields(read_json(model / SEALS), f"{model / SEALS}: ").row
-        check_seals(model, seals, f"bring it back, or remove {model} and train it again")
+        check_seals(model, read_signed(model / SEALS), f"bring it back, or remove {model} and train it again")
     return record.get("figures", dict)
 
 
@@ -297,8 +304,7 @@ def open_run(out: Path, now: dict[str, str], ranks: parallel.Ranks) -> None:
 
     def open_or_check() -> None:
         record = out / "resume" / "run.json"
-        theirs = [*out.glob("model"), *record.parent.glob("[!.]*")]
-        theirs += [path for path in out.glob("metrics.jsonl") if not is_metrics(path)]
+        theirs = [path for name in LEFT for path in out.glob(name)]
         need(record.exists() or not theirs, f"{[*theirs, ''][0]}: is of no run of ours; name another --out")
         if any(record.parent.glob("step-*")) and record.exists():
             check_identity(Fields(read_json(record), f"{record}: ").row, now, out)
@@ -308,24 +314,17 @@ def open_run(out: Path, now: dict[str, str], ranks: parallel.Ranks) -> None:
     ranks.on_rank_0(open_or_check)
 
 
-def is_metrics(path: Path) -> bool:
-    """Whether a metrics.jsonl begins as ours do, with a step's number."""
-    with open_file(path) as file:
-        return file.readline(9) in (b"", b'{"step": ')
-
-
 def keep_metrics(path: Path, steps: int) -> None:
     """Drops the rows of steps after the last resume point: a resumed run takes, and writes, them again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         with open_file(path) as file:
-            lines = [line for line in file if line.endswith(b"}\n")]
+            lines = file.readlines()
+        lines = lines[:-1] if lines and not lines[-1].endswith(b"\n") else lines  # a kill has cut it
         try:
             numbers = [Fields(parse_json(line)).get("step", int) for line in lines]
         except ValueError as error:
-            raise InputError(
-                f"{path}: is damaged ({error}); remove it, and run the same command again"
-            ) from None
+            raise InputError(f"{path}: is damaged ({error}); remove {path.parent} to begin anew") from None
         with publish_file(path) as temporary:
             temporary.write_bytes(
                 b"".join(line for line, n in zip(lines, numbers, strict=True) if n <= steps)
@@ -335,11 +334,13 @@ def keep_metrics(path: Path, steps: int) -> None:
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[threading.Event]:
     """SIGTERM and Ctrl-C ask for a stop between steps; a second one is not waited for."""
-    stop, before = threading.Event(), dict[int, Any]()
+    stop, before, asked = threading.Event(), dict[int, Any](), list[float]()
 
     def ask(number: int, frame: Any) -> None:
+        asked.append(time.monotonic())
+        if asked[-1] - asked[0] > AGAIN:
+            signal.signal(number, before.get(number, signal.SIG_DFL))
         stop.set()
-        signal.signal(number, before.get(number, signal.SIG_DFL))
 
     if threading.current_thread() is threading.main_thread():
         before = {kind: signal.signal(kind, ask) for kind in (signal.SIGTERM, signal.SIGINT)}
@@ -358,7 +359,7 @@ def publish_model(
     if wanted == "auto":
         raw = model.raw_config or {}
         wanted = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    extra = {path.name: path.read_text(encoding="utf-8") for path in sorted(model_dir.glob("*_prompt.txt"))}
+    extra = {path.name: read_text(path) for path in sorted(model_dir.glob("*_prompt.txt"))}
     extra |= own | {"training.json": json.dumps(record, indent=2)}
     tensors = parallel.whole_tensors(loop.trainee, getattr(torch, wanted))
     with loop.ranks.errors_on_all_ranks():
@@ -372,5 +373,4 @@ def publish_model(
             for _ in tensors:  # the other ranks take part in every tensor that the first one writes
                 pass
     if loop.ranks.is_first:
-        for state in (path for path in loop.resume.directory.iterdir() if path.is_dir()):
-            shutil.rmtree(state)
+        resume.remove(loop.resume.points())

@@ -88,6 +88,10 @@ class RewardModel:
     def prompt_hash(self) -> str:
         return hashlib.sha256(self.template.encode()).hexdigest()[:16] if self.voter else ""
 
+    @property
+    def calibration_hash(self) -> str:
+        return hashlib.sha256(str(self.calibration).encode()).hexdigest()[:16]
+
     # ------------------------------------------------------------------ pairs
 
     def judge(self, question: str, a: str, b: str, votes: int = 16, seed: int = 0) -> Judgment:

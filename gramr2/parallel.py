@@ -42,9 +42,9 @@ from gramr2.settings import TrainSettings
 from gramr2.weights import checkpoint_tensors, plain_parameters
 
 PATIENCE = datetime.timedelta(minutes=30)  # within a training step
+SECONDS_TO_SAVE = 20  # of a run whose launcher has died
 # Between steps one rank may sample, or read, for hours while the others wait. A dead one breaks the next
 # exchange.
-SECONDS_TO_SAVE = 60  # of a run whose launcher has died
 LONG_PATIENCE = datetime.timedelta(days=2)
 
 
@@ -128,11 +128,11 @@ def join_ranks(settings: TrainSettings) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(target=end_with_launcher, daemon=True).start()
     owned = not dist.is_initialized() and ("WORLD_SIZE" in os.environ or cuda)
     if owned:
         launched = "WORLD_SIZE" in os.environ
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            threading.Thread(target=end_with_launcher, daemon=True).start()
         alone: dict[str, Any] = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE, **alone)
     groups = []

@@ -79,16 +79,27 @@ def prover_prompt(pair: Pair, template: str = PROVER_PROMPT, hide_label: bool = 
 
 
 def forged(pair: Pair, template: str = JUDGE_PROMPT) -> tuple[str, ...]:
-    """The fields of a pair in which a line begins as the template's own lines around what is filled in do.
+    """The fields of a pair in which a line begins as the template's own lines around what is filled in do, or
+    as a turn of a conversation does.
 
     A response could so end before its end, and speak as the prompt: no frame of text keeps that out.
     """
     pieces = [each.split("\n") for each in _PLACEHOLDER.split(template)[::2]]
-    beside = [line.strip() for piece in pieces for line in (*piece[:2], *piece[-2:])]
-    frame = tuple({line for line in beside if re.search(r"\w{3}", line)})
-    texts = {"question": pair.question, "response_a": pair.response_a, "response_b": pair.response_b}
-    hold = (name for name in texts if any(line.strip().startswith(frame) for line in texts[name].split("\n")))
-    return tuple(hold) if frame else ()
+    beside = {_bare(line) for piece in pieces for line in (*piece[:2], *piece[-2:])}
+    frame = tuple(line for line in beside if re.search(r"\w{3}", line))
+    texts = {"question": [text for _, text in pair.messages]}
+    texts |= {"response_a": [pair.response_a], "response_b": [pair.response_b]}
+    lines = {
+        name: [_bare(line) for text in each for line in text.splitlines()] for name, each in texts.items()
+    }
+    turns = tuple(f"{role}:" for role, _ in pair.messages) if len(pair.messages) > 1 else ()
+    begins = {"question": (*frame, *map(str.casefold, turns)), "response_a": frame, "response_b": frame}
+    return tuple(name for name in lines if any(line.startswith(begins[name]) for line in lines[name] if line))
+
+
+def _bare(line: str) -> str:
+    """A line without what may stand before its first word or bracket, and without its case."""
+    return re.sub(r"^[^\w\[<(#]+", "", line).strip().casefold()
 
 
 # --- which template a checkpoint wants -------------------------------------------------------------------

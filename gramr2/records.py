@@ -264,8 +264,9 @@ class Judgment(_Record):
     label: str | None = field(metadata={"among": ("A", "B")})
     # 0.5 where every vote abstained, and where the two orders disagree.
     p_a: float = field(metadata={"low": 0, "high": 1})
-    votes: dict[str, int] = field(hash=False)  # {"A": n, "B": n, "none": n}
-    abstained: int = 0
+    # {"A": n, "B": n, "none": n}
+    votes: dict[str, int] = field(hash=False, metadata={"low": 0})
+    abstained: int = field(default=0, metadata={"low": 0})
     rationale: str | None = None  # of a vote for the label, in the stored form and the pair's order
     orders_agree: bool | None = None  # None where only one order was asked, or could be read
     details: tuple[Vote, ...] = ()
@@ -295,6 +296,8 @@ class Judgment(_Record):
         votes = tuple(Vote.from_json(vote) for vote in Fields(row).get("details", tuple[dict, ...], ()))
         found = super().from_json(row | {"details": votes})
         need(found.votes.keys() == {"A", "B", "none"}, 'field "votes": expected numbers for A, B and none')
+        cast = cls.from_votes(votes).votes
+        need(not votes or cast == found.votes, 'fields "votes" and "details" differ')
         return found
 
     @classmethod

@@ -61,7 +61,7 @@ class ResumePoints:
         self.pending: tuple[Future, Path, Path] | None = None
 
     def points(self) -> list[Path]:
-        return sorted(self.directory.glob("step-*"))  # their numbers have leading zeros
+        return sorted(self.directory.glob(f"step-{'[0-9]' * 8}"))  # their numbers have leading zeros
 
     def _begin(self) -> list[Path]:
         """The points there are, once what was half written is gone."""
@@ -86,8 +86,8 @@ class ResumePoints:
                 return about["cursor"]
             if self.ranks.is_first:
                 print(f"warning: {damage}; an earlier resume point is looked for", file=sys.stderr)
-        again = "remove it, and the run begins anew"
-        need(not points, f"{self.directory}: no resume point is whole; {again}")
+        begin = f"remove {self.directory.parent} to begin anew"
+        need(not points, f"{self.directory}: no resume point is whole; {begin}")
         return None
 
     # ------------------------------------------------------------------ writing
@@ -138,6 +138,7 @@ class ResumePoints:
             return
         try:
             if not failure:
+                remove([final] if final.exists() else [])
                 os.replace(temporary, final)
                 for old in self.points()[:-KEPT]:
                     shutil.rmtree(old, ignore_errors=True)

@@ -47,7 +47,7 @@ from gramr2.files import (
     publish_file,
     read_json,
 )
-from gramr2.seals import check_seals, read_signed, seal, seals_below, write_signed
+from gramr2.seals import check_seals, names_below, read_signed, seal, seals_below, write_signed
 from gramr2.settings import FREE, PAIRS_PER_CALL, check_identity
 
 if TYPE_CHECKING:  # torch takes its seconds, and looking for a run needs none of it
@@ -56,6 +56,7 @@ if TYPE_CHECKING:  # torch takes its seconds, and looking for a run needs none o
 T = TypeVar("T")
 WRITTEN = ("plan.json", "results.json", "pair.json", "report.html")  # beside the steps
 OURS_BEFORE_A_PLAN = r"\.(lock$|plan\.json\.tmp-)"
+NOT_SEALED = ("resume", "calibration.json")  # a user may calibrate a model where it stands
 RECORD = {"counts": dict, "seconds": float, "files": dict}  # a done.json
 SHARD_ROWS = PAIRS_PER_CALL  # what is lost by a kill is one generate call
 
@@ -73,8 +74,9 @@ def model_of(run: Path) -> Path:
 
 def step_paths(root: Path) -> dict[str, Path]:
     """A run's step directories by name, in the order of their numbers. What has none is not the run's."""
-    paths = sorted((root / "steps").glob("[0-9]*-*"), key=lambda path: int(path.name.partition("-")[0]))
-    return {path.name.partition("-")[2]: path for path in paths}
+    found = [(re.fullmatch(r"(\d+)-(.+)", path.name), path) for path in (root / "steps").glob("*")]
+    numbered = sorted((int(name[1]), name[2], path) for name, path in found if name)
+    return {name: path for _, name, path in numbered}
 
 
 def code_version() -> str:
@@ -128,7 +130,7 @@ class Step:
     def _close(self, counts: JsonRow) -> JsonRow:
         shutil.rmtree(self.path / "shards", ignore_errors=True)
         seconds = time.perf_counter() - self.started
-        files = seals_below(self.path, but=("resume",))
+        files = seals_below(self.path, NOT_SEALED)
         write_signed(self.path / "done.json", {"counts": counts, "seconds": seconds, "files": files})
         return read_record(self.path / "done.json")
 
@@ -246,6 +248,8 @@ class RunDirectory:
         except InputError as error:
             raise InputError(f"{error}; {again}") from None
         check_seals(path, record["files"], again, self.verify)
+        for name in {*names_below(path, (*NOT_SEALED, "done.json"))} - record["files"].keys():
+            raise InputError(f"{path / name}: the step did not leave it; take it away, or {again}")
         return path, record
 
     def forget(self, name: str) -> None:

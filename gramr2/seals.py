@@ -33,16 +33,17 @@ def seal(path: Path, known: Any = None, whole: bool = False) -> JsonRow:
     return {"hash": digest(path), **stamp}
 
 
+def names_below(place: Path, but: Iterable[str] = ()) -> list[str]:
+    """The files below a directory, by their names from there; hidden ones, indices and `but` are left out."""
+    paths = (path.relative_to(place) for path in sorted(place.rglob("*")) if path.is_file())
+    shown = (
+        path for path in paths if path.suffix != ".idx" and not any(part[0] == "." for part in path.parts)
+    )
+    return [str(path) for path in shown if {*but}.isdisjoint(path.parts)]
+
+
 def seals_below(place: Path, but: Iterable[str] = ()) -> dict[str, JsonRow]:
-    """A seal for every file below a directory, by its name from there; hidden ones, indices and `but` are
-    left out."""
-    names = (path.relative_to(place) for path in sorted(place.rglob("*")) if path.is_file())
-    out = {*but}
-    return {
-        str(name): seal(place / name)
-        for name in names
-        if not (out & {*name.parts} or name.suffix == ".idx" or any(part[0] == "." for part in name.parts))
-    }
+    return {name: seal(place / name) for name in names_below(place, but)}
 
 
 def model_files(directory: Path) -> list[Path]:

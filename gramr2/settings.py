@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,6 @@ from gramr2.files import InputError
 # Settings that a run may be continued under with other values: they change how, not what, it computes.
 FREE = {"device", "dtype", "threads", "fsdp_size", "checkpointing", "compile", "token_budget"}
 FREE |= {"save_steps", "save_minutes"}
-FREE |= {"shard"}  # what fsdp_size is called in the plan.json of older runs, which still go on
 DTYPES = ("auto", "float32", "bfloat16")
 PAIRS_PER_CALL = 64  # pairs of one generate call: enough to fill a batch, little to do again after a kill
 
@@ -108,6 +108,10 @@ class TrainSettings:
 
     def __post_init__(self):
         check_limits(self)
+        try:
+            datetime.date.fromisoformat(self.date)
+        except ValueError:
+            raise InputError(f"date: expected one as 2025-01-31, got {self.date!r:.40}") from None
         if self.token_budget < self.max_length:
             raise InputError(
                 f"token_budget: {self.token_budget} is less than max_length {self.max_length}, so that the "

@@ -20,7 +20,6 @@ It leaves out: training tokenizers, sentencepiece models without a `tokenizer.js
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -48,8 +47,7 @@ class Tokenizer:
             raise InputError(f"{where}/tokenizer.json: {error}") from None
         self._fast.no_padding()
         self._fast.no_truncation()
-        self._fast.encode_special_tokens = True  # as text; `_encode_frame` alone turns it off
-        self._lock = threading.Lock()
+        self._fast.encode_special_tokens = True  # as text: `_frame` alone knows them
         self._config = self._fields("tokenizer_config.json")
         self._generation = self._fields("generation_config.json")
         self._specials = self._fields("special_tokens_map.json")
@@ -61,7 +59,7 @@ class Tokenizer:
         need("tokenizer.json" in present, f"{directory}: holds no tokenizer.json")
         files = {}
         for name in present:
-            if name.endswith(".json"):
+            if name.endswith(".json") and name != "tokenizer.json":  # which its library reads
                 read_json(Path(directory) / name)
             with open_file(Path(directory) / name) as file:
                 files[name] = file.read()
@@ -129,21 +127,33 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text as it stands: nothing is added, and nothing in it is control."""
-        return self._ids(text)
+        return self._ids(self._fast, text)
 
-    def _ids(self, text: str) -> list[int]:
-        """Ids of a text, or which word the vocabulary cannot spell. (Special tokens, where `text` may have
-        them, are the chat template's.)"""
+    @cached_property
+    def _frame(self) -> tokenizers.Tokenizer:
+        """For what a chat template has rendered, where special tokens are its own. (Another object: to turn
+        one back and forth would make control of a text that another thread encodes.)"""
+        frame = tokenizers.Tokenizer.from_str(self.files["tokenizer.json"].decode())
+        frame.no_padding()
+        frame.no_truncation()
+        return frame
+
+    def _ids(self, tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+        """Ids of a text, or which word the vocabulary cannot spell."""
         try:
-            found = self._fast.encode(text, add_special_tokens=False)
+            found = tokenizer.encode(text, add_special_tokens=False)
         except TypeError:
             raise InputError("text that is not Unicode (half of a surrogate pair)") from None
+        if self._never.isdisjoint(found.ids):
+            return found.ids
         for i, (start, stop) in zip(found.ids, found.offsets, strict=True):
-            if i in self._never and text[start:stop] not in self.special:
+            word = text[start:stop].strip()
+            if i in self._never and not (tokenizer is self._frame and word in self.special):
                 # Some know a word by the blank before it: the first one of a text has none, and is let pass.
-                blank = self._fast.encode(f" {text[start:stop]}", add_special_tokens=False).ids
-                known = start == 0 and not self._never & {*blank}
-                need(known, f"the tokenizer has no word for {text[start:stop].strip()!r:.60}; use its words")
+                known = start == 0 and self._never.isdisjoint(
+                    self._fast.encode(f" {word}", add_special_tokens=False).ids
+                )
+                need(known, f"the tokenizer has no word for {word!r:.60}; use its words")
         return found.ids
 
     @cached_property
@@ -201,7 +211,7 @@ class Tokenizer:
         said = "\n".join(text for each in messages for text in each.values())
         spelled = [text for text in self.special if text in said]
         if not spelled:
-            return self._encode_frame(self.render(messages, add_generation_prompt, **variables))
+            return self._ids(self._frame, self.render(messages, add_generation_prompt, **variables))
         used = {*said}
         free = (chr(c) for c in range(0xF0000, 0xFFFFE) if chr(c) not in used)
         hidden = dict(zip(spelled, free, strict=False))
@@ -218,15 +228,6 @@ class Tokenizer:
             else:
                 ids += self.encode(piece.translate(shown))
         return ids
-
-    def _encode_frame(self, text: str) -> list[int]:
-        """Ids of a rendered conversation in which every special token is the template's own."""
-        with self._lock:
-            self._fast.encode_special_tokens = False
-            try:
-                return self._ids(text)
-            finally:
-                self._fast.encode_special_tokens = True
 
     @cached_property
     def opens_thinking(self) -> bool:

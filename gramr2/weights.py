@@ -29,9 +29,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gramr2.fields import Fields
-from gramr2.files import InputError, need, open_file, publish_directory, read_json, write_json
+from gramr2.files import InputError, need, open_file, publish_directory, read_json
 from gramr2.model import Decoder, Llama3Rope, ModelConfig
-from gramr2.seals import SEALS, seal, seals_below
+from gramr2.seals import SEALS, check_seals, read_signed, seal, seals_below, write_signed
 from gramr2.tokenizer import FILES, Tokenizer
 
 MAX_FILE_BYTES = 5 * 10**9  # the largest file of tensors that the hub's own tools write
@@ -146,6 +146,8 @@ def parse_config(raw: Fields) -> ModelConfig:
     }
     for field in (name for name, present in refused.items() if present):
         raise InputError(f"{raw.where}{field} = {raw.row[field]!r:.60} is not supported")
+    for field in ("dtype", "torch_dtype"):  # what it is saved as
+        raw.get(field, str, "float32", among=("float32", "bfloat16", "float16"))
     sizes = {name: raw.get(FIELDS[name], int, low=1, high=most) for name, most in SIZES.items()}
     theta, llama3 = _parse_rope(raw)
     attention_bias = raw.get("attention_bias", bool, False)
@@ -221,6 +223,7 @@ def load(directory: str | Path, device="cpu", dtype="float32", date=None) -> tup
 
     dtype "auto" keeps what is stored; `date` is what a chat template prints as today (Tokenizer.load).
     """
+    check_published(Path(directory))
     tokenizer = Tokenizer.load(directory, date)
     model = load_model(directory, device, dtype)
     if model.config.vocab_size < tokenizer.size:
@@ -231,6 +234,14 @@ def load(directory: str | Path, device="cpu", dtype="float32", date=None) -> tup
         raise InputError(f"{directory}: eos_token_id {beyond[0]} is outside of the vocabulary")
     model.stop_ids = tokenizer.stop_ids
     return model, tokenizer
+
+
+def check_published(directory: Path) -> None:
+    """Refuses a model that was published here and is no longer what it was; a prompt may be changed."""
+    if (directory / SEALS).exists():
+        seals = read_signed(directory / SEALS)
+        mine = {name: seals[name] for name in seals if not name.endswith("_prompt.txt")}
+        check_seals(directory, mine, f"copy the model again, or remove {SEALS} if this is meant")
 
 
 def load_model(directory: str | Path, device="cpu", dtype="float32") -> Decoder:
@@ -337,7 +348,7 @@ def save(
         text["config.json"] = json.dumps(config, indent=2).encode() + b"\n"
         for name, content in text.items():
             (place / name).write_bytes(content)
-        write_json(place / SEALS, seals_below(place))
+        write_signed(place / SEALS, seals_below(place))
 
 
 def fingerprint(directory: str | Path) -> str:
@@ -346,7 +357,7 @@ def fingerprint(directory: str | Path) -> str:
     Files that are what they were when they were published are not read again for it.
     """
     directory = Path(directory)
-    known = Fields(read_json(directory / SEALS)).row if (directory / SEALS).is_file() else {}
+    known = read_signed(directory / SEALS) if (directory / SEALS).exists() else {}
     files = sorted(
         [*directory.glob("*.safetensors"), *(directory / name for name in ("config.json", *FILES))]
     )

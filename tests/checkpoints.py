@@ -11,6 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gramr2 import weights
 from gramr2.model import Decoder, Llama3Rope, ModelConfig
+from gramr2.seals import SEALS
 from gramr2.tokenizer import Tokenizer
 
 CORPUS = [
@@ -152,4 +153,5 @@ def make_checkpoint(
     model = random_model(family, seed, **fields)
     files = tokenizer_files(kind, max(300, fields.get("vocab_size", 320) - 20), corpus)
     weights.save(model, Tokenizer(files, str(directory)), directory)
+    (directory / SEALS).unlink()  # somebody else's have none
     return directory

@@ -70,7 +70,7 @@ def test_a_torn_last_line_is_dropped_and_said(tmp_path, capsys):
     store = Store(path)
     assert list(store) == ROWS[:3] and store.torn == 12
     assert "torn last line of 12 bytes" in capsys.readouterr().err
-    with RowLog(path) as log:
+    with RowLog(path, b'{"') as log:
         log.write(ROWS[3])
     assert "torn last line of 12 bytes" in capsys.readouterr().err
     assert list(Store(path)) == ROWS[:4] and not capsys.readouterr().err
@@ -81,11 +81,11 @@ def test_a_log_cut_anywhere_keeps_every_whole_row(tmp_path, cut):
     """A kill leaves a prefix of the file, which may end in the middle of a character or of a long row."""
     path = tmp_path / "rows.jsonl"
     rows = [*ROWS[:5], {"long": "é" * 100000}]
-    with RowLog(path) as log:
+    with RowLog(path, b'{"') as log:
         for row in rows:
             log.write(row)
     os.truncate(path, path.stat().st_size - cut)
-    with RowLog(path) as log:
+    with RowLog(path, b'{"') as log:
         log.write({"after": 1})
     assert list(Store(path)) == (rows if cut == 1 else rows[:5]) + [{"after": 1}]
 

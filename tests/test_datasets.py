@@ -343,7 +343,7 @@ def test_every_kind_of_file_gives_the_same_pairs(tmp_path):
         assert convert("pairs", path, tmp_path / "out" / "o.jsonl").kept.total() == 300
         outputs.add((tmp_path / "out" / "o.jsonl").read_bytes())
     assert len(outputs) == 1
-    account = convert("pairs", tmp_path, tmp_path / "out" / "o.jsonl")
+    account = convert("pairs", tmp_path, tmp_path / "all.jsonl")
     assert (account.kept.total(), account.dropped) == (300, {"duplicate": 1500})  # out/ is below it, too
 
 

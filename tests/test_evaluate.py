@@ -109,7 +109,7 @@ def test_an_always_first_judge_gets_nothing_at_judgebench(tmp_path):
         rows.append({"id": pair["id"], **judged, "pair": pair})
     result = evaluate.score("judgebench", [write(tmp_path / "judged.jsonl", rows)])
     assert values(result)["math"] == 0 and result["consistency"] == 0
-    one = [{**rows[0], "details": rows[0]["details"][:1]}]
+    one = [{**rows[0], "details": rows[0]["details"][:1], "votes": {"A": 1, "B": 0, "none": 0}}]
     with pytest.raises(InputError, match="both"):
         evaluate.score("judgebench", [write(tmp_path / "one.jsonl", one)])
 

@@ -164,15 +164,21 @@ def test_a_bulk_run_goes_on_past_bad_rows_and_tries_them_again(model, tmp_path, 
         file.write("not json\n")
     words = ("--pairs", source, "--out", out, "--model", model, *BULK)
     counts = json.loads(run(capsys, *words)[1])
-    assert counts == {"judged": 5, "before": 0, "failed": 3, "unread": 0}
+    assert counts == {"judged": 5, "before": 0, "failed": 3, "unread": 0, "forged": 0}
     failures = [row for row in read(out) if "error" in row]
     assert len(failures) == 3 and "200 positions" in failures[0]["error"]
     assert [row["id"] for row in failures[1:]] == ["row 4", "row 8"]
     counts = json.loads(run(capsys, *words)[1])
-    assert counts == {"judged": 0, "before": 5, "failed": 3, "unread": 0} and len(read(out)) == 8
+    assert counts == {"judged": 0, "before": 5, "failed": 3, "unread": 0, "forged": 0} and len(read(out)) == 8
     rows[1], rows[3] = pair(1), pair(3)
     write(source, rows)
-    assert json.loads(run(capsys, *words)[1]) == {"judged": 2, "before": 5, "failed": 0, "unread": 0}
+    assert json.loads(run(capsys, *words)[1]) == {
+        "judged": 2,
+        "before": 5,
+        "failed": 0,
+        "unread": 0,
+        "forged": 0,
+    }
     assert len({row["id"] for row in read(out)}) == 5 and not any("error" in row for row in read(out))
 
 

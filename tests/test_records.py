@@ -160,7 +160,7 @@ def test_a_missing_field_is_named():
 
 @pytest.mark.parametrize(
     "record",
-    [Judgment("A", 0.7, {"A": 3, "B": 1, "none": 0}, 0, "⟦A⟧", True, (Vote("A", "BA", 0.9, "", "t", 7),)),
+    [Judgment("A", 0.7, {"A": 1, "B": 0, "none": 0}, 0, "⟦A⟧", True, (Vote("A", "BA", 0.9, "", "t", 7),)),
      Judgment(None, 0.5, {"A": 0, "B": 0, "none": 2}, 2), Vote(None, "AB", None, "no answer"),
      Proof("id", "text", -3.5, -9.0, -0.4, "stop", None, (1, 2)), Tokens((1, 2, 3), 2)],
 )  # fmt: skip

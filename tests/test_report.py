@@ -103,7 +103,7 @@ def make_run(root: Path, until: str = "end", truth: bool = True) -> Path:
     }
     settings = {"iters": 1, "without": [], "baselines": True, "coherence": "of plain text", "k": 3}
     settings["train prover"] = {"lr": 0.1}
-    write_json(root / "plan.json", {"settings": settings, "inputs": {}, "code": "0"})
+    write_signed(root / "plan.json", {"settings": settings, "inputs": {}, "code": "0"})
     for number, (step, files) in enumerate(steps.items(), 1):
         place = root / "steps" / f"{number:02}-{step}"
         for name, rows in files.items():

@@ -99,7 +99,7 @@ def test_settings_of_memory_may_change_between_starts_and_others_are_refused_by_
     def start(**training):
         do(RunDirectory(tmp_path, {"k": 4, "train reward": {"lr": 1.0} | training}, [], ALONE), "data")
 
-    start(threads=1, shard=0)
+    start(threads=1, fsdp_size=0)
     start(threads=2, fsdp_size=8)
     with pytest.raises(InputError, match=r"differs in train reward lr \(1.0, now 2.0\);"):
         start(lr=2.0)

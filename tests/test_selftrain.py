@@ -219,7 +219,7 @@ def test_a_damaged_shard_or_resume_point_is_made_again_and_the_results_are_the_s
     done = forks.run(tmp_path, ["--recipe", small, *KILL])
     # The only point there was: the step says so, and is begun anew once it is gone.
     assert done["statuses"] == [2] and "no resume point is whole" in errors(done)[0]
-    shutil.rmtree(step(tmp_path, "fine-tune") / "resume")
+    shutil.rmtree(step(tmp_path, "fine-tune"))
     done = forks.run(tmp_path, ["--recipe", small, *KILL])
     assert done["statuses"] == [0], done["logs"]
     assert same_results(whole / "runs/small", tmp_path / "runs/small")

@@ -137,14 +137,14 @@ def test_the_trained_model_judges_a_pair_and_a_file(run):
 
     bulk = ("infer.py", "--pairs", "in.jsonl", "--out", "out.jsonl", "--votes", "4", "--json")
     counts = json.loads(command(*bulk, cwd=run).stdout)
-    assert counts == {"judged": 5, "before": 0, "failed": 1, "unread": 0}
+    assert counts == {"judged": 5, "before": 0, "failed": 1, "unread": 0, "forged": 0}
     out = [json.loads(line) for line in (run / "out.jsonl").read_text().splitlines()]
     assert [row["id"] for row in out[:-1]] == [json.loads(row)["id"] for row in rows] and "error" in out[-1]
     # One pair alone and the same pair among others: the same judgment, bit for bit.
     apart = {"pair": None, "judge": None}  # a file's rows say of which weights they are as well
     assert judged | apart == out[0] | apart
     again = json.loads(command(*bulk, cwd=run).stdout)
-    assert again == {"judged": 0, "before": 5, "failed": 1, "unread": 0}
+    assert again == {"judged": 0, "before": 5, "failed": 1, "unread": 0, "forged": 0}
     assert len((run / "out.jsonl").read_text().splitlines()) == 6
 
 

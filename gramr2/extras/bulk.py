@@ -29,6 +29,7 @@ from gramr2.records import Judgment, Pair, nothing_read
 from gramr2.run_directory import finished_runs, model_of
 from gramr2.settings import PAIRS_PER_CALL
 
+ROW = b'{"id": '  # what a judged row begins with
 Item = Pair | JsonRow  # of bulk work: a pair, or one of a benchmark's lists
 
 
@@ -76,7 +77,8 @@ class Judge:
         self.sampling: JsonRow = {name: getattr(settings, name) for name in names}
         calibrated = self.model.calibrates(settings.votes, settings.temperature)
         self.judged_with = {"model": str(directory), "format": self.model.format.name, **self.sampling}
-        self.judged_with |= {"prompt": self.model.prompt_hash, "calibrated": calibrated}
+        self.judged_with |= {"prompt": self.model.prompt_hash}
+        self.judged_with["calibrated"] = calibrated and self.model.calibration_hash
         if self.model.calibration and not calibrated:
             fitted = "{votes} votes, greedy: {greedy}".format_map(self.model.calibration)
             print(f"warning: not calibrated: the calibration is for {fitted}, of its judge", file=sys.stderr)
@@ -85,7 +87,7 @@ class Judge:
         """Rows say from now on which weights they are of: a file of them may meet others under one name."""
         from gramr2.weights import fingerprint
 
-        self.judged_with["weights"] = fingerprint(self.judged_with["model"])
+        self.judged_with["weights"] = self.model.weights or fingerprint(self.judged_with["model"])
 
     def rows(self, items: Sequence[Item]) -> Iterator[JsonRow]:
         """The row of each pair, or of each of a benchmark's lists: a failure is a row with the reason."""
@@ -119,8 +121,8 @@ def judge_into(out: Path, settings: JudgeSettings, source: Store | list[Item], p
         done = keep_finished(out, judge.judged_with)
         unreadable: list[JsonRow] = []
         waiting = pending(source, done, unreadable)
-        counts = {"judged": 0, "before": done.total(), "failed": 0, "unread": 0}
-        with RowLog(out) as log, tqdm(total=len(source), unit="pair", disable=None) as bar:
+        counts = {"judged": 0, "before": done.total(), "failed": 0, "unread": 0, "forged": 0}
+        with RowLog(out, ROW) as log, tqdm(total=len(source), unit="pair", disable=None) as bar:
             bar.update(done.total())
             while together := list(islice(waiting, PAIRS_PER_CALL)):
                 rows = list(judge.rows(together))
@@ -128,6 +130,7 @@ def judge_into(out: Path, settings: JudgeSettings, source: Store | list[Item], p
                     log.write(row)
                     counts["failed" if "error" in row else "judged"] += 1
                     counts["unread"] += "votes" in row and nothing_read(row["votes"])
+                    counts["forged"] += bool(row.get("forged"))
                 log.sync()
                 bar.update(len(rows))
             for row in unreadable:
@@ -141,7 +144,7 @@ def judge_into(out: Path, settings: JudgeSettings, source: Store | list[Item], p
 
 def judged_rows(path: Path) -> Iterator[JsonRow]:
     """The rows of a judged file, or none where there is no file yet; a file of other rows is refused."""
-    for number, row in enumerate(read_log(path) if path.exists() else (), 1):
+    for number, row in enumerate(read_log(path, ROW) if path.exists() else (), 1):
         judge = row.get("judge") if isinstance(row, dict) else None
         if not (isinstance(judge, dict) and "id" in row and judge.keys() >= {"model", "format", "votes"}):
             raise InputError(f"{path}: row {number} is not a judged row; give another --out")
@@ -160,6 +163,8 @@ def keep_finished(path: Path, judged_with: JsonRow) -> Counter[bytes]:
         other = [f"{k} {was.get(k)}, now {now}" for k, now in judged_with.items() if was.get(k) != now]
         if other:
             raise InputError(f"{path}: row {number} was judged with {'; '.join(other)}; give another --out")
+        if "pair" in row:
+            Judgment.from_row(row)
         done[key_of(Pair.from_json(row["pair"]) if "pair" in row else row)] += 1
     if failed:
         write_rows(path, (row for row in judged_rows(path) if "error" not in row))

@@ -46,6 +46,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from gramr2.fields import typed
 from gramr2.files import (
     InputError,
     JsonRow,
@@ -139,7 +140,7 @@ class Source:
             raise self.error("reading .parquet needs pyarrow: pip install 'gramr2[parquet]'") from None
         count = 0
         try:
-            with pyarrow.parquet.ParquetFile(self.path, pre_buffer=False) as table:
+            with open_file(self.path) as raw, pyarrow.parquet.ParquetFile(raw, pre_buffer=False) as table:
                 for batch in table.iter_batches(batch_size=256):
                     self.done = self.size * count // table.metadata.num_rows
                     for count, row in enumerate(batch.to_pylist(), count + 1):  # noqa: B020 - counts on
@@ -741,13 +742,14 @@ def convert(
 
     The options are those of the command. `against`: benchmark files; `max_characters`: 0 is no limit.
     """
+    typed(malformed_limit, float, "--malformed-limit", low=0, high=1)
     if name not in DATASETS:
         raise InputError(f'no format "{name}"; there are {", ".join(DATASETS)}')
     chosen, account, began = DATASETS[name], Account(), time.perf_counter()
     if chosen.benchmark and (against or max_characters):
         raise InputError(f"{name} is a benchmark, and converted whole: no --against and no --max-characters")
     sources = [Source(one, seed) for one in _inputs(Path(path))]
-    _check_target(Path(target), Path(path))
+    _check_target(Path(target), [*(source.path for source in sources), *map(Path, against)])
     sieve = Sieve([Overlap(Path(one)) for one in against], max_characters, seed)
     with publish_file(target) as temporary, temporary.open("wb") as out:
         for where, source, row in _rows(sources):
@@ -768,19 +770,13 @@ def convert(
     return account
 
 
-def _check_target(target: Path, path: Path) -> None:
-    """Nothing is written over but an earlier conversion: a file whose first row is one of ours."""
-    if not target.exists():
-        return
-    need(not target.samefile(path), f"{target}: is what is converted; name another output")
-    with open_file(target) as file:
-        first = file.readline()
-    try:
-        row = parse_json(first) if first else {"id": "", "scores": []}
-        if "scores" not in row:
-            Pair.from_json(row)
-    except (ValueError, TypeError):
-        raise InputError(f"{target}: holds something else than pairs; name another output") from None
+def _check_target(target: Path, inputs: Sequence[Path]) -> None:
+    """Nothing is written over but an earlier conversion, whose rows begin with their id."""
+    if target.exists():
+        with open_file(target) as file:
+            first = file.readline(7)
+        need(not any(target.samefile(one) for one in inputs), f"{target}: is read; name another output")
+        need(first in (b"", b'{"id": '), f"{target}: holds something else than pairs; name another output")
 
 
 def _line(item: Pair | JsonRow) -> bytes:

@@ -30,7 +30,7 @@ import numpy as np
 
 from gramr2.data import Store
 from gramr2.fields import Fields
-from gramr2.files import InputError, JsonRow, write_json
+from gramr2.files import InputError, JsonRow, need, write_json
 from gramr2.records import OTHER, UNDECIDED, Judgment, Pair, nothing_read
 
 RESAMPLES = 2000
@@ -125,11 +125,9 @@ def rm_bench(rows: list[JsonRow]) -> tuple[list[JsonRow], str]:
     """Nine pairs a prompt; a domain's accuracy is the mean of its 3x3 matrix, overall that of the domains."""
     cells: dict[tuple, np.ndarray] = defaultdict(lambda: np.full((3, 3), np.nan))
     for row in rows:
-        meta = Fields(row["pair"]["meta"], "meta: ")
-        prompt = row["pair"]["domain"], meta.row["subset"], meta.row["prompt"]
-        cells[prompt][tuple(meta.get(name, int, low=0, high=2) for name in ("chosen", "rejected"))] = (
-            is_right(row)
-        )
+        meta = row["pair"]["meta"]
+        prompt = row["pair"]["domain"], meta["subset"], meta["prompt"]
+        cells[prompt][meta["chosen"], meta["rejected"]] = is_right(row)
     domains = defaultdict(list)
     for (domain, *_), matrix in cells.items():
         if not np.isnan(matrix).any():
@@ -243,7 +241,7 @@ def _published(row: JsonRow) -> JsonRow:
         "orders_agree": len(set(labels.values())) == 1 if len(labels) == 2 else None,
         "details": [{"order": order, "label": label} for order, label in labels.items()],
         "pair": pair.to_json(),
-        "judge": row.get("judge_name", "published"),
+        "judge": Fields(row).get("judge_name", str, "published"),
     }
 
 
@@ -295,6 +293,7 @@ def fit_calibrator(rows: Iterable[JsonRow]) -> JsonRow:
     at least 1 / (pairs + 2) away from 0 and 1: no number of pairs makes a judge certain.
     """
     rows = [row for row in rows if "error" not in row and row["pair"].get("label") and row["p_a"] is not None]
+    rows = [row for row in rows if not nothing_read(row["votes"])]
     if len(rows) < FEWEST:
         raise InputError(f"{len(rows)} judged pairs with a label; a calibrator needs {FEWEST} or more")
     votes = {
@@ -387,8 +386,10 @@ def _read(name: str, row: JsonRow) -> JsonRow:
             each["pair"] = {"label": "A" if a > b else "B"}
             each["p_a"] = each["p_a"] if a != b else None
         return row
-    if Pair.from_json(fields.get("pair", dict)).label is None:
-        raise InputError("its pair has no label")
+    pair = Pair.from_json(fields.get("pair", dict))
+    need(pair.label is not None, "its pair has no label")
+    for place in ("chosen", "rejected") if name == "rm-bench" else ():
+        Fields(pair.meta, "meta: ").get(place, int, low=0, high=2)
     if "error" not in row:
         Judgment.from_row(row)
     if name == "judgebench" and {vote["order"] for vote in row.get("details", ())} == {"AB"}:

@@ -112,10 +112,10 @@ def deal_rounds(place: Path, settings: SelfTrainSettings) -> None:
 def checked_pairs(file: str, tokenizer: Tokenizer) -> Iterator[Pair]:
     """A file's pairs. Where a tokenizer has but certain words, a pair with another one is refused."""
     for number, pair in enumerate(Store(file, Pair.from_json), 1):
+        texts = [*(text for _, text in pair.messages), pair.response_a, pair.response_b]
         try:
-            # A word is known by the blank before it.
-            for text in (*(text for _, text in pair.messages), pair.response_a, pair.response_b):
-                tokenizer.encode(f" {text}" if tokenizer.unknown_id is not None else "")
+            for text in texts if tokenizer.unknown_id is not None else ():
+                tokenizer.encode(f" {text}")  # a word is known by the blank before it
         except InputError as error:
             raise InputError(f"{file}: row {number}: {error}") from None
         yield pair

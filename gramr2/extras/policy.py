@@ -44,6 +44,7 @@ from gramr2.data import Store
 from gramr2.extras.policy_loss import PolicyGradient
 from gramr2.extras.policy_settings import PolicySettings
 from gramr2.extras.row_log import RowLog
+from gramr2.fields import as_dataclass
 from gramr2.files import InputError
 from gramr2.judge import RewardModel
 from gramr2.model import Decoder
@@ -51,6 +52,7 @@ from gramr2.plan import Plan, read_model_config
 from gramr2.rankings import preference
 from gramr2.records import Example, Judgment, Pair, Tokens, messages_of, nothing_read, show
 from gramr2.sampler import generate
+from gramr2.seals import model_files
 from gramr2.tokenizer import Tokenizer
 from gramr2.weights import load_model
 
@@ -158,7 +160,11 @@ class Rollouts:
             if not again:
                 self.draw(number, step + 1)
             elif step == first:  # cut between two inner steps: the rollouts that the first one used
-                self.batch = [Rollout(**row) for row in Store(self.path) if row["step"] == step - again + 1]
+                self.batch = [
+                    as_dataclass(Rollout, row, f"{self.path}: ")
+                    for row in Store(self.path)
+                    if row["step"] == step - again + 1
+                ]
             yield list(map(self.example, self.batch))
 
     def example(self, rollout: Rollout) -> Example:
@@ -180,7 +186,7 @@ class Rollouts:
         for rollout, value in zip(self.batch, chain.from_iterable(values), strict=True):
             rollout.advantage = value
         if self.ranks.is_first:
-            with RowLog(self.path) as file:
+            with RowLog(self.path, b'{"step": ') as file:
                 for rollout in self.batch:
                     file.write(asdict(rollout))
         self.check(step)
@@ -285,7 +291,7 @@ def train(
     with parallel.join_ranks(settings) as ranks, fit.stop_on_signals() as stop, ranks.only_writer(out):
         tokenizer = Tokenizer.load(model_dir, date=settings.date)
         config = read_model_config("policy", "vocabulary", settings, model_dir, tokenizer)
-        files = [*data, *(sorted(Path(judge_dir).glob("*.safetensors")) if judge_dir else ())]
+        files = [*data, *(model_files(Path(judge_dir)) if judge_dir else ())]
         now = ranks.on_rank_0(lambda: fit.identity("policy", settings, files, model_dir))
         if (figures := ranks.on_rank_0(lambda: fit.finished(out, now))) is not None:
             return figures

@@ -5,7 +5,7 @@ It leaves out: tables of benchmarks (evaluate.py), and the end of a run (results
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 
 from gramr2.files import JsonRow, visible
@@ -30,12 +30,15 @@ def judgment_text(pair: Pair, judgment: JsonRow) -> str:
     if sum(votes.values()):
         lines.append(f"votes: {votes['A']} for A, {votes['B']} for B, {votes['none']} unreadable")
     lines += unread_lines(judgment["details"])
-    if judgment["forged"]:
-        where = ", ".join(judgment["forged"])
-        lines.append(f"warning: {where}: holds a line of the judge's own prompt, and may speak in its name")
+    lines += forged_lines([judgment["forged"]])
     if judgment["rationale"]:
         lines += ["", show(judgment["rationale"])]
     return visible("\n".join(lines))
+
+
+def forged_lines(forged: Iterable[Sequence[str]]) -> Iterator[str]:
+    if where := ", ".join(sorted({name for each in forged for name in each})):
+        yield f"warning: {where}: holds a line of the judge's own prompt, and may speak in its name"
 
 
 def unread_lines(votes: Sequence[JsonRow]) -> Iterator[str]:
@@ -58,6 +61,7 @@ def ranking_lines(ranking: Ranking, responses: Sequence[str]) -> Iterator[str]:
         yield visible(f"{place:4}. response {index + 1}: {' '.join(responses[index].split())[:80]}")
     counts = f"{ranking.comparisons} comparisons in {ranking.rounds} batches, {ranking.undecided}"
     yield f"{counts} without a preference"
+    yield from forged_lines(each.forged for each in ranking.answers.values())
     yield from unread_lines([asdict(vote) for each in ranking.answers.values() for vote in each.details])
     for i, j, p in ranking.overruled:
         yield f"intransitive: {i + 1} was preferred to {j + 1} (p {p:.2f}), which surer answers overrule"

@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING
 from gramr2.extras.evaluate import average, by_domain, is_right
 from gramr2.extras.inputs import RunInputs
 from gramr2.fields import Fields
-from gramr2.files import InputError, JsonRow, read_json, read_rows, write_json
+from gramr2.files import InputError, JsonRow, read_json, read_rows, visible, write_json
 from gramr2.records import OTHER
 from gramr2.run_directory import read_record, step_paths
+from gramr2.seals import read_signed
 
 if TYPE_CHECKING:
     from gramr2.steps import Run
@@ -101,13 +102,13 @@ class RunReader:
         self.root = Path(root)
         if not (self.root / "plan.json").is_file():
             raise InputError(f"{root}: holds no plan.json; give the directory of a run, such as runs/toy")
-        plan = Fields(read_json(self.root / "plan.json"), f"{self.root / 'plan.json'}: ")
+        plan = Fields(read_signed(self.root / "plan.json"), f"{self.root / 'plan.json'}: ")
         self.settings = plan.get("settings", dict)
-        finished = (self.root / "results.json").is_file()
-        self.results = Fields(read_json(self.root / "results.json")).row if finished else {}
+        path = self.root / "results.json"
+        self.results = Fields(read_json(path), f"{path}: ").row if path.is_file() else {}
         paths = step_paths(self.root).items()
         self.steps = {name: path for name, path in paths if (path / "done.json").exists()}
-        judged = range(1, self.settings["iters"] + 1)
+        judged = range(1, plan.object("settings").get("iters", int, low=1, high=1000) + 1)
         self.rounds = [number for number in judged if f"round-{number}-predict" in self.steps]
 
     def rows(self, step: str, name: str) -> Iterator[JsonRow]:
@@ -201,25 +202,29 @@ def round_counts(run: RunReader, number: int) -> JsonRow:
 
 def show(results: JsonRow, root: Path) -> None:
     """The end of a run, as a person reads it."""
+    print(visible("\n".join(lines_of(results, root))))
+
+
+def lines_of(results: JsonRow, root: Path) -> Iterator[str]:
     names = sorted({name for row in results["rows"] for name in row["by_domain"]})
     domains = names if 1 < len(names) <= 6 else []
-    print(f"{'accuracy, %':26}        95% interval   pairs" + "".join(f"  {name:>10}" for name in domains))
+    yield f"{'accuracy, %':26}        95% interval   pairs" + "".join(f"  {name:>10}" for name in domains)
     for row in results["rows"]:
         cells = "".join(f"  {row['by_domain'].get(x, math.nan):{max(10, len(x))}.1f}" for x in domains)
         span = f"{row['low']:5.1f} – {row['high']:5.1f}"
-        print(f"{row['name']:26}{row['accuracy']:6.1f}  {span} {row['n']:7}{cells}")
+        yield f"{row['name']:26}{row['accuracy']:6.1f}  {span} {row['n']:7}{cells}"
     for number, each in enumerate(results["rounds"], 1):
         right = ["" if hit is None else f"{hit:.1f}" for hit in each["label_accuracy"].values()]
         lines = {f"round {number}": FUNNEL, "pairs": [each[stage] for stage in FUNNEL]}
-        print()
+        yield ""
         for head, columns in {**lines, "labels right, %": right}.items():
-            print(f"{head:18}" + "".join(f"{cell:>12}" for cell in columns))
+            yield f"{head:18}" + "".join(f"{cell:>12}" for cell in columns)
         dropped = ", ".join(f"{name} {n}" for name, n in each["dropped"].items() if n)
-        print(f"dropped by {dropped or 'nothing'}")
+        yield f"dropped by {dropped or 'nothing'}"
     if results["prover"]:
         asked = (f"{each['passed']} of {each['asked']} {label}" for label, each in results["prover"].items())
-        print(f"\nproofs that pass every rule, by the label asked for: {', '.join(asked)}")
+        yield f"\nproofs that pass every rule, by the label asked for: {', '.join(asked)}"
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in results["seconds"].items())
-    print("\n" + textwrap.fill(f"seconds: {seconds}", 110, break_on_hyphens=False))
-    print(f"model:   {os.path.normpath(root / results['model'])}\nsteps:   {root / 'steps'}")
-    print(f"results: {root / 'results.json'}, {root / 'report.html'}\nnext:    {results['next']}")
+    yield "\n" + textwrap.fill(f"seconds: {seconds}", 110, break_on_hyphens=False)
+    yield f"model:   {os.path.normpath(root / results['model'])}\nsteps:   {root / 'steps'}"
+    yield f"results: {root / 'results.json'}, {root / 'report.html'}\nnext:    {results['next']}"

@@ -7,34 +7,46 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from gramr2.data import is_json, say_torn
 from gramr2.files import InputError, JsonRow, disk_errors_as_input_errors, need, open_file, parse_json
 
-_CUT_ROW = re.compile(rb'\{("(\w+("(:.*)?)?)?)?', re.DOTALL)  # the beginning of an object with named fields
+
+def is_cut(line: bytes, begins: bytes) -> bool:
+    """Whether a last line is the beginning of a row that begins so: all that is wrong is that it ends."""
+    text = line.decode("utf-8", "ignore")
+    try:
+        parse_json(text)
+    except json.JSONDecodeError as error:
+        at_end = error.pos >= len(text) - len("false") or error.msg.startswith(("Unterminated", "Invalid \\"))
+        return at_end and (line.startswith(begins) or begins.startswith(line))
+    except ValueError:
+        pass
+    return False
 
 
-def read_log(path: Path) -> Iterator[JsonRow]:
+def read_log(path: Path, begins: bytes) -> Iterator[JsonRow]:
     """The rows of a log as it stands. What no RowLog has written is refused, and left as it is."""
     with open_file(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 row = parse_json(line)
             except ValueError as error:
-                if not line.endswith(b"\n") and _CUT_ROW.fullmatch(line):
+                if not line.endswith(b"\n") and is_cut(line, begins):
                     return
                 raise InputError(f"{path}: row {number} is not of a log of ours ({error})") from None
             yield row
 
 
 class RowLog:
-    """Appends rows to a JSONL file. A row that a kill cut is dropped, with a warning, on the next opening."""
+    """Appends rows to a JSONL file. A row that a kill cut is dropped, with a warning, on the next opening;
+    `begins` is what every row begins with.
+    """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, begins: bytes):
+        self.path, self.begins = Path(path), begins
         if self.path.exists():
             open_file(self.path).close()  # to append to a pipe would wait for its reader
         with disk_errors_as_input_errors(self.path):
@@ -54,7 +66,7 @@ class RowLog:
         if rest and is_json(rest):
             self._file.write(b"\n")
         elif rest:
-            need(_CUT_ROW.fullmatch(rest) is not None, f"{self.path}: its last line is no row that was cut")
+            need(is_cut(rest, self.begins), f"{self.path}: its last line is no row that was cut")
             say_torn(self.path, len(rest))
             self._file.truncate(size - len(rest))
 

@@ -90,6 +90,7 @@ class WorldSettings:
     def __post_init__(self):
         check_limits(self)
         whole = self.hidden_size % self.heads == 0 and self.hidden_size // self.heads % 2 == 0
+        need(self.layers * self.hidden_size**2 < 2**32, "[world] hidden_size, layers: no toy is that large")
         need(whole, f"[world] hidden_size: {self.hidden_size} does not divide into {self.heads} even heads")
         # Questions are drawn until one is new: where nearly all are taken, that would never end.
         pairs = sum(getattr(self, split) for split in SPLITS)
@@ -299,6 +300,11 @@ def make_world(directory: Path, seed: int = 0, **sizes: int) -> Path:
         if read_json(about) != world:
             raise InputError(f"{about}: a world of another seed or size; name another directory")
         return directory
+    begun = directory / ".begun"  # by a making that was cut
+    theirs = [path for path in directory.glob("*") if not begun.exists()]
+    need(not theirs, f"{directory}: holds files, but no world.json, and is no world; name another directory")
+    directory.mkdir(parents=True, exist_ok=True)
+    begun.touch()
     names, rng = good_names(settings.goods), random.Random(f"shop {seed}")
     prices = prices_of(seed, names)
     counts = [getattr(settings, split) for split in SPLITS]
@@ -316,6 +322,7 @@ def make_world(directory: Path, seed: int = 0, **sizes: int) -> Path:
     else:
         write_untrained(directory, seed, **sizes)
     write_json(about, world)  # last: a world without it is made anew
+    begun.unlink()
     return directory
 
 
