@@ -901,7 +901,7 @@ def dataset_cases() -> Cases:
     yield from many("datasets: OUT is ", words, "", out, kinds, files, unchanged=kept)
     # A file that takes the place of another name of the input leaves the input as it is.
     kinds = {f"? {name}": each for name, each in INPUT_ITSELF.items()}
-    kinds["= an earlier conversion"] = lines(PAIR | {"id": "1"})
+    kinds["= an earlier conversion"] = lines({"id": "1"} | PAIR)
     yield from many("datasets: OUT is ", words, "", out, kinds, files, unchanged=kept[:2])
     places = {f"{both:.40}": both.split() for both in PAIRS_OF_PLACES}
     more: dict[str, Any] = dict(unchanged=kept, absent=("out.jsonl", "out.txt"))

@@ -155,6 +155,16 @@ def kills(read):
     return grid(("what was killed", "kills", "runs that ended equal", "level"), lines)
 
 
+@table("hostile", "hostile", "python benchmarks/hostile.py")
+def hostile(result):
+    names = {"TRACEBACK": "tracebacks", "HANG": "hangs", "WRONG": "wrong"}
+    rows = [
+        (border, figures["cases"], figures["ok"], *(figures.get(kind, 0) for kind in names))
+        for border, figures in result["borders"].items()
+    ]
+    return grid(("border", "cases", "as promised", *names.values()), rows)
+
+
 @table("sampling-cpu", "sampling_cpu", "python benchmarks/sampling.py --device cpu")
 def sampling_cpu(result):
     lines, absent = [], {}

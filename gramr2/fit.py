@@ -338,9 +338,9 @@ def stop_on_signals() -> Iterator[threading.Event]:
 
     def ask(number: int, frame: Any) -> None:
         asked.append(time.monotonic())
-        if asked[-1] - asked[0] > AGAIN:
-            signal.signal(number, before.get(number, signal.SIG_DFL))
         stop.set()
+        if asked[-1] - asked[0] > AGAIN:
+            raise KeyboardInterrupt
 
     if threading.current_thread() is threading.main_thread():
         before = {kind: signal.signal(kind, ask) for kind in (signal.SIGTERM, signal.SIGINT)}
