@@ -30,14 +30,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from gramr2.fields import Fields, typed
+from gramr2.fields import Fields
 from gramr2.files import InputError, JsonRow, need, sync
 from gramr2.loss import Trainee
 from gramr2.parallel import Ranks
 from gramr2.seals import check_seals, read_signed, seal, write_signed
 
 KEPT = 2  # points: the newest, and the one before in case a disk lied
-ABOUT = "point.json"
+ABOUT, PARTS = "point.json", ("cursor", "files", "rows")
 State = dict[str, Tensor]
 
 
@@ -79,13 +79,15 @@ class ResumePoints:
         points = self.ranks.on_rank_0(self._begin)
         for number, point in reversed([*enumerate(points, 1)]):
             # The first rank says for all whether it is whole, so that they take the same one.
-            about, damage = self.ranks.on_rank_0(partial(read_point, point, state))
-            if about is not None:
-                fill(state, point, about["rows"])
-                self.ranks.on_rank_0(partial(remove, points[number:]))
-                return about["cursor"]
-            if self.ranks.is_first:
-                print(f"warning: {damage}; an earlier resume point is looked for", file=sys.stderr)
+            try:
+                about = self.ranks.on_rank_0(partial(read_point, point, state))
+            except InputError as damage:
+                if self.ranks.is_first:
+                    print(f"warning: {damage}; an earlier resume point is looked for", file=sys.stderr)
+                continue
+            fill(state, point, about["rows"])
+            self.ranks.on_rank_0(partial(remove, points[number:]))
+            return about["cursor"]
         begin = f"remove {self.directory.parent} to begin anew"
         need(not points, f"{self.directory}: no resume point is whole; {begin}")
         return None
@@ -155,26 +157,21 @@ class ResumePoints:
 # ---------------------------------------------------------------------------------- what a point holds
 
 
-def read_point(point: Path, state: State) -> tuple[JsonRow | None, str]:
-    """What point.json says, where the point is whole and is one of this state; else None, and why not."""
-    try:
-        fields = Fields(read_signed(point / ABOUT), f"{point / ABOUT}: ")
-        about = {name: fields.get(name, dict) for name in ("cursor", "files", "rows")}
-        check_seals(point, about["files"], "the point is damaged")
-        covered = dict.fromkeys(state, 0)
-        for file, rows in about["rows"].items():  # in the order of the ranks
-            with safe_open(point / file, framework="pt") as stored:
-                for name, span in Fields(rows, fields.where).row.items():
-                    first, last = typed(span, tuple[int, ...], f"{fields.where}{name}")
-                    shape = [last - first, *state[name].shape[1:]] if name in state else None
-                    need(stored.get_slice(name).get_shape() == shape, f"{point}: {name} is of another model")
-                    need(covered[name] == first, f"{point}: {name} has a gap")
-                    covered[name] = last
-        whole = all(covered[name] == len(tensor) for name, tensor in state.items())
-        need(whole, f"{point}: some rows are in none of its files")
-    except (SafetensorError, ValueError, OSError) as error:
-        return None, str(error)
-    return about, ""
+def read_point(point: Path, state: State) -> JsonRow:
+    """What point.json says, where the point is whole and is one of this state."""
+    about = {name: Fields(read_signed(point / ABOUT), f"{point}: ").get(name, dict) for name in PARTS}
+    check_seals(point, about["files"], "the point is damaged")
+    covered = dict.fromkeys(state, 0)
+    for file, rows in about["rows"].items():  # in the order of the ranks
+        with safe_open(point / file, framework="pt") as stored:
+            for name, (first, last) in rows.items():
+                shape = [last - first, *state[name].shape[1:]] if name in state else None
+                need(stored.get_slice(name).get_shape() == shape, f"{point}: {name} is of another model")
+                need(covered[name] == first, f"{point}: {name} has a gap")
+                covered[name] = last
+    whole = all(covered[name] == len(tensor) for name, tensor in state.items())
+    need(whole, f"{point}: some rows are in none of its files")
+    return about
 
 
 def remove(points: list[Path]) -> None:
