@@ -25,6 +25,7 @@ from test_infer import PROMPT, pair, read, run, write
 
 import gramr2
 from gramr2 import parallel, prompts
+from gramr2.extras.inputs import checked_pairs
 from gramr2.extras.policy_settings import PolicySettings
 from gramr2.extras.toyworld import SHIPPED, WorldSettings
 from gramr2.fields import as_dataclass
@@ -432,7 +433,8 @@ KINDS = ["llama3", "qwen2", "qwen3", *REAL]
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_no_text_gives_a_control_id_and_every_text_comes_back(kind):
-    """In a prompt, a role, a target, a document; 2,000 strings of pieces of special tokens."""
+    """In a prompt, a role, a target, a document; GRAMR2_TOKENIZERS names directories of real tokenizers, which
+    get 2,000 strings each."""
     tokenizer = Tokenizer.load(kind) if isinstance(kind, Path) else Tokenizer(tokenizer_files(kind), kind)
     control, rng = set(tokenizer.special.values()), random.Random(0)
 
@@ -466,6 +468,18 @@ def test_no_text_gives_a_control_id_and_every_text_comes_back(kind):
             assert control_ids(text, "x") in (frame, control_ids("weird", "x"))
         except InputError as error:
             assert "chat template" in str(error)
+
+
+def test_a_special_token_in_a_row_does_not_stop_a_run(tmp_path):
+    """Where the unknown token is one that a text may spell, the vocabulary was taken for a closed one."""
+    files = tokenizer_files("qwen2")
+    config = json.loads(files["tokenizer_config.json"]) | {"unk_token": "<|endoftext|>"}
+    tokenizer = Tokenizer(files | {"tokenizer_config.json": json.dumps(config).encode()}, "here")
+    assert tokenizer.unknown_id in tokenizer.special.values()
+    path = write(tmp_path / "pairs.jsonl", [pair(1, response_a="It ends with <|endoftext|> there.")])
+    assert [each.response_a for each in checked_pairs(path, tokenizer)] == [
+        "It ends with <|endoftext|> there."
+    ]
 
 
 def test_a_special_token_that_a_model_writes_is_shown(model):
