@@ -433,7 +433,7 @@ KINDS = ["llama3", "qwen2", "qwen3", *REAL]
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_no_text_gives_a_control_id_and_every_text_comes_back(kind):
-    """In a prompt, a role, a target, a document; GRAMR2_TOKENIZERS names directories of real tokenizers, which
+    """In a prompt, a role, a target, a document. GRAMR2_TOKENIZERS names directories of real tokenizers: they
     get 2,000 strings each."""
     tokenizer = Tokenizer.load(kind) if isinstance(kind, Path) else Tokenizer(tokenizer_files(kind), kind)
     control, rng = set(tokenizer.special.values()), random.Random(0)
