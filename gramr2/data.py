@@ -81,7 +81,7 @@ class Store(Sequence[Any]):
         except (OSError, ValueError):
             return None
         fresh = len(words) >= _HEADER and words[1:3].tolist() == [stat.st_size, stat.st_mtime_ns]
-        whole = fresh and np.all(words[_HEADER + 1 :] > words[_HEADER:-1]) and words[3] <= stat.st_size
+        whole = fresh and words[3] <= stat.st_size and (len(words) == _HEADER or words[-1] < words[3])
         return words if whole else None
 
     def _build_index(self, stat: os.stat_result) -> np.ndarray:
