@@ -177,6 +177,11 @@ def digest(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
+def short_hash(content: bytes) -> str:
+    """As `digest`, of what is in memory."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 def read_text(path: str | Path) -> str:
     """Reads a text byte for byte (a newline stays as it was written), or says in one line why it cannot."""
     with open_file(path) as file:

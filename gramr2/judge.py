@@ -19,7 +19,6 @@ Shapes: T tokens, D model width.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations, islice
@@ -32,7 +31,7 @@ import torch
 
 from gramr2 import prompts
 from gramr2.fields import Fields
-from gramr2.files import InputError, JsonRow, need, read_json
+from gramr2.files import InputError, JsonRow, need, read_json, short_hash
 from gramr2.model import Decoder
 from gramr2.rankings import Contest, Duel, Ranking, preference
 from gramr2.records import UNDECIDED, Judgment, Messages, Pair, Vote
@@ -86,11 +85,11 @@ class RewardModel:
 
     @property
     def prompt_hash(self) -> str:
-        return hashlib.sha256(self.template.encode()).hexdigest()[:16] if self.voter else ""
+        return short_hash(self.template.encode()) if self.voter else ""
 
     @property
     def calibration_hash(self) -> str:
-        return hashlib.sha256(str(self.calibration).encode()).hexdigest()[:16]
+        return short_hash(str(self.calibration).encode())
 
     # ------------------------------------------------------------------ pairs
 

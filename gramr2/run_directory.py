@@ -26,7 +26,6 @@ It leaves out: what the steps do (steps.py), and what becomes of a finished run 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 import shutil
@@ -46,6 +45,7 @@ from gramr2.files import (
     parse_json,
     publish_file,
     read_json,
+    short_hash,
 )
 from gramr2.seals import check_seals, names_below, read_signed, seal, seals_below, write_signed
 from gramr2.settings import FREE, PAIRS_PER_CALL, check_identity
@@ -84,7 +84,7 @@ def code_version() -> str:
     package = Path(__file__).parent
     prompts = package.glob("templates/*.txt")
     sources = sorted([*package.rglob("*.py"), *prompts, *package.parent.glob("kernels/*.py")])
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    return short_hash(b"".join(path.read_bytes() for path in sources))
 
 
 class StoppedAsAsked(Exception):
@@ -145,19 +145,15 @@ def write_shard(shard: Path, rows: Iterable[JsonRow]) -> None:
     """Publishes a shard: a line for each row, and then the hash of these lines."""
     lines = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
     with publish_file(shard) as temporary:
-        temporary.write_bytes(lines + hash_of(lines))
+        temporary.write_bytes(lines + short_hash(lines).encode())
 
 
 def read_shard(shard: Path) -> list[JsonRow]:
     content = shard.read_bytes()
     end = content.rfind(b"\n") + 1
-    if hash_of(content[:end]) != content[end:]:
+    if short_hash(content[:end]).encode() != content[end:]:
         raise InputError(f"{shard}: is damaged; run the same command again, and it is made anew")
     return [parse_json(line) for line in content[:end].split(b"\n")[:-1]]
-
-
-def hash_of(lines: bytes) -> bytes:
-    return hashlib.sha256(lines).hexdigest()[:16].encode()
 
 
 def is_whole(shard: Path) -> bool:

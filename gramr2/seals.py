@@ -11,14 +11,21 @@ It leaves out: who may write (files.only_writer). A hash keeps out accidents, an
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from gramr2.fields import Fields
-from gramr2.files import InputError, JsonRow, digest, read_errors_as_input_errors, read_json, write_json
+from gramr2.files import (
+    InputError,
+    JsonRow,
+    digest,
+    read_errors_as_input_errors,
+    read_json,
+    short_hash,
+    write_json,
+)
 
 SEALS = "seals.json"  # in a model directory that was published here
 
@@ -78,4 +85,4 @@ def read_signed(path: Path) -> JsonRow:
 
 
 def _signature(record: JsonRow) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+    return short_hash(json.dumps(record, sort_keys=True).encode())

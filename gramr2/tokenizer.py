@@ -144,11 +144,13 @@ class Tokenizer:
             found = tokenizer.encode(text, add_special_tokens=False)
         except TypeError:
             raise InputError("text that is not Unicode (half of a surrogate pair)") from None
-        if self._never.isdisjoint(found.ids):
+        # In a frame special tokens are the template's own: of most, there is nothing to look at one by one.
+        never = {self.unknown_id} if tokenizer is self._frame else self._never
+        if never.isdisjoint(found.ids):
             return found.ids
         for i, (start, stop) in zip(found.ids, found.offsets, strict=True):
             word = text[start:stop].strip()
-            if i in self._never and not (tokenizer is self._frame and word in self.special):
+            if i in never and not (tokenizer is self._frame and word in self.special):
                 # Some know a word by the blank before it: the first one of a text has none, and is let pass.
                 known = start == 0 and self._never.isdisjoint(
                     self._fast.encode(f" {word}", add_special_tokens=False).ids

@@ -14,7 +14,6 @@ It leaves out: pickled checkpoints (never opened), quantised ones, downloads, an
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import typing
@@ -29,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gramr2.fields import Fields
-from gramr2.files import InputError, need, open_file, publish_directory, read_json
+from gramr2.files import InputError, need, open_file, publish_directory, read_json, short_hash
 from gramr2.model import Decoder, Llama3Rope, ModelConfig
 from gramr2.seals import SEALS, check_seals, read_signed, seal, seals_below, write_signed
 from gramr2.tokenizer import FILES, Tokenizer
@@ -362,7 +361,7 @@ def fingerprint(directory: str | Path) -> str:
         [*directory.glob("*.safetensors"), *(directory / name for name in ("config.json", *FILES))]
     )
     hashes = [f"{path.name} {seal(path, known.get(path.name))['hash']}" for path in files if path.is_file()]
-    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()[:16]
+    return short_hash("\n".join(hashes).encode())
 
 
 def _write_tensors(named: NamedTensors, place: Path) -> torch.dtype:
