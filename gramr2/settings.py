@@ -29,10 +29,16 @@ FREE = {"device", "dtype", "threads", "fsdp_size", "recompute", "compile", "toke
 FREE |= {"save_steps", "save_minutes"}
 DTYPES = ("auto", "float32", "bfloat16")
 PAIRS_PER_CALL = 64  # pairs of one generate call: enough to fill a batch, little to do again after a kill
+PAIRS_ON_CUDA = 512  # there a batch is wider (requests.running_on_cuda), and the work is sooner done again
 
 
 SEEDS: dict[str, Any] = {"low": 0, "high": 2**63 - 1}
 SHARE: dict[str, Any] = {"low": 0, "high": 1}
+
+
+def pairs_per_call(device: str) -> int:
+    """For a kind of device."""
+    return PAIRS_ON_CUDA if device == "cuda" else PAIRS_PER_CALL
 
 
 def setting(default: Any, text: str, **limits: Any) -> Any:
