@@ -52,11 +52,11 @@ SMALL = ModelConfig(
 )
 LARGE = {
     "LLaMA-3.2-3B": ModelConfig(128256, 3072, 8192, 28, 24, 8, 128, 131072, 1e-5, 5e5, tie_embeddings=True),
-    "LLaMA-3.1-8B": ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, 131072, 1e-5, 5e5),
     "SmolLM2-135M": ModelConfig(49152, 576, 1536, 30, 9, 3, 64, 8192, 1e-5, 1e5, tie_embeddings=True),
     "Qwen2.5-0.5B": ModelConfig(
         151936, 896, 4864, 24, 14, 2, 64, 32768, 1e-6, 1e6, tie_embeddings=True, qkv_bias=True
     ),
+    "LLaMA-3.1-8B": ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, 131072, 1e-5, 5e5),  # where it fits
 }
 LITTLE = "SmolLM2-135M", "Qwen2.5-0.5B"  # on sequences of their kind of data, keeping their activations
 TOKENS = 32768  # of a step on a GPU, in two packs

@@ -39,15 +39,25 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
 def test_a_rehearsal_runs_the_gpus_code_and_fills_its_tables(tmp_path):
     """The code of the GPU's benchmarks with micro models: arguments that do not exist, results that the
     tables cannot read, or a part that cannot start would otherwise be met on the day a GPU is at hand."""
-    said = call("--device", "cpu", "--quick", "--part", "kernels", "sampler", "trainer", results=tmp_path)
+    parts = "kernels", "sampler", "trainer", "endtoend", "profiles"
+    said = call("--device", "cpu", "--quick", "--part", *parts, "--deadline", "2000", results=tmp_path)
     assert said.returncode == 0, said.stdout + said.stderr
     (written,) = tmp_path.iterdir()
     whole = json.loads(written.read_text())
-    assert [row["status"] for row in whole["parts"]] == ["passed"] * 3
+    assert [row["status"] for row in whole["parts"]] == ["passed"] * len(parts)
     results = {name.replace("_quick", "_cuda"): result for name, result in whole["results"].items()}
-    for name in ("sequence-logprob-cuda", "sampling-cuda", "training-cuda"):
-        table = tables.TABLES[name](results.get)
+    for name in ("sequence-logprob", "sampling", "training", "endtoend", "profiles"):
+        table = tables.TABLES[f"{name}-cuda"](results.get)
         assert "Unmeasured" not in table and table.count("|") > 12
+
+
+def test_shares_fill_the_deadline_and_what_is_left_goes_on():
+    """A part that took more than its share would take the last ones' time, and they the machine's."""
+    assert acceptance.ends([30, 60], 540) == [30, 90]
+    assert acceptance.ends([30, 60], 45) == [15, 45]
+    assert acceptance.ends([30, 60], 1080) == [60, 180]
+    assert sum(part.share for part in acceptance.PARTS) == acceptance.DEADLINE
+    assert acceptance.share("sampler=200") == ("sampler", 200)
 
 
 def test_the_training_benchmark_takes_steps_on_a_cpu(tmp_path, monkeypatch):
