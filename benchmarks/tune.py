@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import common
@@ -42,12 +43,12 @@ Numbers = dict[str, int]
 
 @dataclass(frozen=True)
 class Problem:
-    """Operands of one shape: `run` gives what is compared with what `truth` gives. `timed`: if not `run`."""
+    """Operands of one shape: `run` gives what is compared with what `truth` gives."""
 
     name: str
     run: Callable[[], Sequence[Tensor]]
     truth: Callable[[], Sequence[Tensor]]
-    timed: Callable[[], object] | None = None
+    ready: Callable[[], Callable] | None = None  # makes what is timed, for each candidate anew; None: `run`
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def score(device: str, dtype: torch.dtype, T: int, D: int, V: int) -> Problem:
 
 
 def gradient(device: str, dtype: torch.dtype, C: int, V: int) -> Problem:
-    """A chunk of logits that becomes its gradient; of half the rows the softmax's: there a lost tile shows."""
+    """A chunk of logits that becomes its gradient; of half the rows the softmax's: a lost tile shows."""
     from kernels import sequence_logprob_triton
 
     (logits_CV,) = normal(device, dtype, (C, V))
@@ -104,7 +105,7 @@ def gradient(device: str, dtype: torch.dtype, C: int, V: int) -> Problem:
         f"C {C:,}, V {V:,}",
         lambda: by(ours, logits_CV.clone()),
         lambda: by(reference.logits_to_gradient_, logits_CV.to(torch.float32, copy=True)),
-        timed=lambda: ours(worn_CV, *upstream),  # in place, again and again
+        ready=lambda: partial(ours, worn_CV, *upstream),  # in place, again and again
     )
 
 
@@ -138,31 +139,41 @@ def paged_read(device, dtype, heads: int, groups: int, size: int, items: int, me
     rows = np.arange(items * members).reshape(items, members)
     tables = np.random.default_rng(0).permutation(items * pages).reshape(items, pages)
     host = reads_of([Item(rows[i], np.full(members, keys), tables[i]) for i in range(items)])
-    reads = [Reads(*(torch.from_numpy(array).to(device) for array in host.arrays()))]
+    arrays = [torch.from_numpy(array).to(device) for array in host.arrays()]
     pool = items * pages, page, groups, size
     operands = normal(device, dtype, (items * members, heads, size), pool, pool)
+
+    def reads() -> list[Reads]:  # a kernel may keep a layout in them, which hangs on its choices
+        return [Reads(*arrays)]
+
     return Problem(
         f"{items} x {members}, {keys:,} keys, {heads} heads of {size}",
-        lambda: [kernels.attend_pages(*operands, reads)],
-        lambda: [reference.attend_pages(*(x.float() for x in operands), reads)],
+        lambda: [kernels.attend_pages(*operands, reads())],
+        lambda: [reference.attend_pages(*(x.float() for x in operands), reads())],
+        ready=lambda: partial(kernels.attend_pages, *operands, reads()),
     )
 
 
 LLAMA_8B, SMOLLM2 = (32, 8, 128), (9, 3, 64)  # heads, groups, head size
-ENTRIES = (
+ENTRIES = (  # the last get the time that the first leave
     Entry(
-        "paged read", paged_read,
-        shapes=((*LLAMA_8B, 32, 1, 2048), (*LLAMA_8B, 256, 1, 2048), (*LLAMA_8B, 16, 16, 1536),
-                (*LLAMA_8B, 256, 1, 512), (*SMOLLM2, 256, 1, 704)),
-        micro=(4, 2, 16, 2, 1, 40),
+        "gradient", gradient,
+        shapes=((2048, 128256), (1760, 151936), (5456, 49152)),
+        micro=(6, 700),
         candidates=(
-            {"keys": 32}, {"keys": 128}, {"keys": 128, "num_warps": 8}, {"num_warps": 2}, {"num_warps": 4},
-            {"num_warps": 8}, {"num_stages": 2}, {"num_stages": 4}, {"num_stages": 5},
-            {"keys": 128, "num_stages": 2}, {"keys": 32, "num_stages": 5},
-            {"splits": 1}, {"splits": 2}, {"splits": 8}, {"splits": 16},  # for each processor
+            {"BLOCK_V": 2048, "num_warps": 4}, {"BLOCK_V": 4096, "num_warps": 4}, {"BLOCK_V": 4096},
+            {"num_warps": 16}, {"BLOCK_V": 16384, "num_warps": 32},
         ),
-        quick=({"keys": 16}, {"splits": 2}),
+        quick=({"BLOCK_V": 256}, {"num_warps": 4}),
         tolerance=1e-2,
+    ),
+    Entry(  # never more than is built in: memory is not what is tuned here
+        "chunk", chunk,
+        shapes=((8192, 4096, 128256), (16384, 576, 49152)),
+        micro=(12, 32, 64),
+        candidates=({"size": 128 << 20}, {"size": 256 << 20}, {"size": 384 << 20}),
+        quick=({"size": 1024}, {"size": 2048}),
+        tolerance=3e-2,
     ),
     Entry(
         "score", score,
@@ -178,23 +189,18 @@ ENTRIES = (
         tolerance=3e-5,
     ),
     Entry(
-        "gradient", gradient,
-        shapes=((2048, 128256), (1760, 151936), (5456, 49152)),
-        micro=(6, 700),
+        "paged read", paged_read,
+        shapes=((*LLAMA_8B, 32, 1, 2048), (*LLAMA_8B, 256, 1, 2048), (*LLAMA_8B, 16, 16, 1536),
+                (*LLAMA_8B, 256, 1, 512), (*SMOLLM2, 256, 1, 704)),
+        micro=(4, 2, 16, 2, 1, 40),
         candidates=(
-            {"BLOCK_V": 2048, "num_warps": 4}, {"BLOCK_V": 4096, "num_warps": 4}, {"BLOCK_V": 4096},
-            {"num_warps": 16}, {"BLOCK_V": 16384, "num_warps": 16}, {"BLOCK_V": 16384, "num_warps": 32},
+            {"keys": 32}, {"keys": 128}, {"keys": 128, "num_warps": 8}, {"num_warps": 2}, {"num_warps": 4},
+            {"num_warps": 8}, {"num_stages": 2}, {"num_stages": 4}, {"num_stages": 5},
+            {"keys": 128, "num_stages": 2}, {"keys": 32, "num_stages": 5},
+            {"splits": 1}, {"splits": 2}, {"splits": 8}, {"splits": 16},  # for each processor
         ),
-        quick=({"BLOCK_V": 256}, {"num_warps": 4}),
+        quick=({"keys": 16}, {"splits": 2}),
         tolerance=1e-2,
-    ),
-    Entry(  # never more than is built in: memory is not what is tuned here
-        "chunk", chunk,
-        shapes=((8192, 4096, 128256), (16384, 576, 49152)),
-        micro=(12, 32, 64),
-        candidates=({"size": 128 << 20}, {"size": 256 << 20}, {"size": 384 << 20}),
-        quick=({"size": 1024}, {"size": 2048}),
-        tolerance=3e-2,
     ),
 )  # fmt: skip
 
@@ -239,7 +245,7 @@ def tune(
 
         def seconds(numbers: Numbers, key=key) -> float:
             with tuning.trying(chosen | {key: numbers}):
-                return clock(problem.timed or problem.run, device)
+                return clock(problem.ready() if problem.ready else problem.run, device)
 
         row |= best_of(built_in, candidates, right, seconds, until)
         chosen[key] = row.get("choice") or built_in

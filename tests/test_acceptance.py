@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -58,6 +59,25 @@ def test_shares_fill_the_deadline_and_what_is_left_goes_on():
     assert acceptance.ends([30, 60], 1080) == [60, 180]
     assert sum(part.share for part in acceptance.PARTS) == acceptance.DEADLINE
     assert acceptance.share("sampler=200") == ("sampler", 200)
+
+
+def test_a_result_names_its_commit(tmp_path, monkeypatch):
+    """A figure outlives the code that it was measured on, and must say so."""
+    assert common.environment().keys() >= {"commit", "gpu", "date", "versions"}
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    assert common.commit() is None, "outside a repository, or inside another one"
+
+    def git(*words):
+        names = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        subprocess.run(["git", "-C", tmp_path, *names, *words], check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / "code").write_text("one")
+    git("add", "code")
+    git("commit", "-m", "one")
+    assert re.fullmatch(r"[0-9a-f]{7,}", common.commit())
+    (tmp_path / "code").write_text("two")
+    assert re.fullmatch(r"[0-9a-f]{7,}\+", common.commit())
 
 
 def test_the_training_benchmark_takes_steps_on_a_cpu(tmp_path, monkeypatch):
