@@ -99,13 +99,13 @@ def micro_world() -> dict:
 
 
 PARTS = [  # the shares make up the default deadline
-    Part("tests", "every test that needs a GPU", 55, tests, forbidden=r"\d+ skipped"),
-    Part("tuner", "launch choices of the kernels on this card", 65, tuner),
+    Part("tests", "every test that needs a GPU", 70, tests, forbidden=r"\d+ skipped"),
+    Part("tuner", "launch choices of the kernels on this card", 60, tuner),
     Part("ranks", "torchrun, a rank on each GPU", 30, ranks),
     Part(
         "kernels",
         "sequence log-prob, three published heads",
-        75,
+        70,
         benchmark("sequence_logprob", ["--repeats", 3], ["--repeats", 1, "--ways", "ours"]),
     ),
     Part(
@@ -121,7 +121,7 @@ PARTS = [  # the shares make up the default deadline
         30,
         benchmark("endtoend", quick=["--repeats", 1]),
     ),
-    Part("profiles", "decode and training steps by kernel", 45, benchmark("profiles")),
+    Part("profiles", "decode and training steps by kernel", 40, benchmark("profiles")),
     Part("round", "a self-training round in bfloat16", 40, whole_round),
     Part("judge", "pairs per second with 1, 4 and 16 votes", 40, benchmark("judging", ["--repeats", 1])),
     Part("scorer", "log-probs of a 1B model", 20, benchmark("forward", ["--repeats", 2], ["--repeats", 1])),

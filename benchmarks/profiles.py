@@ -9,7 +9,7 @@ clock is taken under the profiler and is somewhat longer than without it; what i
 time in which the device waited for the host. tables.py sorts the kernels into kinds. On the CPU operators
 stand for kernels.
 
-Left out: what the host does in that time, memory, and steps that compute prompts.
+Left out: what the host does in that time, memory, steps that compute prompts, and loads that do not fit.
 """
 
 import argparse
@@ -55,7 +55,7 @@ class Watch:
         cuda = self.device == "cuda"
         times: dict[str, tuple[float, float]] = {}
         for event in self.profile.key_averages():
-            if event.device_type == (DeviceType.CUDA if cuda else DeviceType.CPU):
+            if event.device_type == (DeviceType.CUDA if cuda else DeviceType.CPU) and not marks(event):
                 spent = event.self_device_time_total if cuda else event.self_cpu_time_total
                 before, count = times.get(short(event.key), (0.0, 0.0))
                 times[short(event.key)] = before + spent / 1e3 / steps, count + event.count / steps
@@ -63,6 +63,11 @@ class Watch:
         rows = sorted(((ms, ms / whole, count, key) for key, (ms, count) in times.items()), reverse=True)
         wall = 1e3 * self.seconds / steps
         return {"name": name, "device_ms": whole, "wall_ms": wall, "rows": rows[:ROWS]}
+
+
+def marks(event) -> bool:
+    """Whether it is a range that torch's own code has given a name, and no kernel."""
+    return getattr(event, "is_user_annotation", False)
 
 
 def short(name: str) -> str:
@@ -120,6 +125,8 @@ def main() -> int:
     config = sampling.MICRO if quick else sampling.LARGE
     model = sampling.random_model(config, device, torch.float32 if quick else torch.bfloat16)
     for prompts, k, shared in sampling.MICRO_LOADS[1:] if quick else sampling.LARGE_LOADS[1:]:
+        if not sampling.fits(model, prompts, k, shared, context):
+            continue
         ids = sampling.random_prompts(prompts, shared or context - 64, config.vocab_size)
         name = f"decode, {'micro' if quick else '8B'}, {prompts} x {k}"
         name += f", {shared:,} shared" if shared else f" at {context:,}"

@@ -240,6 +240,18 @@ def reading(model, count: int, length: int) -> dict:
     return {"prompts": count, "length": length, **figures}
 
 
+def token_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Of a token's keys and values."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_size * dtype.itemsize
+
+
+def fits(model, prompts: int, k: int, shared: int, context: int) -> bool:
+    """Whether a load's keys and values find room beside the weights."""
+    weight = model.head_weight
+    needed = prompts * (1 if shared else k) * context * token_bytes(model.config, weight.dtype)
+    return not weight.is_cuda or needed <= CUDA_CACHE_SHARE * free_bytes(weight.device)
+
+
 def at_published_shape(device: str, quick: bool, continuous: bool) -> None:
     """Decode steps of the 8B shape against their floor, written row by row; `quick`: a micro model."""
     config, context = (MICRO, 96) if quick else (LARGE, 2048)
@@ -250,13 +262,12 @@ def at_published_shape(device: str, quick: bool, continuous: bool) -> None:
     )
     model, speed = random_model(config, device, dtype), bandwidth(device, 1 << 16 if quick else 1 << 32)
     weights = sum(p.nbytes for p in model.parameters()) - model.embed.weight.nbytes
-    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_size * dtype.itemsize
+    per_token = token_bytes(config, dtype)
     result = {"rows": [], "bandwidth": speed, "context": context}
-    held = CUDA_CACHE_SHARE * free_bytes(torch.device(device)) if device == "cuda" else float("inf")
     for prompts, k, shared in loads:
         row = {"prompts": prompts, "k": k, "shared": shared}
         ids = random_prompts(prompts, shared or context - 64, config.vocab_size)
-        if prompts * (k if not shared else 1) * context * per_token > held:
+        if not fits(model, prompts, k, shared, context):
             row["not_run"] = "its keys and values do not fit in memory"
         else:
             seconds, tokens = decode_step(model, ids, k)

@@ -197,9 +197,13 @@ def endtoend(result):
 
 @table("smollm2-cuda", "smollm2_cuda", "python selftrain.py", THERE)
 def smollm2(result):
-    lines = [(row["step"], f"{row['low']:,.0f} to {row['high']:,.0f}") for row in result["rows"]]
+    lines = []
+    for row in result["rows"]:
+        shares = row.get("of_matmul", ())
+        cells = f"{row['low']:,.0f} to {row['high']:,.0f}", " to ".join(f"{share:.0%}" for share in shares)
+        lines.append((row["step"], *cells))
     about = f"{result['k']} proofs of a pair. {where(result['environment'])}"
-    return f"{about}\n\n{grid(('step', 'as its bar said'), lines)}"
+    return f"{about}\n\n{grid(('step', 'as its bar said', 'of matmul rate'), lines)}"
 
 
 @table("tuning-cuda", "tuning_cuda", "python benchmarks/tune.py", THERE)
