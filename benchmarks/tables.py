@@ -210,8 +210,8 @@ def smollm2(result):
 def tuning(result):
     lines = []
     for row in result["rows"]:
-        times = [f"{row[name]:.3f}" if row.get(name) else "" for name in ("built_in_ms", "best_ms")]
-        gain = f"{row['built_in_ms'] / row['best_ms'] - 1:+.0%}" if row.get("best_ms") else ""
+        times = [" / ".join(f"{ms:.3f}" for ms in row.get(name, ())) for name in ("built_in_ms", "best_ms")]
+        gain = f"{row['gain'] - 1:+.0%}" if "gain" in row else ""
         lines.append((f"{row['kernel']}: {row['shape']}", *times, gain, row["tried"], row["outcome"]))
     header = "kernel: shape", "built-in ms", "best ms", "gain", "tried", "choice"
     return f"{where(result['environment'])}\n\n{grid(header, lines)}"

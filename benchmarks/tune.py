@@ -8,9 +8,9 @@ A kernel asks `kernels.tuning.choice` before a launch. Here each is run once to 
 then with other numbers in the answer: tile sizes, stages, warps, splits. A candidate must agree with the
 kernel's meaning in kernels/reference.py, computed in float32, before it is timed, and be 2% faster than the
 built-in numbers, timed again beside them, before it is chosen. One that does not compile is counted and
-forgotten. Shapes are those of published models; a choice holds for all shapes that ask by the same words, and
-the first of them here decides it.
-The file keeps what it says of other devices and shapes; where the built-in numbers are best its line goes.
+forgotten. Shapes are those of published models; those that ask by the same words get one choice, which is
+right for all of them and the fastest in the geometric mean. The file keeps what it says of other devices and
+shapes; where the built-in numbers are best its line goes.
 
 To add a kernel: an `Entry`. Left out: chunks of prompts, whole models, and an end to end gain; measure that
 with the other scripts before and after.
@@ -19,6 +19,7 @@ with the other scripts before and after.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import math
 import os
@@ -140,7 +141,8 @@ def paged_read(device, dtype, heads: int, groups: int, size: int, items: int, me
     tables = np.random.default_rng(0).permutation(items * pages).reshape(items, pages)
     host = reads_of([Item(rows[i], np.full(members, keys), tables[i]) for i in range(items)])
     arrays = [torch.from_numpy(array).to(device) for array in host.arrays()]
-    pool = items * pages, page, groups, size
+    sizes = {"N": items * pages, "P": page, "G": groups, "K": size}
+    pool = tuple(sizes[axis] for axis in POOL)
     operands = normal(device, dtype, (items * members, heads, size), pool, pool)
 
     def reads() -> list[Reads]:  # a kernel may keep a layout in them, which hangs on its choices
@@ -154,6 +156,8 @@ def paged_read(device, dtype, heads: int, groups: int, size: int, items: int, me
     )
 
 
+# In which order a pool's axes lie, as the suffix of its name says.
+POOL = next(name[5:] for name in inspect.signature(reference.attend_pages).parameters if name[:5] == "keys_")
 LLAMA_8B, SMOLLM2 = (32, 8, 128), (9, 3, 64)  # heads, groups, head size
 ENTRIES = (  # the last get the time that the first leave
     Entry(
@@ -194,12 +198,14 @@ ENTRIES = (  # the last get the time that the first leave
                 (*LLAMA_8B, 256, 1, 512), (*SMOLLM2, 256, 1, 704)),
         micro=(4, 2, 16, 2, 1, 40),
         candidates=(
-            {"keys": 32}, {"keys": 128}, {"keys": 128, "num_warps": 8}, {"num_warps": 2}, {"num_warps": 4},
-            {"num_warps": 8}, {"num_stages": 2}, {"num_stages": 4}, {"num_stages": 5},
-            {"keys": 128, "num_stages": 2}, {"keys": 32, "num_stages": 5},
-            {"splits": 1}, {"splits": 2}, {"splits": 8}, {"splits": 16},  # for each processor
+            {"num_stages": 2}, {"num_stages": 4}, {"num_stages": 5}, {"num_warps": 2}, {"num_warps": 8},
+            {"programs": 1}, {"programs": 2}, {"programs": 6}, {"programs": 8},
+            {"keys": 32}, {"keys": 32, "num_stages": 5}, {"keys": 32, "num_warps": 2, "programs": 8},
+            {"num_stages": 2, "programs": 8}, {"num_stages": 4, "programs": 2},
+            {"num_stages": 5, "programs": 2}, {"num_warps": 2, "programs": 8},
+            {"num_warps": 2, "num_stages": 4}, {"num_warps": 8, "num_stages": 4},
         ),
-        quick=({"keys": 16}, {"splits": 2}),
+        quick=({"keys": 32}, {"programs": 2}),
         tolerance=1e-2,
     ),
 )  # fmt: skip
@@ -226,51 +232,53 @@ def agrees(found: Sequence[Tensor], truth: Sequence[Tensor], tolerance: float) -
 
 
 def tune(
-    entry: Entry, problem: Problem, candidates: Sequence[Numbers], device: str, chosen: tuning.Choices, until
+    entry: Entry, problems: Sequence[Problem], candidates: Sequence[Numbers], device: str, until: float
 ) -> Iterator[dict]:
-    """A row for each thing that the kernel asks for at this shape; what wins is put into `chosen`."""
-    with tuning.trying(chosen) as heard:
-        problem.run()
-        asked = {key: numbers for key, numbers in heard.items() if key.startswith(f"{entry.kernel}, ")}
+    """A row for each thing that the kernel asks for at these shapes."""
+    asked: dict[str, tuple[Numbers, list[Problem]]] = {}
+    for problem in problems:
+        with tuning.trying({}) as heard:
+            problem.run()
+            for key, built_in in heard.items():
+                if key.startswith(f"{entry.kernel}, "):
+                    asked.setdefault(key, (built_in, []))[1].append(problem)
     if not asked:
-        yield {"kernel": entry.kernel, "shape": problem.name, "tried": 0, "outcome": "it asks for nothing"}
-    new = {key: built_in for key, built_in in asked.items() if key not in chosen}
-    truth = problem.truth() if new else ()
-    for key, built_in in new.items():
-        row = {"kernel": entry.kernel, "shape": f"{problem.name} ({key.partition(', ')[2]})", "key": key}
+        names = "; ".join(problem.name for problem in problems)
+        yield {"kernel": entry.kernel, "shape": names, "tried": 0, "outcome": "it asks for nothing"}
+    for key, (built_in, alike) in asked.items():
+        truths = [problem.truth() for problem in alike]
 
-        def right(numbers: Numbers, key=key) -> bool:
-            with tuning.trying(chosen | {key: numbers}):
-                return agrees(problem.run(), truth, entry.tolerance)
+        def right(numbers: Numbers, key=key, alike=alike, truths=truths) -> bool:
+            with tuning.trying({key: numbers}):
+                pairs = zip(alike, truths, strict=True)
+                return all(agrees(problem.run(), truth, entry.tolerance) for problem, truth in pairs)
 
-        def seconds(numbers: Numbers, key=key) -> float:
-            with tuning.trying(chosen | {key: numbers}):
-                return clock(problem.ready() if problem.ready else problem.run, device)
+        def seconds(numbers: Numbers, key=key, alike=alike) -> list[float]:
+            with tuning.trying({key: numbers}):
+                return [clock(each.ready() if each.ready else each.run, device) for each in alike]
 
-        row |= best_of(built_in, candidates, right, seconds, until)
-        chosen[key] = row.get("choice") or built_in
-        yield row
+        words, names = key.partition(", ")[2], "; ".join(problem.name for problem in alike)
+        row = {"kernel": entry.kernel, "key": key, "shape": f"{words} ({names})"}
+        yield row | best_of(built_in, candidates, right, seconds, until)
 
 
 def best_of(
     built_in: Numbers,
     candidates: Sequence[Numbers],
     right: Callable[[Numbers], bool],
-    seconds: Callable[[Numbers], float],
+    seconds: Callable[[Numbers], list[float]],
     until: float,
 ) -> dict:
     """What was tried, and which numbers won: the rest of a row."""
     counts = {"tried": 0, "wrong": 0, "failed": 0}
     if not right(built_in):
         return counts | {"outcome": "the built-in numbers are wrong here"}
-    base, best, winner = seconds(built_in), math.inf, None
+    base, best, winner, in_time = seconds(built_in), [math.inf], None, True
     for candidate in candidates:
         numbers = built_in | {name: number for name, number in candidate.items() if name in built_in}
-        if numbers == built_in:
+        in_time = in_time and time.monotonic() < until
+        if numbers == built_in or not in_time:
             continue
-        if time.monotonic() > until:
-            counts["outcome"] = "time was up; "
-            break
         counts["tried"] += 1
         try:
             if not right(numbers):
@@ -281,18 +289,23 @@ def best_of(
             print(f"{numbers}: {type(error).__name__}", file=sys.stderr)
             counts["failed"] += 1
             continue
-        if taken < best:
+        if geometric_mean(taken) < geometric_mean(best):
             best, winner = taken, numbers
+    row = counts | {"choice": None}
     if winner:  # once more, in turns
-        base, best = min(base, seconds(built_in)), min(best, seconds(winner))
-    wins = winner if winner and base >= GAIN * best else None
-    found = counts | {"built_in_ms": 1e3 * base, "choice": wins}
-    if winner:
-        found["best_ms"] = 1e3 * min(best, base)
-    changed = [f"{name} {number}" for name, number in (wins or {}).items() if number != built_in[name]]
-    words = ", ".join(changed) or "built-in"
-    words += "".join(f"; {counts[name]} {name}" for name in ("wrong", "failed") if counts[name])
-    return found | {"outcome": counts.get("outcome", "") + words}
+        base, best = (list(map(min, old, seconds(n))) for old, n in ((base, built_in), (best, winner)))
+        row |= {"best_ms": [1e3 * each for each in best], "gain": geometric_mean(base) / geometric_mean(best)}
+        row["choice"] = winner if row["gain"] >= GAIN else None
+    wins = (row["choice"] or {}).items()
+    changed = [f"{name} {number}" for name, number in wins if number != built_in[name]]
+    notes = [f"{counts[name]} {name}" for name in ("wrong", "failed") if counts[name]]
+    notes += [] if in_time else ["time was up"]
+    outcome = "; ".join([", ".join(changed) or "built-in", *notes])
+    return row | {"built_in_ms": [1e3 * each for each in base], "outcome": outcome}
+
+
+def geometric_mean(numbers: Sequence[float]) -> float:
+    return math.prod(numbers) ** (1 / len(numbers))
 
 
 def publish(path: Path, device: str, rows: list[dict]) -> None:
@@ -334,18 +347,17 @@ def main() -> int:
     out = arguments.out or (tuning.place() if device == "cuda" else None)
     entries = [entry for entry in ENTRIES if entry.kernel in arguments.kernel]
     rows: list[dict] = []
-    chosen: tuning.Choices = {}
     started = time.monotonic()
     for done, entry in enumerate(entries):
         now = time.monotonic()
         until = now + (arguments.seconds - (now - started)) / (len(entries) - done)
-        for shape in (entry.micro,) if quick else entry.shapes:
-            problem = entry.problem(device, torch.float32 if quick else torch.bfloat16, *shape)
-            candidates = entry.quick if quick else entry.candidates
-            for row in tune(entry, problem, candidates, device, chosen, until):
-                rows.append(row)
-                times = " → ".join(f"{row[n]:.3f}" for n in ("built_in_ms", "best_ms") if n in row)
-                print(f"{row['kernel']:11}{row['shape']:58}{times:>18} ms  {row['outcome']}", flush=True)
+        dtype = torch.float32 if quick else torch.bfloat16  # Triton's interpreter gets bf16 wrong
+        shapes, candidates = ((entry.micro,), entry.quick) if quick else (entry.shapes, entry.candidates)
+        problems = [entry.problem(device, dtype, *shape) for shape in shapes]
+        for row in tune(entry, problems, candidates, device, until):
+            rows.append(row)
+            gain = f"{row['gain'] - 1:+.0%}" if "gain" in row else ""
+            print(f"{row['kernel']}, {row['shape']}: {gain} {row['outcome']}", flush=True)
         if out:  # after each kernel: what a run out of time has found is not lost
             publish(out, tuning.name_of(torch.device(device)), rows)
             common.write_result("tuning_quick" if quick else "tuning_cuda", {"rows": rows})

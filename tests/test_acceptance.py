@@ -16,6 +16,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import acceptance  # noqa: E402
 import common  # noqa: E402
+import endtoend  # noqa: E402
+import profiles  # noqa: E402
 import tables  # noqa: E402
 import training  # noqa: E402
 
@@ -40,16 +42,28 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
 def test_a_rehearsal_runs_the_gpus_code_and_fills_its_tables(tmp_path):
     """The code of the GPU's benchmarks with micro models: arguments that do not exist, results that the
     tables cannot read, or a part that cannot start would otherwise be met on the day a GPU is at hand."""
-    parts = "kernels", "sampler", "trainer", "endtoend", "profiles"
+    parts = "kernels", "sampler", "trainer"
     said = call("--device", "cpu", "--quick", "--part", *parts, "--deadline", "2000", results=tmp_path)
     assert said.returncode == 0, said.stdout + said.stderr
     (written,) = tmp_path.iterdir()
     whole = json.loads(written.read_text())
     assert [row["status"] for row in whole["parts"]] == ["passed"] * len(parts)
     results = {name.replace("_quick", "_cuda"): result for name, result in whole["results"].items()}
-    for name in ("sequence-logprob", "sampling", "training", "endtoend", "profiles"):
+    for name in ("sequence-logprob", "sampling", "training"):
         table = tables.TABLES[f"{name}-cuda"](results.get)
         assert "Unmeasured" not in table and table.count("|") > 12
+
+
+@pytest.mark.parametrize("script", [endtoend, profiles], ids=lambda script: script.__name__)
+def test_rehearsals_in_this_process(script, tmp_path, monkeypatch):
+    """As above, for scripts that start no processes of their own."""
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["script", "--device", "cpu", "--quick"])
+    assert script.main() == 0
+    (written,) = tmp_path.iterdir()
+    assert written.stem == f"{script.__name__}_quick"
+    table = tables.TABLES[f"{script.__name__}-cuda"](lambda _: json.loads(written.read_text()))
+    assert table.count("|") > 12
 
 
 def test_shares_fill_the_deadline_and_what_is_left_goes_on():
