@@ -62,7 +62,7 @@ def environment() -> dict:
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     return {
         "commit": COMMIT,
-        "date": datetime.date.today().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "cpu": f"{_processor()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from gramr2.stages import STAGES  # noqa: E402
 
+RESULTS = ROOT / "benchmarks/results"
 READMES = ROOT / "README.md", ROOT / "benchmarks/README.md"
 MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TABLES = {}
@@ -43,11 +44,11 @@ def table(name, result=None, command="", where=""):
 
 
 def read(name):
-    """results/NAME.json, or what acceptance.json (made where there is a GPU) holds under that name."""
-    path, whole = (ROOT / f"benchmarks/results/{each}.json" for each in (name, "acceptance"))
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
-    return json.loads(whole.read_text(encoding="utf-8"))["results"].get(name) if whole.exists() else None
+    """results/NAME.json, or what acceptance.json (brought from a GPU) has of that name; the newer one."""
+    paths = [RESULTS / f"{each}.json" for each in (name, "acceptance")]
+    alone, whole = (json.loads(path.read_text("utf-8")) if path.exists() else {} for path in paths)
+    found = [result for result in (alone, whole.get("results", {}).get(name)) if result]
+    return max(found, key=lambda result: result.get("environment", {}).get("date", ""), default=None)
 
 
 def grid(header, rows):
@@ -61,7 +62,7 @@ def where(environment):
     device = environment["gpu"] or f"{environment['cpu']}, {environment['threads']} thread(s)"
     versions = [f"{name} {version}" for name, version in environment["versions"].items() if version]
     code = f", measured at commit {environment['commit']}" if environment.get("commit") else ""
-    return f"{device}; {environment['system']}; {', '.join(versions)}; {environment['date']}{code}."
+    return f"{device}; {environment['system']}; {', '.join(versions)}; {environment['date'][:10]}{code}."
 
 
 def card(gpu, commit):
@@ -368,7 +369,7 @@ def speed_gpu(read):
 
 @table("acceptance")
 def acceptance(read):
-    path = ROOT / "benchmarks/results/acceptance.json"
+    path = RESULTS / "acceptance.json"
     if not path.exists():
         return "Unmeasured: `python benchmarks/acceptance.py` has not been run on such a device."
     result = json.loads(path.read_text(encoding="utf-8"))

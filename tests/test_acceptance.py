@@ -75,6 +75,17 @@ def test_shares_fill_the_deadline_and_what_is_left_goes_on():
     assert acceptance.share("sampler=200") == ("sampler", 200)
 
 
+def test_the_newer_of_two_results_is_shown(tmp_path, monkeypatch):
+    """A file brought from a GPU would stand unseen behind the one of the run before it, or hide the next."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    first, second = ({"environment": {"date": date}} for date in ("2026-11-27", "2026-11-27T22:10:00+00:00"))
+    for alone, whole in ((first, second), (second, first)):
+        (tmp_path / "sampling_cuda.json").write_text(json.dumps(alone))
+        (tmp_path / "acceptance.json").write_text(json.dumps({"results": {"sampling_cuda": whole}}))
+        assert tables.read("sampling_cuda") == second
+    assert tables.read("never") is None
+
+
 def test_a_result_names_its_commit(tmp_path, monkeypatch):
     """A figure outlives the code that it was measured on, and must say so."""
     assert common.environment().keys() >= {"commit", "gpu", "date", "versions"}
