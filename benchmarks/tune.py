@@ -291,7 +291,7 @@ def best_of(
             continue
         if geometric_mean(taken) < geometric_mean(best):
             best, winner = taken, numbers
-    row = counts | {"choice": None}
+    row = counts | {"choice": None, "in_time": in_time}
     if winner:  # once more, in turns
         base, best = (list(map(min, old, seconds(n))) for old, n in ((base, built_in), (best, winner)))
         row |= {"best_ms": [1e3 * each for each in best], "gain": geometric_mean(base) / geometric_mean(best)}
@@ -309,7 +309,8 @@ def geometric_mean(numbers: Sequence[float]) -> float:
 
 
 def publish(path: Path, device: str, rows: list[dict]) -> None:
-    """Merges the rows' choices into the file: only their own lines of this device change."""
+    """Merges the rows' choices into the file: only their own lines of this device change, and none is dropped
+    before all candidates had their turn."""
     whole = {}
     if path.exists():
         try:
@@ -319,9 +320,11 @@ def publish(path: Path, device: str, rows: list[dict]) -> None:
             print(f"warning: {path} was damaged ({error}), and is written anew", file=sys.stderr)
             whole = {}
     mine = whole.setdefault(device, {})
-    for row in (row for row in rows if "choice" in row):
-        mine.pop(row["key"], None)
-        mine |= {row["key"]: row["choice"]} if row["choice"] else {}
+    for row in rows:
+        if row.get("choice"):
+            mine[row["key"]] = row["choice"]
+        elif row.get("in_time"):
+            mine.pop(row["key"], None)
     write_json(path, whole)
 
 

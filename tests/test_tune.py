@@ -85,6 +85,9 @@ def test_the_file_is_what_kernels_are_given(monkeypatch, file):
         assert tuning.choice("made up", "float32 to 8", **asked)["block"] == 3
         assert tuning.choice("made up", "float16", **asked)["block"] == 1, "what is tried is tried alone"
     assert tuning.choice("made up", "float32 to 8", **asked)["block"] == 2
+    late = tried(monkeypatch, 4, until=time.monotonic())
+    tune.publish(path, "cpu", [late])  # it says nothing of what was chosen before
+    assert json.loads(path.read_text())["cpu"]["made up, float32 to 8"]["block"] == 2
     tune.publish(path, "cpu", [tried(monkeypatch, 4)])  # the built-in numbers are best after all
     assert json.loads(path.read_text()) == other | {"cpu": {"made up, float16": {"block": 4}}}
 
