@@ -60,7 +60,7 @@ def cache_builds(name: str, dtype: torch.dtype) -> list[Build]:
 
 
 def logprob_builds(name: str, dtype: torch.dtype, capability_major: int) -> list[Build]:
-    tiles, options = sequence_logprob_triton._tiles(dtype, capability_major)
+    tiles, options = split(sequence_logprob_triton._tiles(dtype, capability_major))
     operands = [f"*{name}"] * 2
     if tiles["COPY_ENGINE"]:
         blocks = ([tiles[f"BLOCK_{axis}"], tiles["BLOCK_D"]] for axis in "TV")
@@ -70,5 +70,12 @@ def logprob_builds(name: str, dtype: torch.dtype, capability_major: int) -> list
     cores = None if dtype == torch.float32 else "wide"
     return [
         Build(sequence_logprob_triton._score_kernel, score, tiles, options, cores),
-        Build(sequence_logprob_triton._gradient_kernel, gradient, *sequence_logprob_triton.GRADIENT),
+        Build(sequence_logprob_triton._gradient_kernel, gradient, *split(sequence_logprob_triton.GRADIENT)),
     ]
+
+
+def split(numbers: dict) -> tuple[dict, dict]:
+    """The numbers of a launch -> (the kernel's constants, Triton's options)."""
+    options = {name: numbers[name] for name in ("num_warps", "num_stages") if name in numbers}
+    constants = {name: number for name, number in numbers.items() if name not in options}
+    return constants, options | sequence_logprob_triton.FUSION
