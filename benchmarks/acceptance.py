@@ -99,32 +99,42 @@ def micro_world() -> dict:
 
 
 PARTS = [  # the shares make up the default deadline
-    Part("tests", "every test that needs a GPU", 70, tests, forbidden=r"\d+ skipped"),
+    Part("tests", "every test that needs a GPU", 65, tests, forbidden=r"\d+ skipped"),
     Part("tuner", "launch choices of the kernels on this card", 60, tuner),
-    Part("ranks", "torchrun, a rank on each GPU", 30, ranks),
+    Part("ranks", "torchrun, a rank on each GPU", 25, ranks),
     Part(
         "kernels",
         "sequence log-prob, three published heads",
-        70,
+        60,
         benchmark("sequence_logprob", ["--repeats", 3], ["--repeats", 1, "--ways", "ours"]),
     ),
     Part(
         "sampler",
         "decode steps of an 8B model, and grouped prefixes",
-        80,
+        75,
         benchmark("sampling", ["--no-continuous"], ["--no-continuous"]),
     ),
-    Part("trainer", "training steps at 3B, 135M, 0.5B and, where it fits, 8B", 60, benchmark("training")),
+    Part("trainer", "training steps at 3B, 135M, 0.5B and, where it fits, 8B", 45, benchmark("training")),
+    Part(
+        "compiled",
+        "the same with compiled blocks, small models first",
+        70,
+        benchmark(
+            "training",
+            ["--compile", "--shapes", "SmolLM2-135M", "Qwen2.5-0.5B", "LLaMA-3.2-3B"],
+            ["--compile"],
+        ),
+    ),
     Part(
         "endtoend",
         "proofs and judgments of a 135M model",
         30,
         benchmark("endtoend", quick=["--repeats", 1]),
     ),
-    Part("profiles", "decode and training steps by kernel", 40, benchmark("profiles")),
-    Part("round", "a self-training round in bfloat16", 40, whole_round),
-    Part("judge", "pairs per second with 1, 4 and 16 votes", 40, benchmark("judging", ["--repeats", 1])),
-    Part("scorer", "log-probs of a 1B model", 20, benchmark("forward", ["--repeats", 2], ["--repeats", 1])),
+    Part("profiles", "decode and training steps by kernel", 35, benchmark("profiles")),
+    Part("round", "a self-training round in bfloat16", 35, whole_round),
+    Part("judge", "pairs per second with 1, 4 and 16 votes", 30, benchmark("judging", ["--repeats", 1])),
+    Part("scorer", "log-probs of a 1B model", 10, benchmark("forward", ["--repeats", 2], ["--repeats", 1])),
 ]
 
 

@@ -150,11 +150,12 @@ def training_cuda(read):
         for row in result["rows"]:
             name = f"{row['shape']} at {row['length']:,}" + way.replace("_", ", ")
             if "not_run" in row:
-                lines.append((name, row["not_run"], "", "", ""))
+                lines.append((name, row["not_run"], "", "", "", ""))
                 continue
             figures = f"{row['tokens_per_second']:,.0f}", f"{1000 * row['seconds']:,.0f}"
-            lines.append((name, *figures, f"{row['of_matmul']:.0%}", f"{row['peak_gib']:.1f}"))
-    header = "shape and length", "tokens/s", "ms a step", "of matmul rate", "peak GiB"
+            again = row.get("recomputed_blocks", "all")  # all: as it was before this could be chosen
+            lines.append((name, *figures, f"{row['of_matmul']:.0%}", f"{row['peak_gib']:.1f}", again))
+    header = "shape and length", "tokens/s", "ms a step", "of matmul rate", "peak GiB", "blocks recomputed"
     return "\n\n".join([*abouts, grid(header, lines)])
 
 

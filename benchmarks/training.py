@@ -8,9 +8,9 @@
 A step is everything that a step is: the batch as tensors, forward, loss, backward, clipping, fused AdamW.
 Both train the same float32 weights on the same sequences, all of whose tokens are targets; transformers
 pads them to the longest, as its collators do. Useful tokens are those of the sequences, without padding.
-Memory is each way's own process. On a GPU what is measured is ours alone: bf16 compute, fp32 weights,
-activations recomputed, but for the small models, which keep them; its MFU is a share of the matmul rate
-that the same run measured.
+Memory is each way's own process. On a GPU what is measured is ours alone: bf16 compute, fp32 weights, as
+many blocks computed again as the memory asks for; its MFU is a share of the matmul rate that the same run
+measured.
 
 Left out: several GPUs, and the time that reading and tokenizing take (they run beside the steps).
 """
@@ -58,7 +58,7 @@ LARGE = {
     ),
     "LLaMA-3.1-8B": ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, 131072, 1e-5, 5e5),  # where it fits
 }
-LITTLE = "SmolLM2-135M", "Qwen2.5-0.5B"  # on sequences of their kind of data, keeping their activations
+LITTLE = "SmolLM2-135M", "Qwen2.5-0.5B"  # on sequences of their kind of data
 TOKENS = 32768  # of a step on a GPU, in two packs
 MICRO = {"micro": ModelConfig(256, 32, 64, 1, 2, 2, 16, 512)}
 CONFIG = TrainSettings(max_length=512, token_budget=4096, lr=1e-5, warmup=0.0)

@@ -209,8 +209,9 @@ class Loop:
             loss.backward()
             total += loss.detach()
         whole = nn.utils.clip_grad_norm_(self.weights, self.settings.clip or math.inf)
-        norm = float(whole.full_tensor() if isinstance(whole, DTensor) else whole)
-        value = self.ranks.all_reduce_sum(float(total) / self.ranks.size)[0]
+        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+        own, norm = torch.stack([total, whole.to(total)]).tolist()  # the device is waited for once
+        value = self.ranks.all_reduce_sum(own / self.ranks.size)[0]
         finite = math.isfinite(value) and math.isfinite(norm)
         if finite:
             self.optimizer.step()
