@@ -197,22 +197,18 @@ def bandwidth(device: str, size: int) -> float:
 def full_steps(model, prompts: list[list[int]], k: int, seen: Callable, share: bool = True) -> None:
     """Samples k times for each prompt, and calls `seen` before each step in which every sample decodes and no
     prompt is computed."""
-    rows, launch = len(prompts) * k, Engine.launch
+    rows = len(prompts) * k
 
-    def watched(engine, step):
-        if not step.chunks and len(step.samples) == rows:
-            seen(step)
-        return launch(engine, step)
+    class Watched(Engine):
+        def launch(self, step, call):
+            if not step.chunks and len(step.samples) == rows:
+                seen(step)
+            return super().launch(step, call)
 
     limits = Limits(share_prefix=share, running=rows)
     computing = sum(map(len, prompts)) // 8192  # steps that take prompts in, while the first samples decode
-    Engine.launch = watched
-    try:
-        generate(
-            model, prompts, n=k, max_new_tokens=computing + 48, stop_ids=(), progress=False, limits=limits
-        )
-    finally:
-        Engine.launch = launch
+    options = {"n": k, "max_new_tokens": computing + 48, "stop_ids": (), "limits": limits, "progress": False}
+    generate(model, prompts, engine=Watched(model), **options)
 
 
 def decode_step(model, prompts: list[list[int]], k: int, share: bool = True) -> tuple[float, float]:
