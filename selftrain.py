@@ -16,17 +16,15 @@ if __name__ == "__main__":  # Ctrl-C may come while the rest is imported
     quit_on_interrupt()
 
 import argparse
-import contextlib
-import copy
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gramr2.denoise import FILTERS
-from gramr2.extras.beside import Beside, check_it_has_ended, is_worth_it
+from gramr2.extras import beside
 from gramr2.extras.inputs import KINDS, RunInputs, prepare
 from gramr2.extras.report import write_report
 from gramr2.extras.results import Results, show
@@ -54,7 +52,7 @@ RECIPES = Path(__file__).resolve().parent / "recipes"
 REGISTRIES = {"select_by": SCORES, "without": FILTERS}  # whose names these settings may hold
 
 
-def self_train(run: Run, inputs: RunInputs, results: Results | Beside) -> None:
+def self_train(run: Run, inputs: RunInputs, results: Results | beside.Beside) -> None:
     """Figure 2, from top to bottom."""
     settings = run.settings
     human = [inputs.human] if settings.mix_human else []
@@ -91,7 +89,7 @@ def self_train(run: Run, inputs: RunInputs, results: Results | Beside) -> None:
     results.test(f"voting@{settings.test_votes}", final, settings.test_votes)
 
 
-def baselines(run: Run, inputs: RunInputs, results: Results | Beside) -> None:
+def baselines(run: Run, inputs: RunInputs, results: Results | beside.Beside) -> None:
     """The models that the paper compares with, on the same pairs, and the same data trained for longer."""
     for stage in ("discriminative", "generative"):
         results.compare(stage, stage, stage, [inputs.labelled])
@@ -172,7 +170,7 @@ def main(argv: Sequence[str]) -> int:
     from gramr2.steps import Run
 
     with parallel.join_ranks(trainings["reward"]) as ranks, ranks.only_writer(root):
-        ranks.on_rank_0(lambda: check_it_has_ended(root))
+        ranks.on_rank_0(lambda: beside.check_it_has_ended(root))
         directory = RunDirectory(root, plan, files, ranks, arguments.until, arguments.verify)
         if arguments.start:
             ranks.on_rank_0(lambda: directory.forget(arguments.start))
@@ -192,29 +190,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def go_ahead(run: Run, inputs: RunInputs) -> None:
-    """The loop alone; what comes up beside it, a second process does meanwhile. The baselines need the pairs
-    that `filter-labelled` keeps, and nothing behind it."""
-    from gramr2.steps import NothingKept
-
-    # A loop that cannot go on ends the second process, and says why in the pass behind this one.
-    with contextlib.suppress(NothingKept), Beside(run, inputs) as beside:
-        if run.settings.baselines:
-            first = copy.copy(run.directory)
-            first.until = "filter-labelled"
-            with contextlib.suppress(StoppedAsAsked):
-                self_train(replace(run, directory=first), inputs, beside)
-            baselines(run, inputs, beside)
-        self_train(run, inputs, beside)
-        beside.finish()
-
-
 def run_to_the_end(run: Run, inputs: RunInputs) -> None:
     """The loop and its baselines. Where the loop cannot go on, what it reached is written down and shown."""
     from gramr2.steps import NothingKept
 
-    if is_worth_it(run):
-        go_ahead(run, inputs)
+    beside.go_ahead(run, inputs, self_train, baselines)
     results, stopped = Results(run, inputs), None
     try:
         self_train(run, inputs, results)

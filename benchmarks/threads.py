@@ -4,10 +4,10 @@
 
 Everything runs on two cores, alone and beside a process that is always busy, in turns; a figure is the median
 of whole commands, the import of torch included. `training` is 15 steps of the toy's prover: with one thread,
-with two that spin while they wait for each other (what libgomp, the OpenMP of torch's Linux wheels, does where
-nothing is set), and with two that sleep (OMP_WAIT_POLICY=PASSIVE, as the commands set it). `loop` is the micro
-recipe's whole run, in one process and with a second one beside it. Results go to
-benchmarks/results/threads.json; some four minutes.
+with two that spin while they wait for each other (what libgomp, the OpenMP of torch's Linux wheels, does by
+itself), and with two that sleep (OMP_WAIT_POLICY=PASSIVE, as the commands set it). `loop` is the whole run of
+the micro recipe, in one process and with a second one. Results go to benchmarks/results/threads.json; some four
+minutes.
 
 Left out: GPUs, and more cores than two.
 """
@@ -31,7 +31,7 @@ PROVER = ["train.py", "--stage", "prover", "--steps", "15"]
 MICRO = ["selftrain.py", "--recipe", str(common.ROOT / "recipes/micro.toml")]
 SPINS = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "300000"}
 SLEEPS = {"OMP_WAIT_POLICY": "PASSIVE"}
-PARTS = {  # what each way adds to the command's words, and to its environment; the first is what ratios are to
+PARTS = {  # the words of each way, and what it adds to the environment; ratios are to the first
     "training": {
         "one thread": ([*PROVER, "--threads", "1"], SLEEPS),
         "two threads that spin": ([*PROVER, "--threads", "2"], SPINS),

@@ -25,7 +25,7 @@ import queue
 import shutil
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -35,7 +35,7 @@ from gramr2.extras.inputs import RunInputs
 from gramr2.extras.results import Results, test_step
 from gramr2.files import exit_status, only_writer
 from gramr2.interrupts import stop_on_interrupt
-from gramr2.run_directory import claim, remove_leftovers, step_paths
+from gramr2.run_directory import StoppedAsAsked, claim, remove_leftovers, step_paths
 
 if TYPE_CHECKING:
     from gramr2.steps import Run
@@ -56,8 +56,29 @@ class Job(NamedTuple):
             getattr(results, self.method)(*self.arguments)
 
 
+def go_ahead(run: Run, inputs: RunInputs, loop: Callable[..., None], baselines: Callable[..., None]) -> None:
+    """Where a core is left: the loop alone, and meanwhile, in a second process, what comes up beside it.
+
+    The baselines need the pairs that `filter-labelled` keeps, and nothing behind it.
+    """
+    from gramr2.steps import NothingKept
+
+    if not is_worth_it(run):
+        return
+    # A loop that cannot go on ends the second process, and says why in the pass behind this one.
+    with contextlib.suppress(NothingKept), Beside(run, inputs) as beside:
+        if run.settings.baselines:
+            first = copy.copy(run.directory)
+            first.until = "filter-labelled"
+            with contextlib.suppress(StoppedAsAsked):
+                loop(dataclasses.replace(run, directory=first), inputs, beside)
+            baselines(run, inputs, beside)
+        loop(run, inputs, beside)
+        beside.finish()
+
+
 def is_worth_it(run: Run) -> bool:
-    """Where a core is left: one CPU process, that is to go to the end."""
+    """One process on a CPU with as many cores again, that is to go to the end."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     alone = run.ranks.mesh is None and run.directory.until is None
     return run.settings.side_by_side and alone and 2 * run.trainings["reward"].threads <= cores
