@@ -6,8 +6,8 @@ Everything runs on two cores, alone and beside a process that is always busy, in
 of whole commands, the import of torch included. `training` is 15 steps of the toy's prover: with one thread,
 with two that spin while they wait for each other (what libgomp, the OpenMP of torch's Linux wheels, does by
 itself), and with two that sleep (OMP_WAIT_POLICY=PASSIVE, as the commands set it). `loop` is the whole run of
-the micro recipe, in one process and with a second one. Results go to benchmarks/results/threads.json; some four
-minutes.
+the micro recipe, in one process and with a second one. Results go to benchmarks/results/threads.json; some
+four minutes.
 
 Left out: GPUs, and more cores than two.
 """
