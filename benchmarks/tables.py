@@ -505,6 +505,18 @@ def policy_best_of_n(result):
     return f"{about}\n\n{grid(('picked by', *(f'n = {n}' for n in sizes)), lines)}"
 
 
+@table("threads", "threads", "python benchmarks/threads.py", " on a quiet machine")
+def threads(result):
+    rows = {(row["part"], row["way"], row["busy"]): row for row in result["rows"]}
+    cell = "{seconds:.1f} ({ratio:.2f})".format_map
+    ways = dict.fromkeys(key[:2] for key in rows)
+    lines = [[": ".join(way), *(cell(rows[*way, others]) for others in (0, 1))] for way in ways]
+    header = ["whole commands, on two cores", "alone, s (ratio)", "beside a busy process, s (ratio)"]
+    load = f"Load average before: {result['load_before']}."
+    said = f"Medians of {result['turns']} turns. {load} {where(result['environment'])}"
+    return f"{said}\n\n{grid(header, lines)}"
+
+
 @table("stages")
 def stages(read):
     """Made from the code, and not from a measurement: the stages of train.py."""
