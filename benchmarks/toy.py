@@ -155,6 +155,7 @@ class Seed:
     def main(self) -> None:
         name = str((self.place / "main").relative_to("runs"))
         words = ["--recipe", str(self.recipe), "--seed", str(self.number), "--name", name]
+        words += ["--no-side-by-side"]  # other seeds have the other cores
         if selftrain.main(words):
             raise SystemExit(f"seed {self.number}: the default command failed")
 
