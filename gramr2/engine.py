@@ -44,8 +44,8 @@ class Engine:
         # Larger models wait for their weights anyway, and a copy of them would cost memory.
         small = self.device.type == "cpu" and sum(p.nbytes for p in model.parameters()) < 1 << 26
         self.model, self.project = column_major(model) if small else model, projection(weight)
-        shape = capacity.pages, capacity.page_size, config.num_kv_heads, config.head_size
-        self.keys_LNPGK, self.values_LNPGK = (
+        shape = capacity.pages, config.num_kv_heads, capacity.page_size, config.head_size
+        self.keys_LNGPK, self.values_LNGPK = (
             torch.empty(config.num_layers, *shape, dtype=weight.dtype, device=self.device) for _ in range(2)
         )
         self._clear([NULL])
@@ -68,8 +68,8 @@ class Engine:
             self._prefill(step.chunks)
         if step.copies:
             origins, copies = (self._upload(pages) for pages in zip(*step.copies, strict=True))
-            for pool_LNPGK in (self.keys_LNPGK, self.values_LNPGK):
-                pool_LNPGK[:, copies] = pool_LNPGK[:, origins]
+            for pool_LNGPK in (self.keys_LNGPK, self.values_LNGPK):
+                pool_LNGPK[:, copies] = pool_LNGPK[:, origins]
         if step.joined:
             slots = self._upload([*step.joined.values()])
             self.last_id_S[slots] = self._upload([sample.ids[-1] for sample in step.joined])
@@ -103,15 +103,15 @@ class Engine:
 
     def _attend(self, places_U: Tensor, reads: list[Reads[Tensor]]) -> Attend:
         def attend(layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
-            keys_NPGK, values_NPGK = self.keys_LNPGK[layer], self.values_LNPGK[layer]
-            kernels.write_kv(k_TGK, v_TGK, keys_NPGK, values_NPGK, places_U)
-            return kernels.attend_pages(q_THK, keys_NPGK, values_NPGK, reads)
+            keys_NGPK, values_NGPK = self.keys_LNGPK[layer], self.values_LNGPK[layer]
+            kernels.write_kv(k_TGK, v_TGK, keys_NGPK, values_NGPK, places_U)
+            return kernels.attend_pages(q_THK, keys_NGPK, values_NGPK, reads)
 
         return attend
 
     def _clear(self, pages: list[int]) -> None:
         """Hidden keys are read, and weighed with 0: what stands there must not be NaN."""
-        self.keys_LNPGK[:, pages] = self.values_LNPGK[:, pages] = 0
+        self.keys_LNGPK[:, pages] = self.values_LNGPK[:, pages] = 0
 
     def _upload(self, values: np.ndarray | Sequence) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(values, np.int64))

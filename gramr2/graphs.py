@@ -1,4 +1,4 @@
-"""Decode steps on CUDA: a graph per batch size, captured when the size is first met.
+"""Decode steps on CUDA: a graph per number of rows and of shared prefixes, captured when it is first met.
 
 A step is one copy to the device, one graph, and one copy back; the host waits for none of them until it
 collects. A graph reads and writes fixed memory: a flat buffer in which the arrays of a `DecodeBatch` stand
@@ -26,6 +26,7 @@ from gramr2.cache import NULL
 from gramr2.requests import Capacity
 
 Decode = Callable[[DecodeBatch[Tensor]], Tensor]
+Sizes = tuple[int, int]  # rows, and items of their shared prefixes
 
 
 @dataclass(frozen=True)
@@ -42,24 +43,25 @@ class DecodeGraphs:
     def __init__(self, device: torch.device, capacity: Capacity, item_rows: int):
         self.device, self.running = device, capacity.running
         pages = (capacity.longest // capacity.page_size + 2,)  # of the longest table
-        # Of each of a batch's arrays, in their order: shape per row, and what pads it. Rows that pad a batch
-        # sit in the spare slot, write to the null page and see nothing.
+        # Of each of a batch's arrays, in their order: shape per row or prefix, and what pads it. Rows that pad
+        # a batch sit in the spare slot, write to the null page and see nothing.
         slots, positions, seeds, places = ((), capacity.running), ((), 0), ((), 0), ((), 0)
         prefix = ((item_rows,), -1), ((item_rows,), 0), (pages, NULL)
         own = ((1,), -1), ((1,), 0), (pages, NULL)
         self.layout: list[tuple[tuple, int]] = [slots, positions, seeds, places, *prefix, *own]
-        self.captured: dict[int, CapturedGraph] = {}  # by batch size
+        self.captured: dict[Sizes, CapturedGraph] = {}
         self.memory = torch.cuda.graph_pool_handle()
 
     def launch(self, batch: DecodeBatch[np.ndarray], decode: Decode) -> Callable[[], np.ndarray]:
         """Starts a step; -> what waits for its outputs."""
-        rows = len(batch.slots_R)
-        size = min(graph_size(rows), self.running)
-        if size not in self.captured:
-            self.captured[size] = self._capture(size, decode)
-        captured = self.captured[size]
+        rows, prefixes = len(batch.slots_R), len(batch.prefix.rows_IJ)
+        # Prefixes come in powers of two: none has no launch, and few have few that are padding.
+        sizes = min(graph_size(rows), self.running), prefixes and 1 << (prefixes - 1).bit_length()
+        if sizes not in self.captured:
+            self.captured[sizes] = self._capture(sizes, decode)
+        captured = self.captured[sizes]
         host_F, host_RC = next(captured.host_buffers)
-        self._write(batch, host_F, size)
+        self._write(batch, host_F, sizes)
         captured.input_F.copy_(host_F, non_blocking=True)
         captured.graph.replay()
         host_RC.copy_(captured.outputs_RC, non_blocking=True)
@@ -72,23 +74,28 @@ class DecodeGraphs:
 
         return wait
 
-    def _views(self, flat_F: Tensor, size: int) -> list[Tensor]:
+    def _shapes(self, sizes: Sizes) -> list[tuple[int, ...]]:
+        rows, prefixes = sizes
+        counts = [rows] * 4 + [prefixes] * 3 + [rows] * 3
+        return [(count, *each) for count, (each, _) in zip(counts, self.layout, strict=True)]
+
+    def _views(self, flat_F: Tensor, sizes: Sizes) -> list[Tensor]:
         """A batch's arrays in a flat buffer."""
-        shapes = [(size, *per_row) for per_row, _ in self.layout]
+        shapes = self._shapes(sizes)
         parts = flat_F.split([math.prod(shape) for shape in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
-    def _write(self, batch: DecodeBatch[np.ndarray], host_F: Tensor, size: int) -> None:
-        views = self._views(host_F, size)
+    def _write(self, batch: DecodeBatch[np.ndarray], host_F: Tensor, sizes: Sizes) -> None:
+        views = self._views(host_F, sizes)
         for view, (_, fill), array in zip(views, self.layout, batch.arrays(), strict=True):
             buffer = view.numpy()
             buffer[...] = fill
             buffer[tuple(map(slice, array.shape))] = array
 
-    def _capture(self, size: int, decode: Decode) -> CapturedGraph:
-        length = size * sum(math.prod(per_row) for per_row, _ in self.layout)
+    def _capture(self, sizes: Sizes, decode: Decode) -> CapturedGraph:
+        length = sum(map(math.prod, self._shapes(sizes)))
         input_F = torch.empty(length, dtype=torch.int64, device=self.device)
-        views = self._views(input_F, size)
+        views = self._views(input_F, sizes)
         for view, (_, fill) in zip(views, self.layout, strict=True):
             view.fill_(fill)
         graph, outputs_RC = self._record(decode, DecodeBatch.of(views))

@@ -143,21 +143,21 @@ def _checked(hidden_TD, weight_VD, targets_T):
     return hidden_TD.contiguous()
 
 
-def _paged(keys_NPGK):
+def _paged(keys_NGPK):
     """The module that reads and writes pages of this kind on this device."""
-    trusted = keys_NPGK.is_cuda or keys_NPGK.dtype != torch.bfloat16
-    if trusted and backend(keys_NPGK.device) == "triton":
+    trusted = keys_NGPK.is_cuda or keys_NGPK.dtype != torch.bfloat16
+    if trusted and backend(keys_NGPK.device) == "triton":
         from . import paged_attention
 
         return paged_attention
     return paged_attention_cpu
 
 
-def write_kv(k_TGK: Tensor, v_TGK: Tensor, keys_NPGK: Tensor, values_NPGK: Tensor, places_U: Tensor) -> None:
+def write_kv(k_TGK: Tensor, v_TGK: Tensor, keys_NGPK: Tensor, values_NGPK: Tensor, places_U: Tensor) -> None:
     """Puts the first U tokens' keys and values into their places of the pools: page * P + place."""
-    _paged(keys_NPGK).write_kv(k_TGK, v_TGK, keys_NPGK, values_NPGK, places_U)
+    _paged(keys_NGPK).write_kv(k_TGK, v_TGK, keys_NGPK, values_NGPK, places_U)
 
 
-def attend_pages(q_THK: Tensor, keys_NPGK: Tensor, values_NPGK: Tensor, reads: list[Reads[Tensor]]) -> Tensor:
+def attend_pages(q_THK: Tensor, keys_NGPK: Tensor, values_NGPK: Tensor, reads: list[Reads[Tensor]]) -> Tensor:
     """Attention of each row over what a list of `Reads` lets it see of the pools -> [T, H, K]."""
-    return _paged(keys_NPGK).attend_pages(q_THK, keys_NPGK, values_NPGK, reads)
+    return _paged(keys_NGPK).attend_pages(q_THK, keys_NGPK, values_NGPK, reads)

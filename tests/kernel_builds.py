@@ -17,6 +17,9 @@ MODULES = paged_attention, sequence_logprob_triton
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # as triton names them
 
 
+CPU = torch.device("cpu")  # no card's measured numbers
+
+
 class Build(NamedTuple):
     kernel: JITFunction
     types: list[
@@ -35,27 +38,32 @@ def builds(capability_major: int) -> list[Build]:
     ]
 
 
+# Query heads of a group, and head sizes, as they occur in published models; LLaMA-3.1-8B's first.
+HEADS = [(4, 128), (1, 128), (3, 64), (5, 128), (7, 64), (7, 128), (8, 96), (16, 80)]
+
+
 def cache_builds(name: str, dtype: torch.dtype) -> list[Build]:
-    """LLaMA-3.1-8B's heads.
+    """LLaMA-3.1-8B's heads in every type; the others' in bf16.
 
     A sample alone has 16 rows or fewer, too few for Hopper's wide instruction, and is bound by the bytes it
     reads; a group that shares its prefix fills 64.
     """
-    heads, size, page, splits, fusion = 4, 128, 64, 8, paged_attention.FUSION
+    size, page, splits, fusion = 128, 64, 8, paged_attention.FUSION
     operand, fp32 = f"*{name}", "*fp32"
-    write = [operand] * 4 + ["*i64", "i32:16"]
+    write = [operand] * 4 + ["*i64", "i32"]
     read = [operand] * 3 + ["*i64"] * 3 + [fp32] * 3 + ["i32"] * 6 + ["fp32"]
+    written = {"K": size, "PAGE": page, "BLOCK": 1024}
     merge = {"K": size, "LOWEST": LOWEST, "BLOCK_S": splits, "BLOCK_K": size}
     found = [
-        Build(paged_attention._write_kernel, write, {"BLOCK": 1024}, fusion),
+        Build(paged_attention._write_kernel, write, written, fusion),
         Build(paged_attention._merge_kernel, [fp32] * 3 + [operand, "i32", "i32"], merge, fusion),
     ]
-    for rows in (64,) if name == "fp16" else (16, 32, 64):  # fp16 takes the instructions that bf16 takes
-        keys, options = paged_attention._tiles(dtype, rows)
-        constants = {"K": size, "PAGE": page, "HEADS": heads, "LOWEST": LOWEST}
-        constants |= {"BLOCK_R": rows, "BLOCK_W": keys, "BLOCK_K": size}
-        cores = None if dtype == torch.float32 else "wide" if rows == 64 else "any"
-        found.append(Build(paged_attention._read_kernel, read, constants, options, cores))
+    for heads, size in HEADS if name == "bf16" else HEADS[:1]:
+        # fp16 takes the instructions that bf16 takes
+        for rows in (64,) if name == "fp16" else (16, 64) if heads != 4 else (16, 32, 64):
+            constants, options, _ = paged_attention._tiles(dtype, rows, size, page, heads, CPU)
+            cores = None if dtype == torch.float32 else "wide" if rows == 64 else "any"
+            found.append(Build(paged_attention._read_kernel, read, constants, options, cores))
     return found
 
 
