@@ -43,8 +43,8 @@ class DecodeGraphs:
     def __init__(self, device: torch.device, capacity: Capacity, item_rows: int):
         self.device, self.running = device, capacity.running
         pages = (capacity.longest // capacity.page_size + 2,)  # of the longest table
-        # Of each of a batch's arrays, in their order: shape per row or prefix, and what pads it. Rows that pad
-        # a batch sit in the spare slot, write to the null page and see nothing.
+        # Of each of a batch's arrays, in their order: shape per row or prefix, and what pads it. Rows that
+        # pad a batch sit in the spare slot, write to the null page and see nothing.
         slots, positions, seeds, places = ((), capacity.running), ((), 0), ((), 0), ((), 0)
         prefix = ((item_rows,), -1), ((item_rows,), 0), (pages, NULL)
         own = ((1,), -1), ((1,), 0), (pages, NULL)

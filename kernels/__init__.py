@@ -2,15 +2,16 @@
 
 - `sequence_logprob`: per-token log-probs over the vocabulary, without the logits; differentiable.
 - `sequence_logprob_sum`: their weighted sum for a training step, cheaper where the weights are known.
+- `rms_norm`, `rotate`, `silu_product`: what stands between the decoder's matmuls.
 - `write_kv`, `attend_pages`: the sampler's cache, written and read through tables of pages.
 - `backend`: "triton" or "reference", for a device.
 
 Each has a readable meaning in reference.py. A device without a Triton kernel runs torch code: that file's
-for the log-probs, paged_attention_cpu.py for the cache. Importing imports no Triton and asks no device; both
-happen in the first call. The arguments of the log-probs are checked here, before anything is launched, and
-what is wrong is a ValueError that names the argument. The cache's are not: they are the sampler's own, and
-met once per layer of every step. choice.py, the choice of a token, is the same torch code on every device,
-and needs no choosing here.
+for the log-probs and between matmuls, paged_attention_cpu.py for the cache. Importing imports no Triton and
+asks no device; both happen in the first call. The arguments of the log-probs are checked here, before
+anything is launched, and what is wrong is a ValueError that names the argument. The others' are not: they are
+the model's and the sampler's own, and met in every layer of every step. choice.py, the choice of a token, is
+the same torch code on every device, and needs no choosing here.
 
 Legend of suffixes: see reference.py.
 """
@@ -141,6 +142,34 @@ def _checked(hidden_TD, weight_VD, targets_T):
         expected = f"ids in [0, {len(weight_VD)}) or {IGNORE}"
         raise ValueError(f"targets_T: expected {expected}, got {targets_T[bad_T][0].item()}")
     return hidden_TD.contiguous()
+
+
+def _elementwise(*operands):
+    """The module whose elementwise steps these operands take: one with gradients, or one that is faster."""
+    if not operands[0].is_cuda or torch.compiler.is_compiling():  # what torch compiles it fuses by itself
+        return reference
+    wanted = torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)
+    alike = all(operand.dtype == operands[0].dtype for operand in operands)
+    if wanted or not alike or backend(operands[0].device) != "triton":
+        return reference
+    from . import elementwise
+
+    return elementwise
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean of x * x + eps) * weight, over the last dimension."""
+    return _elementwise(x, weight_D).rms_norm(x, weight_D, eps)
+
+
+def rotate(q_THK: Tensor, k_TGK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys, each channel i rotated together with channel i + K/2."""
+    return _elementwise(q_THK, k_TGK, cos_T1K, sin_T1K).rotate(q_THK, k_TGK, cos_T1K, sin_T1K)
+
+
+def silu_product(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    return _elementwise(gate, up).silu_product(gate, up)
 
 
 def _paged(keys_NGPK):

@@ -138,9 +138,9 @@ def _tiles(dtype, rows, size, page, heads, device):
     """-> (constants of `_read_kernel`, its options, how many programs fill the device).
 
     The built-in numbers spill nothing, on sm_80 and on sm_90. kernels/tuning.py may know better ones: kernel
-    "paged read", shape "bfloat16 rows 16 size 128" (the queries' type; rows of an item with their padding: 16,
-    32 or 64; the head size); names keys (of a tile; no more than a page are taken), num_warps, num_stages, and
-    programs (that a processor holds; it sets the splits).
+    "paged read", shape "bfloat16 rows 16 size 128" (type; rows of an item with their padding: 16, 32 or 64;
+    head size); names keys (of a tile, if a page has as many), num_warps, num_stages, and programs (that a
+    processor holds at once: it sets the splits).
     """
     keys, warps, stages = 64, 4, 3
     if dtype == torch.float32:

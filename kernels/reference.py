@@ -6,6 +6,9 @@
 without one run; they keep the same contract, which is about memory: the [T, V] logits never exist, only
 one chunk of rows does, in place.
 
+`rms_norm`, `rotate` and `silu_product` are the decoder's elementwise steps; on every device training runs
+these, and so does all that is not CUDA.
+
 `write_kv` and `attend_pages` are the sampler's cache: keys and values lie in pages of a pool, and `Reads`
 (reads.py) says which query may look at which pages.
 
@@ -16,6 +19,7 @@ queries of an item, M pages of an item; U tokens that are written (T without its
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .reads import Reads
@@ -79,6 +83,25 @@ def _exponentials_(logits_CV, targets_C):
     # target <= max and sum >= 1 hold exactly, so in this order no log-prob is ever positive.
     logp_C = (target_C - max_C) - sum_C.log()
     return logp_C.masked_fill(targets_C == IGNORE, 0), max_C + sum_C.log(), sum_C
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean of x * x + eps) * weight, over the last dimension."""
+    # The statistics are fp32 and the product is not: the rounding that checkpoints were trained with.
+    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    return weight_D * F.rms_norm(wide, x.shape[-1:], eps=eps).to(x.dtype)
+
+
+def rotate(q_THK: Tensor, k_TGK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotates channel i together with channel i + K/2, the published checkpoints' pairing."""
+    half = q_THK.shape[-1] // 2
+    q_rotated_THK = q_THK * cos_T1K + q_THK.roll(half, dims=-1) * sin_T1K
+    return q_rotated_THK, k_TGK * cos_T1K + k_TGK.roll(half, dims=-1) * sin_T1K
+
+
+def silu_product(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, the middle of the decoder's MLP."""
+    return F.silu(gate) * up
 
 
 def write_kv(k_TGK: Tensor, v_TGK: Tensor, keys_NGPK: Tensor, values_NGPK: Tensor, places_U: Tensor) -> None:

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from triton.runtime.jit import JITFunction
 
-from kernels import paged_attention, sequence_logprob_triton
+from kernels import elementwise, paged_attention, sequence_logprob_triton
 from kernels.paged_attention_cpu import LOWEST
 
-MODULES = paged_attention, sequence_logprob_triton
+MODULES = elementwise, paged_attention, sequence_logprob_triton
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # as triton names them
 
 
@@ -34,7 +34,25 @@ def builds(capability_major: int) -> list[Build]:
     return [
         build
         for name, dtype in DTYPES.items()
-        for build in [*cache_builds(name, dtype), *logprob_builds(name, dtype, capability_major)]
+        for build in [
+            *elementwise_builds(name),
+            *cache_builds(name, dtype),
+            *logprob_builds(name, dtype, capability_major),
+        ]
+    ]
+
+
+def elementwise_builds(name: str) -> list[Build]:
+    """LLaMA-3.1-8B's width, and heads of 128 and 80."""
+    operand, fusion = f"*{name}", elementwise.FUSION
+    norm, wide = [operand] * 3 + ["i32", "fp32"], {"num_warps": 8, **fusion}
+    rotate, narrow = [operand] * 6 + ["i32:16", "i32"], {"num_warps": 2, **fusion}
+    return [
+        Build(elementwise._norm_kernel, norm, {"D": 4096, "BLOCK_R": 1, "BLOCK_D": 4096}, wide),
+        Build(elementwise._norm_kernel, norm, {"D": 128, "BLOCK_R": 8, "BLOCK_D": 128}, fusion),
+        Build(elementwise._rotate_kernel, rotate, {"HALF": 64, "BLOCK_R": 8, "BLOCK_P": 64}, narrow),
+        Build(elementwise._rotate_kernel, rotate, {"HALF": 40, "BLOCK_R": 8, "BLOCK_P": 64}, narrow),
+        Build(elementwise._gate_kernel, [operand] * 3 + ["i32:16"], {"BLOCK": 1024}, fusion),
     ]
 
 
