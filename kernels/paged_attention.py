@@ -5,7 +5,8 @@ key/value head and one split of the item's keys. The query heads of that group, 
 are the rows of its matmuls, so a page is read once for all of them: once for the 4 query heads of a
 sample, once for all samples that share a prefix, once for 16 tokens of a prompt. It walks its keys with a
 running maximum and leaves (sum of exp * value, maximum, sum of exp); a second kernel merges what all splits
-of all reads left for a row, in a fixed order: no atomics, and a run repeats bit for bit.
+of all reads left for a row, in a fixed order: no atomics, and a run repeats bit for bit. Where one split has
+it all, there is nothing to merge.
 
 Decode is bound by the bytes it reads, so a read must never wait for one before it. A tile of keys is a page
 or a part of one, and one head's keys of a page are one run of memory: all that a tile's addresses need is
@@ -65,7 +66,7 @@ def _read_kernel(
     q_ptr, keys_ptr, values_ptr, rows_ptr, visible_ptr, pages_ptr, o_ptr, max_ptr, sum_ptr,
     T, G, J, M, first_split, splits, scale,
     K: tl.constexpr, PAGE: tl.constexpr, HEADS: tl.constexpr, LOWEST: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     item, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row_R, d_K, at_W = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_W)
@@ -109,10 +110,14 @@ def _read_kernel(
         sum_R = sum_R * shrink_R + tl.sum(exp_RW, 1)
         o_RK = tl.dot(exp_RW.to(v_WK.dtype), v_WK, o_RK * shrink_R[:, None], input_precision="ieee")
         max_R = top_R
-    before = (first_split + split).to(tl.int64) * T * G * HEADS
-    tl.store(o_ptr + before * K + at_RK, o_RK, mask=inside_RK)
-    tl.store(max_ptr + before + at_R, max_R, mask=real_R)
-    tl.store(sum_ptr + before + at_R, sum_R, mask=real_R)
+    if WHOLE:  # no other split has anything for these rows: this is the result
+        o_RK /= tl.where(sum_R == 0, 1.0, sum_R)[:, None]
+        tl.store(o_ptr + at_RK, o_RK, mask=inside_RK)
+    else:
+        before = (first_split + split).to(tl.int64) * T * G * HEADS
+        tl.store(o_ptr + before * K + at_RK, o_RK, mask=inside_RK)
+        tl.store(max_ptr + before + at_R, max_R, mask=real_R)
+        tl.store(sum_ptr + before + at_R, sum_R, mask=real_R)
 
 
 @triton.jit(do_not_specialize=["TH", "splits"])
@@ -182,21 +187,26 @@ def attend_pages(q_THK, keys_NGPK, values_NGPK, reads):
         splits = min(MOST_SPLITS, MOST_PARTIALS // count, tiles, fill // max(1, items * groups))
         launches.append((max(1, splits), constants, options))
     total = max(1, sum(splits for splits, _, _ in launches))
-    o_STHK = torch.empty(total, count, heads, size, dtype=torch.float32, device=q_THK.device)
-    max_STH = torch.empty(total, count, heads, dtype=torch.float32, device=q_THK.device)
-    sum_STH = torch.zeros_like(max_STH)
+    # Items of many rows have no registers left for it.
+    whole = total == 1 and all(constants["BLOCK_R"] == 16 for _, constants, _ in launches)
+    out_THK = torch.zeros_like(q_THK) if whole else torch.empty_like(q_THK)
+    o_STHK = max_STH = sum_STH = out_THK
+    if not whole:
+        o_STHK = torch.empty(total, count, heads, size, dtype=torch.float32, device=q_THK.device)
+        max_STH = torch.empty(total, count, heads, dtype=torch.float32, device=q_THK.device)
+        sum_STH = torch.zeros_like(max_STH)  # of a split that holds none of a row
     first = 0
     for batch, (splits, constants, options) in zip(reads, launches, strict=True):
         _read_kernel[(len(batch.rows_IJ), groups, splits)](
             q_THK, keys_NGPK, values_NGPK, batch.rows_IJ, batch.visible_IJ, batch.pages_IM,
             o_STHK, max_STH, sum_STH, count, groups, batch.rows_IJ.shape[1], batch.pages_IM.shape[1],
-            first, splits, size**-0.5 * LOG2_E, **constants, **options,
+            first, splits, size**-0.5 * LOG2_E, WHOLE=whole, **constants, **options,
         )  # fmt: skip
         first += splits
-    out_THK = torch.empty_like(q_THK)
-    _merge_kernel[(count * heads,)](
-        o_STHK, max_STH, sum_STH, out_THK, count * heads, total,
-        size, LOWEST, triton.next_power_of_2(total), triton.next_power_of_2(size),
-        num_warps=1 if total <= 4 else 4, **FUSION,
-    )  # fmt: skip
+    if not whole:
+        _merge_kernel[(count * heads,)](
+            o_STHK, max_STH, sum_STH, out_THK, count * heads, total,
+            size, LOWEST, triton.next_power_of_2(total), triton.next_power_of_2(size),
+            num_warps=1 if total <= 4 else 4, **FUSION,
+        )  # fmt: skip
     return out_THK

@@ -81,7 +81,10 @@ def cache_builds(name: str, dtype: torch.dtype) -> list[Build]:
         for rows in (64,) if name == "fp16" else (16, 64) if heads != 4 else (16, 32, 64):
             constants, options, _ = paged_attention._tiles(dtype, rows, size, page, heads, CPU)
             cores = None if dtype == torch.float32 else "wide" if rows == 64 else "any"
-            found.append(Build(paged_attention._read_kernel, read, constants, options, cores))
+            whole = rows == 16 and heads == 4
+            typed = [*read[:6], operand, *read[7:]] if whole else read
+            constants["WHOLE"] = whole
+            found.append(Build(paged_attention._read_kernel, typed, constants, options, cores))
     return found
 
 
