@@ -701,13 +701,13 @@ OTHER_MODELS: dict[str, Callable[[bytes], bytes]] = {  # the last bytes of a mod
     "config.json": lambda old: old.replace(b"10000.0", b"20000.0"),
 }
 STEPS = "runs/small/steps"
-SHARD, KEPT = f"{STEPS}/*-prove-labelled/shards/000000000.jsonl", f"{STEPS}/*-filter-labelled/kept.jsonl"
+SHARD, KEPT = f"{STEPS}/*-prove-labelled/shards/000000000-*.jsonl", f"{STEPS}/*-filter-labelled/kept.jsonl"
 EDITS = WAYS | {
     "one row of two": lambda old: old[: old.index(b"\n") + 1],
     "a row twice": lambda old: old[: old.index(b"\n") + 1] + old,
     "untouched": lambda old: old,
 }
-TWO_A_SHARD = partial(setattr, run_directory, "SHARD_ROWS", 2)  # as the start was made
+TWO_A_SHARD = partial(setattr, run_directory, "shard_rows", lambda *_: 2)  # as the start was made
 TRAIN = "train --stage reward --model model --data data.jsonl --out out --threads 1 --batch-size 2 --steps"
 LONG = f"{TRAIN} 30 --save-steps 1"
 

@@ -160,9 +160,7 @@ def measure(
     model: ModelConfig, length: int, tokens: int, ranks: parallel.Ranks, rate, compiled: bool
 ) -> dict:
     """The median of three steps, after two."""
-    settings = dataclasses.replace(
-        CONFIG, max_length=length, token_budget=tokens // 2, checkpointing=True, compile=compiled
-    )
+    settings = dataclasses.replace(CONFIG, max_length=length, token_budget=tokens // 2, compile=compiled)
     with torch.device("meta"):
         trainee = Trainee(Decoder(model), loss.negative_log_likelihood)
     parallel.wrap(trainee, settings, ranks)

@@ -1,11 +1,11 @@
-"""What a training costs: operations of a step, the device's rate, and the lines that a run begins with.
+"""What a training costs: operations of a step, memory, the device's rate, and the lines a run begins with.
 
-It leaves out: memory, which is estimated before a training (extras/dry_run.py), and measuring a real one
-(benchmarks/training.py).
+It leaves out: measuring a real one (benchmarks/training.py).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +13,11 @@ import torch
 
 from gramr2.examples import ExampleBuilder
 from gramr2.model import Decoder, ModelConfig
+from gramr2.parallel import Ranks, compute_dtype
 from gramr2.plan import Plan
 from gramr2.records import Example
+from gramr2.requests import free_bytes
+from gramr2.settings import TrainSettings
 
 
 def step_flops(config: ModelConfig, examples: Sequence[Example]) -> float:
@@ -41,6 +44,42 @@ def matmul_rate(device: torch.device, size: int = 8192, repeats: int = 20) -> fl
     end.record()
     torch.cuda.synchronize()
     return 2.0 * size**3 * repeats / (start.elapsed_time(end) / 1e3)
+
+
+def memory_per_rank(settings: TrainSettings, config: ModelConfig, ranks: int, half: bool) -> dict[str, float]:
+    """GB on each rank, estimated. A token leaves about 34 D + 8 F bytes in one block in bf16, or, where the
+    compiler chooses what is kept, 14 D + 6 F; and D numbers of a block that is computed again."""
+    parameters, width, blocks = count_parameters(config), 2 if half else 4, config.num_layers
+    head = config.vocab_size * config.hidden_size
+    block = (parameters - head * (2 - config.tie_embeddings)) / blocks
+    per_width, per_mlp = (14, 6) if settings.compile else (34, 8)
+    token = width / 2 * (per_width * config.hidden_size + per_mlp * config.intermediate_size)
+    again = blocks if settings.recompute < 0 else min(settings.recompute, blocks)
+    # Of blocks that are computed again, one at a time is whole.
+    stored = token * (blocks - again + (again > 0)) + width * config.hidden_size * again
+    beside = width * (head * (2 - config.tie_embeddings) + 2 * block)  # gathered of other ranks' parts
+    if ranks == 1:
+        beside = width * parameters if half else 0  # a copy of its own
+    sizes = {
+        "weights, gradients and AdamW": 16 * parameters / (settings.fsdp_size or ranks),
+        "weights to compute with": beside,
+        "activations": settings.token_budget * stored,
+        "the head's gradient": 4 * head,
+    }
+    return {name: size / 1e9 for name, size in sizes.items()}
+
+
+def recomputed_blocks(settings: TrainSettings, config: ModelConfig, ranks: Ranks) -> int:
+    """`settings.recompute`, where that leaves it open: as few as fit into nine tenths of what is free."""
+    if settings.recompute >= 0 or ranks.device.type != "cuda":
+        return max(0, settings.recompute)
+    half, free = compute_dtype(settings, ranks.device) == torch.bfloat16, free_bytes(ranks.device)
+
+    def fits(again: int) -> bool:
+        asked = dataclasses.replace(settings, recompute=again)
+        return sum(memory_per_rank(asked, config, ranks.size, half).values()) * 1e9 < 0.9 * free
+
+    return next(filter(fits, range(config.num_layers)), config.num_layers)
 
 
 def count_parameters(config: ModelConfig) -> int:

@@ -36,32 +36,84 @@ QUERY_ROWS = 64  # of one item, on CUDA: what a program of the kernel takes; the
 
 
 class Engine:
-    """A model, its pool of pages, and the options of one call."""
+    """A model with what sampling from it takes on its device: pages, graphs, weights laid out for it.
 
-    def __init__(self, model: Decoder, capacity: Capacity, options: Options):
-        config, weight, self.capacity, self.options = model.config, model.head_weight, capacity, options
+    It may serve many calls of `generate`, one after the other, which then find all of that ready. Weights may
+    change between them. Its memory goes with it.
+    """
+
+    def __init__(self, model: Decoder):
+        self.decoder, weight = model, model.head_weight
         self.device, self.cuda = weight.device, weight.is_cuda
-        # Larger models wait for their weights anyway, and a copy of them would cost memory.
-        small = self.device.type == "cpu" and sum(p.nbytes for p in model.parameters()) < 1 << 26
-        self.model, self.project = column_major(model) if small else model, projection(weight)
-        shape = capacity.pages, config.num_kv_heads, capacity.page_size, config.head_size
-        self.keys_LNGPK, self.values_LNGPK = (
-            torch.empty(config.num_layers, *shape, dtype=weight.dtype, device=self.device) for _ in range(2)
-        )
-        self._clear([NULL])
-        # One more than there are slots: what rows that only pad a batch read and write.
-        self.last_id_S = torch.zeros(capacity.running + 1, dtype=torch.int64, device=self.device)
-        self.item_rows = QUERY_ROWS * config.num_kv_heads // config.num_heads if self.cuda else None
+        self.item_rows = None
+        if self.cuda:
+            self.item_rows = QUERY_ROWS * model.config.num_kv_heads // model.config.num_heads
+        self.uses_graphs = self.cuda and kernels.backend(self.device) == "triton"
+        self.pages = self.page_size = self.calls = 0  # pages of the pool, which grows with what a call needs
+        self.keys_LNGPK = self.values_LNGPK = torch.empty(0)
+        self.last_id_S = torch.empty(0)
         self.graphs: DecodeGraphs | None = None
-        if self.item_rows and kernels.backend(self.device) == "triton":
-            self.graphs = DecodeGraphs(self.device, capacity, self.item_rows)
-        self.batch_version: tuple[int, int] | None = None  # of the next two, which last for several steps
+        self.options_seen: dict[
+            tuple, Options
+        ] = {}  # a graph reads the tensors of those it was captured with
+        self.weights_seen: list[tuple[int, int]] = []
         self.rows: DecodeRows
         self.prefix: Reads[Tensor]
 
+    @property
+    def pool_bytes(self) -> int:
+        return self.keys_LNGPK.nbytes + self.values_LNGPK.nbytes
+
+    def begin(self, capacity: Capacity, options: Options) -> int:
+        """Makes ready for a call → its number, which `launch` is given. Calls that came before are over."""
+        self.capacity = capacity
+        self.calls += 1
+        key = (options.temperature, options.top_p, options.top_k, *options.watch_W.tolist())
+        self.options = self.options_seen.setdefault(key, options)
+        self.batch_version: tuple[int, int] | None = (
+            None  # of `rows` and `prefix`, which last for several steps
+        )
+        self._see_weights()
+        if capacity.pages > self.pages or capacity.page_size != self.page_size:
+            self._make_pool()
+        # One more than there are slots: what rows that only pad a batch read and write.
+        if len(self.last_id_S) <= capacity.running:
+            self.last_id_S = torch.zeros(capacity.running + 1, dtype=torch.int64, device=self.device)
+            self.graphs = None
+        if self.uses_graphs and not (self.graphs and self.graphs.hold(capacity)):
+            self.graphs = DecodeGraphs(self.device, capacity, self.item_rows or 1)
+        return self.calls
+
+    def _see_weights(self) -> None:
+        """Lays the weights out, where that helps, and again once they have changed or moved."""
+        # (Tensors made in inference mode are not followed: they count as changed.)
+        weights = [
+            (p.data_ptr(), self.calls if p.is_inference() else p._version) for p in self.decoder.parameters()
+        ]
+        if [place for place, _ in weights] != [place for place, _ in self.weights_seen]:
+            self.graphs = None
+        if weights != self.weights_seen:
+            self.weights_seen = weights
+            # Larger models wait for their weights anyway, and a copy of them would cost memory.
+            small = not self.cuda and sum(p.nbytes for p in self.decoder.parameters()) < 1 << 26
+            self.model = column_major(self.decoder) if small else self.decoder
+            self.project = projection(self.decoder.head_weight)
+
+    def _make_pool(self) -> None:
+        config, capacity = self.decoder.config, self.capacity
+        self.graphs = None  # they read and write the pool that was
+        self.keys_LNGPK = self.values_LNGPK = torch.empty(0)  # whose memory the next one may need
+        self.pages, self.page_size = capacity.pages, capacity.page_size
+        shape = self.pages, config.num_kv_heads, self.page_size, config.head_size
+        like = self.decoder.head_weight
+        self.keys_LNGPK, self.values_LNGPK = (like.new_empty(config.num_layers, *shape) for _ in range(2))
+        self._clear([NULL])
+
     @torch.inference_mode()
-    def launch(self, step: DeviceStep) -> Callable[[], np.ndarray] | None:
+    def launch(self, step: DeviceStep, call: int) -> Callable[[], np.ndarray] | None:
         """Starts a step; -> what waits for the decoded rows' outputs, if there are any."""
+        if call != self.calls:
+            raise RuntimeError("this call was cut by another one on the same engine; give each its own")
         if step.fresh and not self.graphs:
             self._clear(step.fresh)
         if step.chunks:
@@ -82,7 +134,7 @@ class Engine:
                 self.prefix = self._upload_reads(self.rows.prefix)
         batch = self.rows.at(np.array(step.positions))
         if self.graphs:
-            return self.graphs.launch(batch, self.decode)
+            return self.graphs.launch(batch, self.decode, self.options)
         outputs_RC = self.decode(self._upload_batch(batch))[: len(step.samples)]
         return lambda: outputs_RC.cpu().numpy()
 

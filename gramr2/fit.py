@@ -34,7 +34,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from gramr2 import parallel, resume
-from gramr2.cost import describe, matmul_rate, step_flops
+from gramr2.cost import describe, matmul_rate, recomputed_blocks, step_flops
 from gramr2.examples import ExampleBuilder
 from gramr2.fields import Fields, as_dataclass
 from gramr2.files import (
@@ -133,7 +133,8 @@ class Loop:
     extra_figures: Callable[[], dict[str, Any]] = dict  # for a step's row of metrics.jsonl
 
     def __post_init__(self):
-        self.optimizer = make_optimizer(self.trainee, self.settings)
+        self.weights = [*self.trainee.trained.values()]
+        self.optimizer = make_optimizer(self.weights, self.settings)
         self.state = resume.training_state(self.trainee, self.optimizer)
         self.resume = resume.ResumePoints(self.out / "resume", self.ranks)
 
@@ -144,6 +145,7 @@ class Loop:
             self.cursor = as_dataclass(Cursor, cursor, f"{self.resume.directory}: ")
             for state in self.optimizer.state.values():
                 state["step"].fill_(self.cursor.updates)
+            self.trainee.refresh()
         self.ranks.on_rank_0(lambda: keep_metrics(self.out / "metrics.jsonl", self.cursor.step))
 
     def run(self, batches: Iterator[list[Example]], stop: threading.Event, name: str) -> None:
@@ -205,12 +207,13 @@ class Loop:
             loss = self.trainee(collate(pack, self.ranks.size / units, self.ranks.device))
             loss.backward()
             total += loss.detach()
-        whole = nn.utils.clip_grad_norm_(self.trainee.parameters(), self.settings.clip or math.inf)
+        whole = nn.utils.clip_grad_norm_(self.weights, self.settings.clip or math.inf)
         norm = float(whole.full_tensor() if isinstance(whole, DTensor) else whole)
         value = self.ranks.all_reduce_sum(float(total) / self.ranks.size)[0]
         finite = math.isfinite(value) and math.isfinite(norm)
         if finite:
             self.optimizer.step()
+            self.trainee.refresh()
         self.optimizer.zero_grad(set_to_none=True)
         tokens, cursor = sum(example.length for example in examples), self.cursor
         cursor.step += 1
@@ -247,15 +250,15 @@ def make_trainee(
     """The decoder with its objective, on its ranks, filled from the checkpoint."""
     with torch.device("meta"):
         trainee = Trainee(Decoder(config), objective)
-    parallel.wrap(trainee, settings, ranks)
+    again = ranks.on_rank_0(lambda: recomputed_blocks(settings, config, ranks))
+    parallel.wrap(trainee, dataclasses.replace(settings, recompute=again), ranks)
     stored, trainee.decoder.raw_config = read_config(model_dir)
     parallel.load_weights(trainee, model_dir, fresh_score=config.num_labels > stored.num_labels)
     return trainee.train()
 
 
-def make_optimizer(trainee: Trainee, settings: TrainSettings) -> torch.optim.AdamW:
+def make_optimizer(parameters: Sequence[nn.Parameter], settings: TrainSettings) -> torch.optim.AdamW:
     """Fused AdamW; matrices decay and vectors (norms, biases) do not. Its state exists from the start."""
-    parameters = [parameter for parameter in trainee.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},

@@ -1,4 +1,4 @@
-"""Decode steps on CUDA: a graph per number of rows and of shared prefixes, captured when it is first met.
+"""Decode steps on CUDA: a graph per batch size and options, captured when they are first met.
 
 A step is one copy to the device, one graph, and one copy back; the host waits for none of them until it
 collects. A graph reads and writes fixed memory: a flat buffer in which the arrays of a `DecodeBatch` stand
@@ -24,6 +24,7 @@ from torch import Tensor
 from gramr2.batch import DecodeBatch
 from gramr2.cache import NULL
 from gramr2.requests import Capacity
+from kernels.choice import Options
 
 Decode = Callable[[DecodeBatch[Tensor]], Tensor]
 Sizes = tuple[int, int]  # rows, and items of their shared prefixes
@@ -42,24 +43,34 @@ class CapturedGraph:
 class DecodeGraphs:
     def __init__(self, device: torch.device, capacity: Capacity, item_rows: int):
         self.device, self.running = device, capacity.running
-        pages = (capacity.longest // capacity.page_size + 2,)  # of the longest table
+        # Of the longest table. Rounded up: a call of somewhat longer ones finds its graphs captured.
+        self.longest = 1 << (capacity.longest // capacity.page_size + 1).bit_length()
+        pages = (self.longest,)
         # Of each of a batch's arrays, in their order: shape per row or prefix, and what pads it. Rows that
         # pad a batch sit in the spare slot, write to the null page and see nothing.
         slots, positions, seeds, places = ((), capacity.running), ((), 0), ((), 0), ((), 0)
         prefix = ((item_rows,), -1), ((item_rows,), 0), (pages, NULL)
         own = ((1,), -1), ((1,), 0), (pages, NULL)
         self.layout: list[tuple[tuple, int]] = [slots, positions, seeds, places, *prefix, *own]
-        self.captured: dict[Sizes, CapturedGraph] = {}
+        self.captured: dict[tuple[Sizes, int], CapturedGraph] = {}  # by batch sizes, and by whose options
         self.memory = torch.cuda.graph_pool_handle()
 
-    def launch(self, batch: DecodeBatch[np.ndarray], decode: Decode) -> Callable[[], np.ndarray]:
-        """Starts a step; -> what waits for its outputs."""
+    def hold(self, capacity: Capacity) -> bool:
+        """Whether these graphs serve a call of such a capacity too."""
+        pages = capacity.longest // capacity.page_size + 2
+        return capacity.running <= self.running and pages <= self.longest
+
+    def launch(
+        self, batch: DecodeBatch[np.ndarray], decode: Decode, options: Options
+    ) -> Callable[[], np.ndarray]:
+        """Starts a step; -> what waits for its outputs. `decode` is one that chooses by the options."""
         rows, prefixes = len(batch.slots_R), len(batch.prefix.rows_IJ)
         # Prefixes come in powers of two: none has no launch, and few have few that are padding.
         sizes = min(graph_size(rows), self.running), prefixes and 1 << (prefixes - 1).bit_length()
-        if sizes not in self.captured:
-            self.captured[sizes] = self._capture(sizes, decode)
-        captured = self.captured[sizes]
+        key = sizes, id(options)  # the engine keeps them
+        if key not in self.captured:
+            self.captured[key] = self._capture(sizes, decode)
+        captured = self.captured[key]
         host_F, host_RC = next(captured.host_buffers)
         self._write(batch, host_F, sizes)
         captured.input_F.copy_(host_F, non_blocking=True)

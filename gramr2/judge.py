@@ -30,12 +30,13 @@ import numpy as np
 import torch
 
 from gramr2 import prompts
+from gramr2.engine import Engine
 from gramr2.fields import Fields
 from gramr2.files import InputError, JsonRow, need, read_json, short_hash
 from gramr2.model import Decoder
 from gramr2.rankings import Contest, Duel, Ranking, preference
 from gramr2.records import UNDECIDED, Judgment, Messages, Pair, Vote
-from gramr2.settings import PAIRS_PER_CALL
+from gramr2.settings import pairs_per_call
 from gramr2.tokenizer import Tokenizer
 from gramr2.votes import SCALAR, THINK, Format, Voter, softmax_of, too_long
 from gramr2.weights import fingerprint, load
@@ -83,6 +84,12 @@ class RewardModel:
             judge.weights = fingerprint(directory)
         return judge
 
+    def keep_engine(self) -> None:
+        """For many calls in a row: what sampling takes of the device (on CUDA most of its memory) is kept
+        from one to the next. Not for a judge beside a training, which needs that memory in between."""
+        if self.voter:
+            self.voter.engine = Engine(self.model)
+
     @property
     def prompt_hash(self) -> str:
         return short_hash(self.template.encode()) if self.voter else ""
@@ -101,12 +108,12 @@ class RewardModel:
     def judge_many(
         self, pairs: Iterable[Pair], votes: int = 4, seed: int = 0, *,
         temperature: float | None = None, max_new_tokens: int = MAX_NEW_TOKENS,
-        progress: bool = True, per_call: int | None = PAIRS_PER_CALL,
+        progress: bool = True, per_call: int | None = 0,
     ) -> Iterator[tuple[Pair, Judgment | InputError]]:  # fmt: skip
         """(pair, judgment) in the pairs' order; a pair that cannot be judged comes with the reason.
 
         One vote is greedy and in the given order; more are sampled at temperature 1, half in each order.
-        `per_call`: pairs of one generate call; None takes all of them at once.
+        `per_call`: pairs of one generate call; 0: as many as suit the device; None: all of them.
         """
         if votes < 1 or (votes > 1 and votes % 2):
             raise InputError(f"votes: {votes}; expected 1, or an even number (half in each order)")
@@ -116,6 +123,8 @@ class RewardModel:
             votes, temperature, max_new_tokens = 2, 0.0, 1
         calibrated = self.calibrates(votes, temperature)
         pairs = iter(pairs)
+        if per_call == 0:
+            per_call = pairs_per_call(self.model.head_weight.device.type)
         while together := list(islice(pairs, per_call)):
             if self.voter:
                 judged = self.voter.judgments(together, votes, seed, temperature, max_new_tokens, progress)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ import kernels
 from gramr2.model import Decoder
 from gramr2.records import Example
 from gramr2.settings import TrainSettings
-from kernels.packed_attention import Attend, packed_causal, packed_positions
+from kernels.packed_attention import packed_causal, packed_positions, upload
 
 NO_LETTER = -1  # at targets that are not the label's letter
 
@@ -69,18 +69,23 @@ def collate(examples: Sequence[Example], scale: float, device: torch.device | st
             letter_place, letter = example.other_letter or (None, NO_LETTER)
             other_letters += [letter if place == letter_place else NO_LETTER for place in wanted]
             offset += len(sequence.ids)
-    long: dict[str, Any] = {"dtype": torch.int64, "device": device}
-    real: dict[str, Any] = {"dtype": torch.float32, "device": device}
+
+    def long(values: Sequence[int]) -> Tensor:
+        return upload(values, device, torch.int64)
+
+    def real(values: Sequence[float]) -> Tensor:
+        return upload(values, device, torch.float32)
+
     return Batch(
-        ids_T=torch.tensor(ids, **long),
+        ids_T=long(ids),
         lengths=lengths,
-        ends_S=torch.tensor(lengths, **long).cumsum(0) - 1,
-        places_N=torch.tensor(places, **long),
-        targets_N=torch.tensor(targets, **long),
-        coefficients_N=torch.tensor(coefficients, **real) * scale,
-        old_logp_N=torch.tensor(old_logprobs, **real),
-        other_letters_N=torch.tensor(other_letters, **long),
-        margins_P=torch.tensor([each.margin for each in examples if len(each.sequences) == 2], **real),
+        ends_S=long([end - 1 for end in accumulate(lengths)]),
+        places_N=long(places),
+        targets_N=long(targets),
+        coefficients_N=real(coefficients) * scale,
+        old_logp_N=real(old_logprobs),
+        other_letters_N=long(other_letters),
+        margins_P=real([each.margin for each in examples if len(each.sequences) == 2]),
         scale=scale,
     )
 
@@ -163,16 +168,23 @@ class Trainee(nn.Module):
     def __init__(self, decoder: Decoder, objective: Objective):
         super().__init__()
         self.decoder, self.objective = decoder, objective
-        # Each pack brings its own attention. A compiled block is given this one function instead, which it
-        # does not look into; otherwise it would be compiled again for every pack.
-        # It does not hold the module: a cycle would outlive the training, with all its weights.
-        packs: dict[str, Attend] = {}
-        self._packs = packs
-        self._attend = torch.compiler.disable(lambda *arguments: packs["now"](*arguments))
+        # Where the decoder computes with copies in 16 bits (parallel.wrap): the float32 weight of each.
+        self.masters: dict[nn.Parameter, nn.Parameter] = {}
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What a step updates, by the decoder's names: float32 weights."""
+        parameters = self.decoder.named_parameters()
+        return {name: self.masters.get(each, each) for name, each in parameters if each.requires_grad}
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copies follow their masters, once these have changed."""
+        if self.masters:
+            torch._foreach_copy_([*self.masters], [*self.masters.values()])
 
     def forward(self, batch: Batch) -> Tensor:
         device = batch.ids_T.device
         positions_T = packed_positions(batch.lengths, device)
-        self._packs["now"] = packed_causal(batch.lengths, device)
-        hidden_TD = self.decoder(batch.ids_T, positions_T, self._attend)
+        hidden_TD = self.decoder(batch.ids_T, positions_T, packed_causal(batch.lengths, device))
         return self.objective(self.decoder, hidden_TD, batch)

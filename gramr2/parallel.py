@@ -1,11 +1,13 @@
-"""One model over many processes: the process group, and FSDP2.
+"""One model over many processes: the process group, and FSDP2; and over one, without either.
 
-`join_ranks` makes, or joins, the process group and says where this rank stands. `wrap` puts a meta-device
+`join_ranks` joins, or makes, the process group and says where this rank stands. `wrap` puts a meta-device
 model on its ranks: each block is a group of parameters, the root is another; weights are fp32, computing is
 bf16 or fp32, gradients are reduced in fp32. `load_weights` reads a checkpoint tensor by tensor, and each rank
 keeps its own part.
 
-One CPU process is the same code without the wrapping: there is nothing to split and nothing to cast.
+One rank has nothing to split, and FSDP would only cost it time. It keeps its fp32 weights as masters, beside
+a bf16 copy to compute with that is cast once per step; or computes with them, in fp32. What a run leaves on
+disk is the same.
 
 It leaves out: resume points (resume.py); tensor, pipeline and context parallelism, of which an 8B model on
 one node needs none.
@@ -55,7 +57,7 @@ class Ranks:
     rank: int
     size: int
     device: torch.device
-    mesh: DeviceMesh | None = None  # None: one CPU process
+    mesh: DeviceMesh | None = None  # None: one process
     object_group: dist.ProcessGroup | None = None  # for numbers and objects, on the host
     # For the thread that saves: two threads must not share a group.
     checkpoint_group: dist.ProcessGroup | None = None
@@ -128,13 +130,11 @@ def join_ranks(settings: TrainSettings) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
-    owned = not dist.is_initialized() and ("WORLD_SIZE" in os.environ or cuda)
+    owned = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
+        threading.Thread(target=end_with_launcher, daemon=True).start()
     if owned:
-        launched = "WORLD_SIZE" in os.environ
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            threading.Thread(target=end_with_launcher, daemon=True).start()
-        alone: dict[str, Any] = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE, **alone)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     groups = []
     try:
         if dist.is_initialized():
@@ -161,9 +161,11 @@ def end_with_launcher() -> None:
     os._exit(130)  # it waits for another rank
 
 
-def _mesh(settings: TrainSettings, device: torch.device) -> DeviceMesh:
+def _mesh(settings: TrainSettings, device: torch.device) -> DeviceMesh | None:
     """All ranks share one copy, or (hybrid FSDP) each `fsdp_size` neighbours share a copy of their own."""
     size = dist.get_world_size()
+    if size == 1:
+        return None
     split = settings.fsdp_size or size
     if size % split:
         raise InputError(f"fsdp_size: {split} does not divide the {size} ranks")
@@ -183,33 +185,51 @@ def compute_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype:
 
 def wrap(trainee: Trainee, settings: TrainSettings, ranks: Ranks) -> None:
     """Wraps a trainee that is on the meta device, and gives it memory: this rank's part, uninitialised."""
-    for block in trainee.decoder.blocks:
-        _wrap_forward(block, settings)
+    for number, block in enumerate(trainee.decoder.blocks):
+        _wrap_forward(block, settings, number < settings.recompute)
     dtype = compute_dtype(settings, ranks.device)
     if ranks.mesh is not None:
         # Inputs stay as they are: a batch's coefficients and margins are fp32 whatever the weights are.
         policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for module in (*trainee.decoder.blocks, trainee):
             fully_shard(module, mesh=ranks.mesh, mp_policy=policy)
-    elif dtype != torch.float32:
-        raise InputError("dtype: one CPU process computes in float32; set it to float32")
+    else:
+        trainee.to(dtype)
     gc.collect()  # FSDP holds its modules in circles: one trained before may still be there
     trainee.to_empty(device=ranks.device)
+    if ranks.mesh is None and dtype != torch.float32:
+        copies = [each for each in trainee.parameters() if each.requires_grad]
+        trainee.masters = {copy: _master(copy) for copy in copies}
 
 
-def _wrap_forward(block: nn.Module, settings: TrainSettings) -> None:
-    """Compiling goes inside recomputing, and both inside FSDP's hooks, which sit on the module's call."""
+def _master(copy: nn.Parameter) -> nn.Parameter:
+    """The float32 weight of which this is a copy. It collects the copy's gradients, each at once: no pack's
+    is kept in 16 bits for long, and none is added up in them."""
+    master = nn.Parameter(torch.empty_like(copy, dtype=torch.float32))
+
+    def collect(copy: Tensor) -> None:
+        gradient, copy.grad = copy.grad, None
+        assert gradient is not None
+        master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
+
+    copy.register_post_accumulate_grad_hook(collect)
+    return master
+
+
+def _wrap_forward(block: nn.Module, settings: TrainSettings, recompute: bool) -> None:
+    """Recomputing goes inside compiling, so that both are one graph, and FSDP's hooks, which sit on the
+    module's call, stay outside."""
     forward = block.forward
-    if settings.compile:
-        forward = torch.compile(forward, dynamic=True)
-    if settings.checkpointing:
+    if recompute:
         forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+    if settings.compile:
+        forward = torch.compile(forward, dynamic=True, fullgraph=True)
     block.forward = forward
 
 
 def load_weights(trainee: Trainee, directory: Path, fresh_score: bool) -> None:
     """Reads the weights as float32. Each rank maps the files and copies what is its own."""
-    parameters = dict(plain_parameters(trainee.decoder))
+    parameters = weights(trainee)
     with torch.no_grad():
         for name, tensor in checkpoint_tensors(directory, trainee.decoder, fresh_score):
             parameter = parameters[name]
@@ -221,11 +241,17 @@ def load_weights(trainee: Trainee, directory: Path, fresh_score: bool) -> None:
         if fresh_score:
             # Zero: the first scores are equal, and no seed is needed.
             parameters["score.weight"].zero_()
+    trainee.refresh()
+
+
+def weights(trainee: Trainee) -> dict[str, nn.Parameter]:
+    """The parameters that a checkpoint holds, by its names: masters where there are such."""
+    return {name: trainee.masters.get(each, each) for name, each in plain_parameters(trainee.decoder)}
 
 
 def whole_tensors(trainee: Trainee, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the decoder, put together one at a time; every rank must take them all."""
-    for name, parameter in plain_parameters(trainee.decoder):
+    for name, parameter in weights(trainee).items():
         tensor = parameter.detach()
         whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).to("cpu", dtype)
         need(bool(whole.isfinite().all()), f"{name}: holds numbers that are not finite; nothing is published")

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from gramr2 import prompts
+from gramr2.engine import Engine
 from gramr2.files import InputError
 from gramr2.model import Decoder
 from gramr2.records import Pair, Proof, mark
 from gramr2.sampler import Sample, generate
 from gramr2.scoring import logprobs
 from gramr2.selection import SCORES, with_score
-from gramr2.settings import PAIRS_PER_CALL
+from gramr2.settings import pairs_per_call
 from gramr2.tokenizer import Tokenizer
 from gramr2.weights import load
 
@@ -37,6 +38,7 @@ class Prover:
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer, template: str = prompts.PROVER_PROMPT):
         self.model, self.tokenizer, self.template = model, tokenizer, template
+        self.engine: Engine | None = None
         self.thinking_open = tokenizer.opens_thinking
 
     @classmethod
@@ -47,6 +49,10 @@ class Prover:
         if note.startswith("warning"):
             print(note, file=sys.stderr)
         return cls(model, tokenizer, template)
+
+    def keep_engine(self) -> None:
+        """For many calls in a row: what sampling takes of the device is kept from one to the next."""
+        self.engine = Engine(self.model)
 
     def prove_many(
         self, pairs: Iterable[Pair], k: int = 4, seed: int = 0, *,
@@ -60,7 +66,7 @@ class Prover:
             raise InputError(f"select_by: {select_by!r} must be one of {', '.join(SCORES)}")
         sampling = {"temperature": temperature, "seed": seed, "progress": progress}
         pairs = iter(pairs)
-        while asked := list(islice(pairs, PAIRS_PER_CALL)):
+        while asked := list(islice(pairs, pairs_per_call(self.model.head_weight.device.type))):
             proved = list(zip(asked, self._write(asked, k, max_new_tokens, **sampling), strict=True))
             eligible = [(pair, proof) for pair, proofs in proved for proof in proofs if not proof.ineligible]
             terms = iter(self.second_terms(eligible, select_by))
@@ -81,7 +87,8 @@ class Prover:
         fits = [i for i, tokens in enumerate(room) if tokens > 0]
         asked, lengths = [fronts[i] for i in fits], [min(longest, room[i]) for i in fits]
         keys = [f"{pairs[i].id} proves {pairs[i].label}" for i in fits]
-        samples = generate(self.model, asked, n=k, max_new_tokens=lengths, keys=keys, **sampling)
+        sampling |= {"n": k, "max_new_tokens": lengths, "keys": keys, "engine": self.engine}
+        samples = generate(self.model, asked, **sampling)
         proofs: list[list[Proof]] = [[] for _ in pairs]
         for i, group in zip(fits, samples, strict=True):
             proofs[i] = [self._read(pairs[i], sample) for sample in group]

@@ -53,7 +53,7 @@ class Limits:
 
     cache_bytes: int | None = None  # on the CPU 1 GiB, or more where one request alone needs more
     page_size: int | None = None  # tokens of a page: 16 on the CPU, 64 on CUDA; divides 128
-    running: int = 256  # samples decoded together
+    running: int | None = None  # samples decoded together: 256, on CUDA up to 2048, as their logits find room
     token_budget: int | None = None  # of a step, prompts' chunks and decode rows: 1024, on CUDA 8192
     share_prefix: bool = True  # False reads a shared prefix once per sample; for measuring what it buys
 
@@ -73,6 +73,13 @@ class Capacity:
 def free_bytes(device: torch.device) -> int:
     held_idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + held_idle
+
+
+def running_on_cuda(free: int, vocabulary: int) -> int:
+    """Samples decoded together: many keep a small model's card busy. A step's fp32 logits may take 1/64 of
+    the free memory (the choice of a token makes a few copies). A power of two: the same from call to call."""
+    rows = free // (64 * 4 * vocabulary)
+    return min(2048, max(256, 1 << rows.bit_length() >> 1))
 
 
 class Decodes(Protocol):
@@ -116,14 +123,16 @@ class Request:
             if isinstance(values, Sequence):
                 need(len(values) == count, f"{name} has {len(values)} entries for {count} prompts")
 
-    def capacity(self, config: ModelConfig, weight: Tensor, limits: Limits) -> Capacity:
-        """Checks every prompt against model and cache; -> what runs at once. `weight`: any of the model's."""
+    def capacity(self, config: ModelConfig, weight: Tensor, limits: Limits, held: int = 0) -> Capacity:
+        """Checks every prompt against model and cache; -> what runs at once. `weight`: any of the model's;
+        `held`: bytes that its engine has for the cache already."""
         cuda, room = weight.device.type == "cuda", config.max_positions
         size = limits.page_size or (64 if cuda else 16)
         budget = limits.token_budget or (8192 if cuda else 1024)
         need(kernels.KEYS % size == 0, f"page_size is {size}; it must divide {kernels.KEYS}")
         per_page = 2 * config.num_layers * config.num_kv_heads * config.head_size * size * weight.itemsize
-        usual = int(free_bytes(weight.device) * CUDA_CACHE_SHARE) if cuda else CPU_CACHE_BYTES
+        free = free_bytes(weight.device) + held if cuda else 0
+        usual = int(free * CUDA_CACHE_SHARE) if cuda else CPU_CACHE_BYTES
         cache_bytes = limits.cache_bytes or usual
         allowed = cache_bytes if limits.cache_bytes or cuda else max(usual, MEMORY_BYTES // 2)
         wanted, longest = 2, 0  # the null page, and one
@@ -137,9 +146,12 @@ class Request:
             takes = f"{(needed + 1) * per_page:,} bytes of cache; the limit is {allowed:,}"
             need(needed + 1 <= allowed // per_page, f"{asked}, which takes {takes}")
             wanted, longest = wanted + self.n * needed, max(longest, total)
+        if cuda:  # the next call may want some more, and should find them there
+            wanted = 1 << (wanted - 1).bit_length()
         # The longest must run, alone if need be: its pages, one for a copy, and the null page.
         pages = min(max(cache_bytes // per_page, -(-longest // size) + 2), wanted)
-        return Capacity(pages, size, longest, limits.running, budget, limits.share_prefix)
+        running = limits.running or (running_on_cuda(free, config.vocab_size) if cuda else 256)
+        return Capacity(pages, size, longest, running, budget, limits.share_prefix)
 
     def _checked_most(self, index: int, ids: Sequence[int], last: int) -> int:
         """Checks a prompt in itself; -> the most tokens that a sample of it may get."""

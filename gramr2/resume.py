@@ -44,8 +44,7 @@ State = dict[str, Tensor]
 def training_state(trainee: Trainee, optimizer: torch.optim.Optimizer) -> State:
     """Everything that a step changes, by flat names that no number of ranks appears in."""
     state = {}
-    trained = ((name, each) for name, each in trainee.decoder.named_parameters() if each.requires_grad)
-    for name, parameter in trained:
+    for name, parameter in trainee.trained.items():
         state[f"weight.{name}"] = parameter.detach()
         for key in ("exp_avg", "exp_avg_sq"):
             state[f"{key}.{name}"] = optimizer.state[parameter][key]

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import shutil
 import sys
@@ -48,7 +49,7 @@ from gramr2.files import (
     short_hash,
 )
 from gramr2.seals import check_seals, names_below, read_signed, seal, seals_below, write_signed
-from gramr2.settings import FREE, PAIRS_PER_CALL, check_identity
+from gramr2.settings import FREE, PAIRS_PER_CALL, check_identity, pairs_per_call
 
 if TYPE_CHECKING:  # torch takes its seconds, and looking for a run needs none of it
     from gramr2.parallel import Ranks
@@ -58,7 +59,6 @@ WRITTEN = ("plan.json", "results.json", "pair.json", "report.html")  # beside th
 OURS_BEFORE_A_PLAN = r"\.(lock$|plan\.json\.tmp-)"
 NOT_SEALED = ("resume", "calibration.json")  # a user may calibrate a model where it stands
 RECORD = {"counts": dict, "seconds": float, "files": dict}  # a done.json
-SHARD_ROWS = PAIRS_PER_CALL  # what is lost by a kill is one generate call
 
 
 def finished_runs() -> list[Path]:
@@ -77,6 +77,11 @@ def step_paths(root: Path) -> dict[str, Path]:
     found = [(re.fullmatch(r"(\d+)-(.+)", path.name), path) for path in (root / "steps").glob("*")]
     numbered = sorted((int(name[1]), name[2], path) for name, path in found if name)
     return {name: path for _, name, path in numbered}
+
+
+def shard_rows(rows: int, ranks: Ranks) -> int:
+    """A shard is one generate call, which is all that a kill loses; or less, so that each rank gets one."""
+    return min(pairs_per_call(ranks.device.type), max(PAIRS_PER_CALL, math.ceil(rows / ranks.size)))
 
 
 def code_version() -> str:
@@ -107,10 +112,12 @@ class Step:
 
     def shards(self, rows: Sequence[T]) -> Iterator[tuple[Path, Sequence[T]]]:
         """Of the shards of `rows`, those that fall to this rank: the file to publish, and its rows."""
+        size = shard_rows(len(rows), self.ranks)
         with self.ranks.bar(len(rows), desc=self.path.name, unit="pair", leave=False) as bar:
-            for start in range(0, len(rows), SHARD_ROWS):
-                stop = min(start + SHARD_ROWS, len(rows))
-                shard = self.path / "shards" / f"{start:09}.jsonl"
+            for start in range(0, len(rows), size):
+                stop = min(start + size, len(rows))
+                # Both ends in its name: where the run goes on with shards of another size, these are others.
+                shard = self.path / "shards" / f"{start:09}-{stop:09}.jsonl"
                 self.shard_paths.append(shard)
                 # The claim comes first: a name that was never looked up is not remembered as absent.
                 if claim(shard) and not (shard.is_file() and is_whole(shard)):

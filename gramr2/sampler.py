@@ -11,7 +11,7 @@ hashed from those and the position. On the CPU in fp32 that holds bit for bit, w
 are padded to a multiple of 8, and a token always reads its keys in the same cuts (batch.py). On CUDA with
 Triton the host works one step behind the device: what a sample computes after its end is dropped.
 
-It leaves out: beam search, penalties, a cache that outlives a call (weights change between calls),
+It leaves out: beam search, penalties, keys and values that outlive a call (weights change between calls),
 several devices (each rank samples its own shard).
 
 Shapes: R rows of a decode step, C columns of what `choose` gives, W watched ids, S slots.
@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from gramr2.cache import PagePool
 from gramr2.engine import Engine
+from gramr2.files import need
 from gramr2.model import Decoder
 from gramr2.requests import Decodes, DeviceStep, Limits, Request, Sample
 from gramr2.scheduler import Scheduler
@@ -56,14 +57,16 @@ def generate_iter(
     keys: Sequence[str] | None = None,
     progress: bool = True,
     limits: Limits | None = None,
+    engine: Engine | None = None,
 ) -> Iterator[Finished]:
     """Yields (prompt index, sample index, Sample) as they finish.
 
     max_new_tokens: one number, one per prompt, or one list per prompt with one per sample. stop_ids: None
     takes the checkpoint's own. stop_texts are searched in what `tokenizer.decode` makes of the last tokens,
     and may span several. keys: one string per prompt, which names it to the noise; the default is a hash of
-    its ids and of how often they came before. limits: how much runs at once. Everything is checked before
-    anything is generated.
+    its ids and of how often they came before. limits: how much runs at once. engine: `Engine(model)`, made
+    once where many calls follow each other, so that they find its memory and its graphs ready. Everything is
+    checked before anything is generated.
     """
     watch_W = torch.tensor(list(watch), dtype=torch.int64, device=model.head_weight.device)
     options = Options(temperature, top_p, top_k, watch_W)
@@ -71,8 +74,9 @@ def generate_iter(
     ends = frozenset(map(int, model.stop_ids if stop_ids is None else stop_ids))
     request = Request(prompts, n, max_new_tokens, options, ends, tuple(stop_texts), tokenizer, seed, keys)
     request.check(model.config)
-    capacity = request.capacity(model.config, model.head_weight, limits or Limits())
-    engine = Engine(model, capacity, options)
+    engine = engine or Engine(model)
+    need(engine.decoder is model, "engine: is of another model")
+    capacity = request.capacity(model.config, model.head_weight, limits or Limits(), engine.pool_bytes)
     return _loop(request, Scheduler(request.queue(), capacity), engine, progress)
 
 
@@ -92,6 +96,7 @@ generate.__signature__ = inspect.signature(generate_iter).replace(return_annotat
 
 def _loop(request: Request, scheduler: Scheduler, engine: Engine, progress: bool) -> Iterator[Finished]:
     """Plan, run, collect. `in_flight`: steps that the device has been given, and what waits for each."""
+    call = engine.begin(scheduler.capacity, request.options)
     lag = 1 if engine.graphs else 0  # steps that the host is behind the device
     in_flight: deque[tuple[DeviceStep, Callable[[], np.ndarray]]] = deque()
     counts: Counter[str] = Counter()
@@ -103,7 +108,7 @@ def _loop(request: Request, scheduler: Scheduler, engine: Engine, progress: bool
             else:
                 step = scheduler.plan()
                 with torch.cuda.device_of(engine.last_id_S):  # which need not be the current one
-                    wait = engine.launch(step)
+                    wait = engine.launch(step, call)
                 if wait:
                     in_flight.append((step, wait))
                 elif not in_flight and not step.chunks:

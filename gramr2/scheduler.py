@@ -23,7 +23,7 @@ class Scheduler:
     """A sequence waits, is being filled, and is then among the sources or among those that run."""
 
     def __init__(self, prompts: Iterator[Prompt], capacity: Capacity):
-        self.queue, self.next_prompt = prompts, next(prompts, None)
+        self.capacity, self.queue, self.next_prompt = capacity, prompts, next(prompts, None)
         self.pool = PagePool(capacity.pages, capacity.page_size)
         self.token_budget = capacity.token_budget
         self.waiting: list[TokenSequence] = []  # without pages: new, or preempted

@@ -25,14 +25,20 @@ from gramr2.fields import typed
 from gramr2.files import InputError
 
 # Settings that a run may be continued under with other values: they change how, not what, it computes.
-FREE = {"device", "dtype", "threads", "fsdp_size", "checkpointing", "compile", "token_budget"}
+FREE = {"device", "dtype", "threads", "fsdp_size", "recompute", "compile", "token_budget"}
 FREE |= {"save_steps", "save_minutes"}
 DTYPES = ("auto", "float32", "bfloat16")
 PAIRS_PER_CALL = 64  # pairs of one generate call: enough to fill a batch, little to do again after a kill
+PAIRS_ON_CUDA = 512  # there a batch is wider (requests.running_on_cuda), and the work is sooner done again
 
 
 SEEDS: dict[str, Any] = {"low": 0, "high": 2**63 - 1}
 SHARE: dict[str, Any] = {"low": 0, "high": 1}
+
+
+def pairs_per_call(device: str) -> int:
+    """For a kind of device."""
+    return PAIRS_ON_CUDA if device == "cuda" else PAIRS_PER_CALL
 
 
 def setting(default: Any, text: str, **limits: Any) -> Any:
@@ -99,8 +105,16 @@ class TrainSettings:
     fsdp_size: int = setting(
         0, "ranks that one copy of the model is split over; 0: all (fewer: hybrid FSDP)", low=0, high=10**6
     )
-    checkpointing: bool = setting(False, "compute activations again in the backward pass; saves memory")
-    compile: bool = setting(False, "compile each block")
+    recompute: int = setting(
+        -1,
+        "blocks whose inside is computed again in the backward pass, which saves memory; -1: as many as the "
+        "device's memory asks for, on the CPU none",
+        low=-1,
+        high=10**6,
+    )
+    compile: bool = setting(
+        False, "compile each block: faster steps and less memory, after a minute at the start"
+    )
 
     save_steps: int = setting(0, "steps between resume points; 0: by time only", low=0)
     save_minutes: float = setting(15.0, "minutes between resume points; 0: by steps only", low=0)

@@ -62,7 +62,10 @@ class Run:
         settings, device = self.trainings["reward"], self.ranks.device
         gc.collect()  # FSDP holds its modules in circles: one trained before may still be there
         with contextlib.redirect_stderr(sys.stderr if self.ranks.is_first else io.StringIO()):
-            return kind.load(directory, device, parallel.compute_dtype(settings, device), date=settings.date)
+            dtype = parallel.compute_dtype(settings, device)
+            model = kind.load(directory, device, dtype, date=settings.date)
+        model.keep_engine()
+        return model
 
     # ------------------------------------------------------------------ training
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from gramr2 import prompts
+from gramr2.engine import Engine
 from gramr2.files import InputError, need
 from gramr2.model import Decoder
 from gramr2.records import OTHER, UNDECIDED, Judgment, Pair, Vote
@@ -75,6 +76,7 @@ class Voter:
     def __init__(self, model: Decoder, tokenizer: Tokenizer, template: str, format: Format):
         assert format.endings is not None, "a judge that writes nothing has no votes"
         self.model, self.tokenizer, self.template = model, tokenizer, template
+        self.engine: Engine | None = None  # of many calls in a row (judge.RewardModel.keep_engine)
         self.format, self.endings = format, format.endings
         a, b = map(tokenizer.encode, self.endings)
         differ = _first_difference(a, b)
@@ -121,6 +123,7 @@ class Voter:
             seed=seed,
             keys=[query.key for query, _ in asked],
             progress=progress,
+            engine=self.engine,
         )
         for (query, ballot), samples in zip(asked, answers, strict=True):
             for number, sample in enumerate(samples):

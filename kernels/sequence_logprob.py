@@ -7,8 +7,12 @@ With Z = H W^T [T, V] the logits, logp_t = Z[t, y_t] - lse_t and p_t = softmax(Z
     dH  = G W                                       dW = G^T H
 
 so a chunk of rows of Z, once computed, can be turned into the same rows of G in place and used for both
-products: dH's rows are final (the sum over V is accumulated in fp32 inside the matmul), dW grows once
-per chunk, in fp32. One product costs 2TdV operations, so the floor is 6TdV: Z, dH, dW.
+products: dH's rows are final (the sum over V is accumulated in fp32 inside the matmul), dW grows once per
+chunk. One product costs 2TdV operations, so the floor is 6TdV: Z, dH, dW.
+
+Each chunk is one more pass over dW. Where they are few, dW stands in the weight's own type, and is rounded
+to it once per chunk; an fp32 one would be read and written at twice the bytes, and be rounded in the end all
+the same. Where they are many, it is fp32.
 
 - `LogProbSum` reaches it. It wants sum_t c_t logp_t with c known beforehand (a training loss: c is a
   mask over a token count), so a_t = c_t, and the backward of a chunk is taken in forward while its
@@ -29,6 +33,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .reference import chunks
+
+FEW = 4  # chunks: rounding dW with each gives it 1.6 times the error of rounding it once
 
 
 class LogProb(torch.autograd.Function):
@@ -72,9 +78,12 @@ def _gradients(
 ):
     """-> (logp_T, dH or None, dW or None). Every matmul names its `out`, which keeps autocast out too."""
     logp_T = torch.empty_like(d_logp_T)
-    d_hidden_TD = torch.empty_like(hidden_TD) if needs_hidden else None
-    d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
     parts = chunks(len(hidden_TD), implementation.rows_per_chunk(weight_VD))
+    d_hidden_TD = torch.empty_like(hidden_TD) if needs_hidden else None
+    d_weight_VD = None
+    if needs_weight:
+        dtype = torch.float32 if len(parts) > FEW else weight_VD.dtype
+        d_weight_VD = torch.empty_like(weight_VD, dtype=dtype) if parts else torch.zeros_like(weight_VD)
     buffer_CV = hidden_TD.new_empty(parts[0].stop if parts else 0, len(weight_VD))
     for rows in parts:
         gradient_CV = buffer_CV[: rows.stop - rows.start]
@@ -85,13 +94,16 @@ def _gradients(
         if d_hidden_TD is not None:
             torch.mm(gradient_CV, weight_VD, out=d_hidden_TD[rows])
         if d_weight_VD is not None:
-            _accumulate_(d_weight_VD, gradient_CV, hidden_TD[rows])
+            _add_product_(d_weight_VD, gradient_CV, hidden_TD[rows], first=rows.start == 0)
     return logp_T, d_hidden_TD, None if d_weight_VD is None else d_weight_VD.to(weight_VD.dtype)
 
 
-def _accumulate_(total_VD, gradient_CV, hidden_CD):
-    """total += gradient^T hidden, in fp32: no chunk's share is rounded to 16 bits on its way."""
-    if total_VD.is_cuda:  # the matmul itself takes 16-bit operands and adds to fp32
-        torch.addmm(total_VD, gradient_CV.T, hidden_CD, out_dtype=torch.float32, out=total_VD)
+def _add_product_(total_VD, gradient_CV, hidden_CD, first):
+    """total += gradient^T hidden, or = with the first chunk: what stood there before is not read."""
+    keep = 0 if first else 1
+    if total_VD.dtype == gradient_CV.dtype:
+        torch.addmm(total_VD, gradient_CV.T, hidden_CD, beta=keep, out=total_VD)
+    elif total_VD.is_cuda:  # the matmul itself takes 16-bit operands and adds to fp32
+        torch.addmm(total_VD, gradient_CV.T, hidden_CD, beta=keep, out_dtype=torch.float32, out=total_VD)
     else:
-        torch.addmm(total_VD, gradient_CV.T.float(), hidden_CD.float(), out=total_VD)
+        torch.addmm(total_VD, gradient_CV.T.float(), hidden_CD.float(), beta=keep, out=total_VD)

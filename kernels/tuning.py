@@ -1,4 +1,4 @@
-"""How a kernel is launched, where a card has been asked: tile sizes, stages, warps and splits that were measured.
+"""How a kernel is launched on a card that was asked: tile sizes, stages, warps and splits, as measured there.
 
 `python benchmarks/tune.py` tries them on the card it runs on and leaves a file, {device: {"kernel, shape":
 {name: number}}}. Kernels ask `choice` before a launch; without a file, or a line for them in it, they are
@@ -30,7 +30,9 @@ def choices(device: torch.device) -> dict[str, dict[str, int]]:
         found = json.loads(path.read_text(encoding="utf-8")).get(torch.cuda.get_device_name(device), {})
         return {key: {str(name): int(number) for name, number in each.items()} for key, each in found.items()}
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        warnings.warn(f"{path}: is not used ({error}); python benchmarks/tune.py writes it anew", stacklevel=2)
+        warnings.warn(
+            f"{path}: is not used ({error}); python benchmarks/tune.py writes it anew", stacklevel=2
+        )
         return {}
 
 

@@ -84,7 +84,7 @@ def child(job: dict, rank: int) -> int:
     patch_steps(job, rank)
     if job.get("sgd"):
         # By `patch`, which refuses a name that is no longer there.
-        patch.object(fit, "make_optimizer", lambda made, _: torch.optim.SGD(made.parameters())).start()
+        patch.object(fit, "make_optimizer", lambda weights, _: torch.optim.SGD(weights)).start()
         patch.object(fit, "learning_rate_at", lambda *_: 1.0).start()
         patch.object(resume, "training_state", lambda *_: {}).start()
     try:

@@ -49,7 +49,7 @@ def child(words: list[str]) -> int:
     from gramr2.files import exit_status
 
     os.dup2(2, 1)  # stdout is for pids and statuses
-    bulk.PAIRS_PER_CALL = 4
+    bulk.pairs_per_call = lambda _: 4
     return exit_status(infer.main, words)
 
 

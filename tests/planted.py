@@ -5,6 +5,7 @@ import random
 import re
 from types import SimpleNamespace
 
+import torch
 from checkpoints import tokenizer_files
 
 import gramr2.votes
@@ -16,7 +17,9 @@ from gramr2.votes import THINK, Format
 
 TEMPLATE = "<<{question}|{response_a}|{response_b}>>"
 TOKENIZER = Tokenizer(tokenizer_files("llama3"), "test", date="2026-01-31")
-NO_MODEL = SimpleNamespace(config=SimpleNamespace(max_positions=10_000, num_labels=0))
+NO_MODEL = SimpleNamespace(
+    config=SimpleNamespace(max_positions=10_000, num_labels=0), head_weight=torch.empty(0)
+)
 
 
 def planted(monkeypatch, rule, format: Format = THINK, endings=None, model=NO_MODEL) -> RewardModel:

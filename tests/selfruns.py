@@ -151,7 +151,8 @@ def child(job: dict, rank: int) -> int:
     os.chdir(job["cwd"])
     for descriptor in (1, 2):
         os.dup2(os.open(f"log.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), descriptor)
-    run_directory.SHARD_ROWS = job.get("shard", run_directory.SHARD_ROWS)
+    if "shard" in job:
+        run_directory.shard_rows = lambda *_: job["shard"]
     if rank == 0:
         watch_publications(job)
     if job.get("die", [None])[0] == rank:

@@ -91,7 +91,7 @@ def test_a_gpu_trains_near_the_cpu(world, tmp_path):
     """bf16 compute over fp32 weights, one FSDP rank: near the CPU's curve, saving on the way."""
     settings = {"steps": 10, "save_steps": 5}
     train(tmp_path / "cpu", world, device="cpu", **settings)
-    train(tmp_path / "gpu", world, device="cuda", checkpointing=True, **settings)
+    train(tmp_path / "gpu", world, device="cuda", recompute=1, **settings)
     assert curve(tmp_path / "gpu") == pytest.approx(curve(tmp_path / "cpu"), abs=0.1)
 
 
@@ -118,7 +118,7 @@ class Adapter(nn.Module):
 @pytest.mark.parametrize("stage", ["reward", "discriminative"])
 def test_adapters_around_every_matrix_are_trained_and_nothing_else(tmp_path, stage):
     """They go around a decoder on the meta device; the checkpoint fills what they stand around."""
-    config = {"steps": 3, "max_length": 1400, "checkpointing": True}
+    config = {"steps": 3, "max_length": 1400, "recompute": 99}
     builder = builder_of(stage, make(tmp_path, family="qwen3"), **config)
     settings, (model, _) = builder.settings, (tmp_path / "start", None)
     with torch.device("meta"):

@@ -41,11 +41,14 @@ class EagerGraphs(graphs.DecodeGraphs):
 
 
 class EngineWithGraphs(engine.Engine):
-    def __init__(self, model, capacity, options):
-        super().__init__(model, capacity, options)
-        self.item_rows = 2
-        self.graphs = EagerGraphs(self.device, capacity, self.item_rows)
-        self._clear(list(range(capacity.pages)))  # with graphs it leaves this to kernels that need it not
+    def __init__(self, model):
+        super().__init__(model)
+        self.item_rows, self.uses_graphs = 2, True
+
+    def begin(self, capacity, options):
+        call = super().begin(capacity, options)
+        self._clear(list(range(self.pages)))  # with graphs it leaves this to kernels that need it not
+        return call
 
 
 @pytest.fixture
@@ -53,6 +56,7 @@ def with_graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "Event", Mock)
     monkeypatch.setattr(sampler, "Engine", EngineWithGraphs)
+    monkeypatch.setattr(engine, "DecodeGraphs", EagerGraphs)
 
 
 def test_fixed_buffers_and_a_host_one_step_behind_change_nothing(request):
@@ -85,11 +89,11 @@ def test_only_samples_that_share_are_read_in_two_parts(with_graphs, monkeypatch)
     """A step without a shared prefix has no launch for one; the last sample of a prompt is alone again."""
     seen = []
 
-    def noted(self, batch, decode):
+    def noted(self, batch, *arguments):
         seen.append(
             (len(batch.prefix.rows_IJ), (batch.positions_R + 1 - batch.own.visible_IJ[:, 0]).tolist())
         )
-        return graphs.DecodeGraphs.launch(self, batch, decode)
+        return graphs.DecodeGraphs.launch(self, batch, *arguments)
 
     monkeypatch.setattr(EagerGraphs, "launch", noted)
     options = dict(n=3, max_new_tokens=[[2, 4, 4], [4, 2, 6]], stop_ids=(), progress=False)
@@ -116,6 +120,36 @@ def test_a_calls_cache_goes_with_the_call(with_graphs, monkeypatch):
         assert [made() for made in engines] == [None, None]
     finally:
         gc.enable()
+
+
+def test_an_engine_serves_call_after_call_with_other_sizes_options_and_weights(with_graphs):
+    """Each as a call of its own: what the calls before left (pages, graphs, columns of weights) is theirs."""
+    model = random_model("llama2")
+    kept = EngineWithGraphs(model)
+    calls, captured = [(1, 10, 0.0), (3, 40, 0.0), (3, 40, 1.0), (2, 20, 0.0), (3, 40, 1.0)], 0
+    for seed, (n, new, temperature) in enumerate(calls):
+        if seed == 3:
+            with torch.no_grad():
+                model.blocks[0].mlp.down.weight.mul_(-1)
+        options = dict(n=n, max_new_tokens=new, temperature=temperature, seed=seed, stop_ids=())
+        options |= dict(progress=False, watch=[3 + n])
+        pages = kept.pages
+        got, alone = (generate(model, prompts_of(LENGTHS), engine=each, **options) for each in (kept, None))
+        assert got == alone
+        assert kept.pages == pages or seed < 2
+        assert seed != 4 or len(kept.graphs.captured) == captured  # its sizes and options have been met
+        captured = len(kept.graphs.captured)
+
+
+def test_a_call_that_another_has_cut_into_says_so():
+    """Two of them would write over each other's pages."""
+    model = random_model("llama2")
+    kept = engine.Engine(model)
+    first = generate_iter(model, [[1, 2, 3]] * 2, max_new_tokens=[1, 9], progress=False, engine=kept)
+    next(first)
+    generate(model, [[1, 2]], max_new_tokens=1, progress=False, engine=kept)
+    with pytest.raises(RuntimeError, match="another one on the same engine"):
+        next(first)
 
 
 @pytest.mark.cuda

@@ -37,9 +37,9 @@ def case(dtype, heads, groups, size, page, device="cpu"):
 SHAPES = [(4, 2, 8, 16), (6, 2, 40, 16), (3, 3, 64, 4), (8, 1, 128, 64), (14, 2, 64, 48), (5, 1, 80, 128)]
 
 
-def exact(q_THK, keys_NPGK, values_NPGK, reads):
+def exact(q_THK, keys_NGPK, values_NGPK, reads):
     on_cpu = [kernels.Reads(*(array.cpu() for array in part.arrays())) for part in reads]
-    return reference.attend_pages(*(x.cpu().double() for x in (q_THK, keys_NPGK, values_NPGK)), on_cpu)
+    return reference.attend_pages(*(x.cpu().double() for x in (q_THK, keys_NGPK, values_NGPK)), on_cpu)
 
 
 def check(implementation, dtype, shape, device="cpu"):

@@ -44,9 +44,10 @@ def test_adamw_curves_agree_over_ranks_with_recomputation_hybrid_sharding_and_ti
     settings = {"steps": 8, "save_steps": 0, "token_budget": 1500}
     shapes = {
         "one": (1, {}),
-        "two": (2, {"checkpointing": True}),
+        "two": (2, {"recompute": 99}),
         "hybrid": (4, {"fsdp_size": 2}),
         "half": (2, {"dtype": "bfloat16"}),
+        "half-one": (1, {"dtype": "bfloat16"}),
     }
     (tmp_path / "free").mkdir()
     other, _ = make(tmp_path / "free", 2, "qwen3")  # a head of its own, biases none, norms on q and k
@@ -63,21 +64,31 @@ def test_adamw_curves_agree_over_ranks_with_recomputation_hybrid_sharding_and_ti
         assert curve(tmp_path / name) == pytest.approx(curve(tmp_path / "one"), abs=1e-4)
     # What a GPU computes in: only near, and its coefficients must not be rounded with the activations.
     assert curve(tmp_path / "half") == pytest.approx(curve(tmp_path / "one"), abs=0.1)
+    # Masters beside a copy are no other arithmetic than FSDP's casts.
+    assert curve(tmp_path / "half-one") == pytest.approx(curve(tmp_path / "half"), abs=0.02)
     assert curve(tmp_path / "score-2") == pytest.approx(curve(tmp_path / "score-1"), abs=1e-4)
 
 
 def test_a_run_on_two_ranks_continues_on_one_and_on_three(tmp_path):
-    """Level 2; a resume point that remembers its number of ranks could not."""
+    """Level 2; a resume point that remembers its number of ranks could not. In bfloat16 the one rank has
+    masters, of which the two know nothing: where it went on from the copies, it would be 1e-3 off at once."""
     model, data = make(tmp_path)
     settings = {"steps": 8, "save_steps": 2}
-    whole = job(tmp_path / "whole", model, data, config=settings, ranks=2)
-    cut = [job(tmp_path / f"to{n}", model, data, config=settings, ranks=2, stop_at=3) for n in (1, 3)]
-    rest = [job(tmp_path / f"to{n}", model, data, config=settings, ranks=n) for n in (1, 3)]
-    results = drive([whole, *cut, *rest])
-    assert [set(result["statuses"]) for result in results] == [{0}, {130}, {130}, {0}, {0}], results
-    for n in (1, 3):
-        assert curve(tmp_path / f"to{n}") == pytest.approx(curve(tmp_path / "whole"), abs=1e-4)
-        assert distance(tmp_path / "whole", tmp_path / f"to{n}") < 1e-3
+    half = settings | {"dtype": "bfloat16", "lr": 1e-5}
+    ways = {"to1": (settings, 2, 1), "to3": (settings, 2, 3), "half": (half, 2, 1), "half2": (half, 1, 2)}
+    wholes = [job(tmp_path / "whole", model, data, config=settings, ranks=2)]
+    wholes += [job(tmp_path / "whole-half", model, data, config=half, ranks=2)]
+    cut = [job(tmp_path / to, model, data, config=c, ranks=n, stop_at=3) for to, (c, n, _) in ways.items()]
+    rest = [job(tmp_path / to, model, data, config=c, ranks=n) for to, (c, _, n) in ways.items()]
+    results = drive([*wholes, *cut, *rest])
+    statuses = [result["statuses"][0] for result in results]
+    assert statuses == [0, 0, 130, 130, 130, 130, 0, 0, 0, 0], results
+    for to in ("to1", "to3"):
+        assert curve(tmp_path / to) == pytest.approx(curve(tmp_path / "whole"), abs=1e-4)
+        assert distance(tmp_path / "whole", tmp_path / to) < 1e-3
+    for to in ("half", "half2"):
+        assert curve(tmp_path / to) == pytest.approx(curve(tmp_path / "whole-half"), abs=0.02)
+        assert distance(tmp_path / "whole-half", tmp_path / to) < 1e-4
 
 
 def test_one_rank_dying_ends_all_within_a_minute(tmp_path):
@@ -151,14 +162,18 @@ def test_the_plan_of_a_policy_is_printed_by_the_first_rank_alone(tmp_path):
 
 
 def test_compiled_blocks_train_the_same(tmp_path):
-    """Level 2, 1e-4; attention is an argument that changes from pack to pack, and must not recompile."""
+    """Level 2, 1e-4; attention is an argument that changes from pack to pack, and must neither recompile nor
+    break a block's graph (which the trainer asks for whole)."""
     if not shutil.which("g++") and not shutil.which("clang++"):
         pytest.skip("torch.compile finds no C++ compiler here")
     model, data = make(tmp_path)
     settings = {"steps": 4, "save_steps": 0, "token_budget": 1500}
     jobs = [job(tmp_path / "plain", model, data, config=settings)]
-    jobs.append(job(tmp_path / "compiled", model, data, config=settings | {"compile": True}))
+    for again in (0, 1):
+        config = settings | {"compile": True, "recompute": again}
+        jobs.append(job(tmp_path / f"compiled{again}", model, data, config=config))
     for result in drive(jobs):
         assert result["statuses"] == [0], result
         assert "recompile_limit" not in result["log"]
-    assert curve(tmp_path / "compiled") == pytest.approx(curve(tmp_path / "plain"), abs=1e-4)
+    for again in (0, 1):
+        assert curve(tmp_path / f"compiled{again}") == pytest.approx(curve(tmp_path / "plain"), abs=1e-4)

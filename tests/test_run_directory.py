@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gramr2 import run_directory
-from gramr2.files import InputError
+from gramr2.files import InputError, need
 from gramr2.parallel import Ranks
 from gramr2.run_directory import RunDirectory, Step
 
@@ -40,7 +40,7 @@ def test_what_has_no_number_is_no_step(tmp_path):
 
 
 def test_finished_shards_are_kept_and_a_cut_one_is_done_again_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_directory, "SHARD_ROWS", 4)
+    monkeypatch.setattr(run_directory, "shard_rows", lambda *_: 4)
     seen = []
 
     def rows(items, cut):
@@ -56,7 +56,8 @@ def test_finished_shards_are_kept_and_a_cut_one_is_done_again_whole(tmp_path, mo
 
     with pytest.raises(InputError, match="cut"), begin(tmp_path).step("one") as step:
         work(step, cut=6)
-    assert [path.name for path in (tmp_path / "steps/01-one/shards").glob("*.jsonl")] == ["000000000.jsonl"]
+    left = (tmp_path / "steps/01-one/shards").glob("*.jsonl")
+    assert [path.name for path in left] == ["000000000-000000004.jsonl"]
     with begin(tmp_path).step("one") as step:
         work(step)
         assert [row["item"] for row in step.rows()] == list(range(10))
@@ -65,8 +66,25 @@ def test_finished_shards_are_kept_and_a_cut_one_is_done_again_whole(tmp_path, mo
     assert not (tmp_path / "steps/01-one/shards").exists()
 
 
+def test_a_step_that_goes_on_with_larger_shards_loses_no_row(tmp_path, monkeypatch):
+    """As on a GPU after a CPU: a shard that is known by its first row alone would pass for the larger one."""
+
+    def work(step: Step, size: int, rows: int):
+        monkeypatch.setattr(run_directory, "shard_rows", lambda *_: size)
+        for shard, items in step.shards(range(10)):
+            need(items[0] < rows, "cut")
+            run_directory.write_shard(shard, ({"item": item} for item in items))
+
+    with pytest.raises(InputError, match="cut"), begin(tmp_path).step("one") as step:
+        work(step, 4, rows=4)
+    with begin(tmp_path).step("one") as step:
+        work(step, 8, rows=10)
+        assert [row["item"] for row in step.rows()] == list(range(10))
+        step.close({})
+
+
 def test_a_shard_is_given_to_one_alone_and_a_killed_run_leaves_no_claim(tmp_path):
-    shard = tmp_path / "steps/01-one/shards/000000000.jsonl"
+    shard = tmp_path / "steps/01-one/shards/000000000-000000010.jsonl"
     shard.parent.parent.mkdir(parents=True)
     assert run_directory.claim(shard) and not run_directory.claim(shard)
     run_directory.remove_leftovers(tmp_path)

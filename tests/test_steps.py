@@ -18,7 +18,7 @@ from gramr2.steps import NothingKept, Run
 
 @pytest.fixture
 def run(tmp_path, monkeypatch) -> Run:
-    monkeypatch.setattr(run_directory, "SHARD_ROWS", 4)
+    monkeypatch.setattr(run_directory, "shard_rows", lambda *_: 4)
     directory = RunDirectory(tmp_path / "run", {}, [], Ranks(0, 1, torch.device("cpu")))
     return Run(directory, SelfTrainSettings(), {}, {})
 
@@ -65,7 +65,7 @@ def test_what_was_filtered_does_not_depend_on_the_shards(run, tmp_path, monkeypa
     source = write(tmp_path / "judged.jsonl", [judged(n, "AAAA" if n % 3 else "BBBB") for n in range(11)])
     first = run.filter_labels("labels", source, 1).read_bytes()
     shutil.rmtree(run.directory.root)
-    monkeypatch.setattr(run_directory, "SHARD_ROWS", 64)
+    monkeypatch.setattr(run_directory, "shard_rows", lambda *_: 64)
     assert run.filter_labels("labels", source, 1).read_bytes() == first
 
 

@@ -4,11 +4,12 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 from planted import TOKENIZER, pair, planted
 
 from gramr2.files import InputError
 
-SMALL = SimpleNamespace(config=SimpleNamespace(max_positions=200, num_labels=0))
+SMALL = SimpleNamespace(config=SimpleNamespace(max_positions=200, num_labels=0), head_weight=torch.empty(0))
 
 
 def test_every_vote_has_a_seed_of_its_own_and_the_same_one_again(monkeypatch):

@@ -27,7 +27,7 @@ from gramr2.files import InputError, JsonRow, need, only_writer, write_rows
 from gramr2.rankings import Ranking
 from gramr2.records import Judgment, Pair, nothing_read
 from gramr2.run_directory import finished_runs, model_of
-from gramr2.settings import PAIRS_PER_CALL
+from gramr2.settings import pairs_per_call
 
 ROW = b'{"id": '  # what a judged row begins with
 Item = Pair | JsonRow  # of bulk work: a pair, or one of a benchmark's lists
@@ -73,6 +73,7 @@ class Judge:
         dtype = dtype if settings.dtype == "auto" else settings.dtype
         format = None if settings.format is None else format_named(settings.format)
         self.model = RewardModel.load(directory, device, dtype, settings.prompt, format)
+        self.model.keep_engine()
         names = ("votes", "seed", "max_new_tokens", "temperature")
         self.sampling: JsonRow = {name: getattr(settings, name) for name in names}
         calibrated = self.model.calibrates(settings.votes, settings.temperature)
@@ -121,10 +122,11 @@ def judge_into(out: Path, settings: JudgeSettings, source: Store | list[Item], p
         done = keep_finished(out, judge.judged_with)
         unreadable: list[JsonRow] = []
         waiting = pending(source, done, unreadable)
+        per_call = pairs_per_call(judge.model.model.head_weight.device.type)
         counts = {"judged": 0, "before": done.total(), "failed": 0, "unread": 0, "forged": 0}
         with RowLog(out, ROW) as log, tqdm(total=len(source), unit="pair", disable=None) as bar:
             bar.update(done.total())
-            while together := list(islice(waiting, PAIRS_PER_CALL)):
+            while together := list(islice(waiting, per_call)):
                 rows = list(judge.rows(together))
                 for row in rows:
                     log.write(row)

@@ -12,30 +12,11 @@ from pathlib import Path
 
 import torch
 
-from gramr2.cost import count_parameters, describe
+from gramr2.cost import describe, memory_per_rank
 from gramr2.examples import ExampleBuilder
-from gramr2.model import ModelConfig
 from gramr2.parallel import Ranks, compute_dtype
 from gramr2.plan import make_plan, read_model_config
 from gramr2.settings import TrainSettings
-
-
-def memory_per_rank(settings: TrainSettings, config: ModelConfig, ranks: int, half: bool) -> dict[str, float]:
-    """GB on each rank, estimated: a token leaves about 34 D + 8 F bytes in one block in bf16."""
-    parameters, width = count_parameters(config), 2 if half else 4
-    head = config.vocab_size * config.hidden_size
-    block = (parameters - head * (2 - config.tie_embeddings)) / config.num_layers
-    token = width / 2 * (34 * config.hidden_size + 8 * config.intermediate_size)
-    stored = width * config.hidden_size * config.num_layers + token
-    stored = stored if settings.checkpointing else token * config.num_layers
-    gathered = width * (head * (2 - config.tie_embeddings) + 2 * block)
-    sizes = {
-        "weights, gradients and AdamW": 16 * parameters / (settings.fsdp_size or ranks),
-        "gathered weights": gathered if ranks > 1 or half else 0,
-        "activations": settings.token_budget * stored,
-        "the head's gradient": 4 * head,
-    }
-    return {name: size / 1e9 for name, size in sizes.items()}
 
 
 def dry_run(

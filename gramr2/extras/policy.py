@@ -38,9 +38,11 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from gramr2 import fit, parallel
 from gramr2.data import Store
+from gramr2.engine import Engine
 from gramr2.extras.policy_loss import PolicyGradient
 from gramr2.extras.policy_settings import PolicySettings
 from gramr2.extras.row_log import RowLog
@@ -175,8 +177,9 @@ class Rollouts:
     def draw(self, number: int, step: int) -> None:
         """A batch, in the plan's order whatever the number of ranks. The first rank writes it down."""
         parameters = dict(self.actor.named_parameters())
-        for name, tensor in parallel.whole_tensors(self.loop.trainee, self.actor.head_weight.dtype):
-            parameters[name].data.copy_(tensor)
+        with torch.no_grad():
+            for name, tensor in parallel.whole_tensors(self.loop.trainee, self.actor.head_weight.dtype):
+                parameters[name].copy_(tensor)
         chosen, size = [row for row, _, _ in self.plan.step(number)], self.ranks.size
         mine = chosen[self.ranks.rank :: size]
         parts = self.ranks.on_all_ranks(lambda: self.assign(self.sample(mine, step)))
@@ -194,7 +197,12 @@ class Rollouts:
     def sample(self, chosen: Sequence[int], step: int) -> list[list[Rollout]]:
         """The groups of some prompts. A rollout is the same whatever rank draws it."""
         questions, ids = zip(*(self.prompts[i] for i in chosen), strict=True) if chosen else ((), ())
-        how = {"max_new_tokens": self.settings.max_new_tokens, "seed": self.settings.seed, "progress": False}
+        how: dict[str, Any] = {
+            "max_new_tokens": self.settings.max_new_tokens,
+            "seed": self.settings.seed,
+            "progress": False,
+        }
+        how["engine"] = Engine(self.actor)  # for two calls: the training needs its memory back
         drawn = generate(self.actor, ids, n=self.settings.group, keys=[f"{step} {i}" for i in chosen], **how)
         greedy: list[str | None] = [None] * len(chosen)
         if self.settings.reward == "pairwise":
