@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gramr2.denoise import FILTERS
+from gramr2.extras import beside
 from gramr2.extras.inputs import KINDS, RunInputs, prepare
 from gramr2.extras.report import write_report
 from gramr2.extras.results import Results, show
@@ -51,7 +52,7 @@ RECIPES = Path(__file__).resolve().parent / "recipes"
 REGISTRIES = {"select_by": SCORES, "without": FILTERS}  # whose names these settings may hold
 
 
-def self_train(run: Run, inputs: RunInputs, results: Results) -> None:
+def self_train(run: Run, inputs: RunInputs, results: Results | beside.Beside) -> None:
     """Figure 2, from top to bottom."""
     settings = run.settings
     human = [inputs.human] if settings.mix_human else []
@@ -88,15 +89,13 @@ def self_train(run: Run, inputs: RunInputs, results: Results) -> None:
     results.test(f"voting@{settings.test_votes}", final, settings.test_votes)
 
 
-def baselines(run: Run, inputs: RunInputs, results: Results) -> None:
+def baselines(run: Run, inputs: RunInputs, results: Results | beside.Beside) -> None:
     """The models that the paper compares with, on the same pairs, and the same data trained for longer."""
     for stage in ("discriminative", "generative"):
-        model = run.train(stage, stage, [inputs.labelled], inputs.backbone)
-        results.test(stage, model, baseline=True)
+        results.compare(stage, stage, stage, [inputs.labelled])
     kept = run.directory.paths["filter-labelled"] / "kept.jsonl"
     human = [inputs.human] if run.settings.mix_human else []
-    longer = run.train("labelled-2x", "reward", [*human, kept], inputs.backbone, times=2)
-    results.test("labelled only, 2x steps", longer, baseline=True)
+    results.compare("labelled only, 2x steps", "labelled-2x", "reward", [*human, kept], times=2)
 
 
 # ---------------------------------------------------------------------------------- the command
@@ -171,6 +170,7 @@ def main(argv: Sequence[str]) -> int:
     from gramr2.steps import Run
 
     with parallel.join_ranks(trainings["reward"]) as ranks, ranks.only_writer(root):
+        ranks.on_rank_0(lambda: beside.check_it_has_ended(root))
         directory = RunDirectory(root, plan, files, ranks, arguments.until, arguments.verify)
         if arguments.start:
             ranks.on_rank_0(lambda: directory.forget(arguments.start))
@@ -194,6 +194,7 @@ def run_to_the_end(run: Run, inputs: RunInputs) -> None:
     """The loop and its baselines. Where the loop cannot go on, what it reached is written down and shown."""
     from gramr2.steps import NothingKept
 
+    beside.go_ahead(run, inputs, self_train, baselines)
     results, stopped = Results(run, inputs), None
     try:
         self_train(run, inputs, results)

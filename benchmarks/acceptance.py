@@ -2,13 +2,16 @@
 
     python benchmarks/acceptance.py                          all parts, on one GPU or several
     python benchmarks/acceptance.py --part judge round       only these; the others' results stay
+    python benchmarks/acceptance.py --share sampler=200      a part's seconds, of the others' if need be
     python benchmarks/acceptance.py --device cpu --quick     a rehearsal with micro models: it shows that this
                                                              script runs, and leaves no figure
 
-Each part is a process of its own with a time limit of its own, inside one deadline for all. A part that
-fails or runs out of time is written down with the end of its output and stops no other; what a benchmark
-had measured by then is kept. What comes first matters most: correctness, then the kernels, the sampler,
-the trainer, the judge, and a whole self-training round in bfloat16. Models have random weights.
+Each part is a process of its own and has a share of the one deadline for all; what a part leaves of its
+share goes to those behind it. A part that fails or runs out of time is written down with the end of its
+output and stops no other; what a benchmark had measured by then is kept. What comes first matters most:
+correctness, the launch choices of this card, which all later parts use, then the kernels, the sampler, the
+trainer, proofs and judgments from end to end, profiles by kernel, and a whole self-training round in
+bfloat16. Models have random weights.
 
 Everything ends in benchmarks/results/acceptance.json, from which `python benchmarks/tables.py` fills the
 GPU tables of the READMEs: that one file is all that has to be brought back from the machine. Exit status 0:
@@ -28,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import common
@@ -41,26 +45,34 @@ BENCHMARKS, TESTS = common.ROOT / "benchmarks", common.ROOT / "tests"
 MICRO = common.ROOT / "recipes/micro.toml"
 TAIL = 3000  # characters that are kept of what a failed part said
 GRACE = 5.0  # seconds between asking a part to stop and killing it
+DEADLINE = 540.0
+STARTING = 10.0  # seconds that a script may take before it works
 
 
 @dataclass(frozen=True)
 class Part:
-    """One row of the report. `words` is what Python is started with, by (device, quick, directory)."""
+    """One row of the report. `words`: what Python is started with, by (device, quick, directory, seconds)."""
 
     name: str
     about: str
-    limit: float  # seconds; the sum may be more than the deadline, since hardly any part needs its own
-    words: Callable[[str, bool, Path], list]
+    share: float  # seconds, of the default deadline
+    words: Callable[[str, bool, Path, float], list]
     forbidden: str = ""  # a pattern that must not stand in what a part says on a GPU
 
 
-def tests(device: str, quick: bool, place: Path) -> list:
+def tests(device: str, quick: bool, place: Path, seconds: float) -> list:
     """Only the files that hold CUDA tests: the others would be imported for nothing."""
     marked = [path for path in sorted(TESTS.glob("test_*.py")) if "@pytest.mark.cuda" in path.read_text()]
     return ["-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider", "--rootdir", common.ROOT, *marked]
 
 
-def ranks(device: str, quick: bool, place: Path) -> list:
+def tuner(device: str, quick: bool, place: Path, seconds: float) -> list:
+    """Leaves its file where GRAMR2_TUNING says: the parts behind it launch their kernels by it."""
+    words = [BENCHMARKS / "tune.py", "--device", device, "--seconds", max(1.0, seconds - STARTING)]
+    return [*words, *(["--quick", "--out", place / "choices.json"] if quick else [])]
+
+
+def ranks(device: str, quick: bool, place: Path, seconds: float) -> list:
     """Training by torchrun on every GPU there is (NCCL), from a backbone that has learnt nothing."""
     count = torch.cuda.device_count() if device == "cuda" else 2
     world = toyworld.make_world(place / "world", **micro_world())
@@ -72,12 +84,12 @@ def ranks(device: str, quick: bool, place: Path) -> list:
 
 def benchmark(name: str, full=(), quick=()):
     """A script of this directory: its words for a GPU, and for a rehearsal."""
-    return lambda device, rehearsal, place: [
+    return lambda device, rehearsal, place, seconds: [
         BENCHMARKS / f"{name}.py", "--device", device, *(["--quick", *quick] if rehearsal else full)
     ]  # fmt: skip
 
 
-def whole_round(device: str, quick: bool, place: Path) -> list:
+def whole_round(device: str, quick: bool, place: Path, seconds: float) -> list:
     """selftrain.py with the micro recipe, which on a GPU trains and samples in bfloat16."""
     return [common.ROOT / "selftrain.py", "--recipe", MICRO, *(["--no-baselines"] if quick else [])]
 
@@ -86,38 +98,62 @@ def micro_world() -> dict:
     return {key: value for key, value in read_recipe(MICRO)["world"].items() if key != "directory"}
 
 
-PARTS = [
-    Part("tests", "every test that needs a GPU", 150, tests, forbidden=r"\d+ skipped"),
-    Part("ranks", "torchrun, a rank on each GPU", 60, ranks),
+PARTS = [  # the shares make up the default deadline
+    Part("tests", "every test that needs a GPU", 65, tests, forbidden=r"\d+ skipped"),
+    Part("tuner", "launch choices of the kernels on this card", 60, tuner),
+    Part("ranks", "torchrun, a rank on each GPU", 25, ranks),
     Part(
         "kernels",
         "sequence log-prob, three published heads",
-        110,
+        60,
         benchmark("sequence_logprob", ["--repeats", 3], ["--repeats", 1, "--ways", "ours"]),
     ),
     Part(
         "sampler",
         "decode steps of an 8B model, and grouped prefixes",
-        130,
+        75,
         benchmark("sampling", ["--no-continuous"], ["--no-continuous"]),
     ),
-    Part("trainer", "training steps at 3B and, where it fits, 8B", 140, benchmark("training")),
-    Part("judge", "pairs per second with 1, 4 and 16 votes", 120, benchmark("judging", ["--repeats", 1])),
-    Part("round", "a self-training round in bfloat16", 120, whole_round),
-    Part("scorer", "log-probs of a 1B model", 60, benchmark("forward", ["--repeats", 2], ["--repeats", 1])),
+    Part("trainer", "training steps at 3B, 135M, 0.5B and, where it fits, 8B", 45, benchmark("training")),
+    Part(
+        "compiled",
+        "the same with compiled blocks, small models first",
+        70,
+        benchmark(
+            "training",
+            ["--compile", "--shapes", "SmolLM2-135M", "Qwen2.5-0.5B", "LLaMA-3.2-3B"],
+            ["--compile"],
+        ),
+    ),
+    Part(
+        "endtoend",
+        "proofs and judgments of a 135M model",
+        30,
+        benchmark("endtoend", quick=["--repeats", 1]),
+    ),
+    Part("profiles", "decode and training steps by kernel", 35, benchmark("profiles")),
+    Part("round", "a self-training round in bfloat16", 35, whole_round),
+    Part("judge", "pairs per second with 1, 4 and 16 votes", 30, benchmark("judging", ["--repeats", 1])),
+    Part("scorer", "log-probs of a 1B model", 10, benchmark("forward", ["--repeats", 2], ["--repeats", 1])),
 ]
 
 
-def run(part: Part, arguments: argparse.Namespace, left: float) -> tuple[dict, dict]:
+def ends(shares: list[float], deadline: float) -> list[float]:
+    """When each part has to be done: its share after the one before. All shrink alike where they are too much
+    for the deadline, and grow with one that is longer than the default."""
+    scale = min(deadline / sum(shares), max(1.0, deadline / DEADLINE))
+    return [scale * end for end in accumulate(shares)]
+
+
+def run(part: Part, arguments: argparse.Namespace, limit: float) -> tuple[dict, dict]:
     """-> (the part's row, the results that it left by their names)."""
-    limit = min(part.limit, left)
     if limit < 1:
         return {"part": part.name, "status": "not started", "seconds": 0.0, "said": "the deadline"}, {}
     print(f"{part.name}: {part.about}, {limit:.0f} s at most …", file=sys.stderr, flush=True)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
-        words = part.words(arguments.device, arguments.quick, place)
+        words = part.words(arguments.device, arguments.quick, place, limit)
         command = [sys.executable, *map(str, words)]
         status, said = bounded(command, place, limit)
         results = {path.stem: read_json(path) for path in sorted((place / "results").glob("*.json"))}
@@ -135,7 +171,7 @@ def run(part: Part, arguments: argparse.Namespace, left: float) -> tuple[dict, d
 def bounded(command: list[str], place: Path, limit: float) -> tuple[str, str]:
     """Runs a command and all that it starts for `limit` seconds at most. → (status, what it said)."""
     environment = os.environ | {"GRAMR2_RESULTS": str(place / "results"), "PYTHONUNBUFFERED": "1"}
-    environment["PYTHONPATH"] = str(common.ROOT)
+    environment |= {"PYTHONPATH": str(common.ROOT), "GRAMR2_TUNING": str(common.RESULTS / "choices.json")}
     log = place / "log"
     with log.open("wb") as output:
         child = subprocess.Popen(
@@ -146,11 +182,11 @@ def bounded(command: list[str], place: Path, limit: float) -> tuple[str, str]:
         except subprocess.TimeoutExpired:
             status = "out of time"
         finally:
-            end(child)
+            stop(child)
     return status, log.read_text(encoding="utf-8", errors="replace")
 
 
-def end(child: subprocess.Popen) -> None:
+def stop(child: subprocess.Popen) -> None:
     """Whatever is left of a part: it was started as a group of its own."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
@@ -161,6 +197,13 @@ def end(child: subprocess.Popen) -> None:
             child.wait(GRACE)
         except subprocess.TimeoutExpired:
             continue
+
+
+def share(text: str) -> tuple[str, float]:
+    name, _, seconds = text.partition("=")
+    if name not in {part.name for part in PARTS}:
+        raise argparse.ArgumentTypeError(f"no part is called {name}")
+    return name, float(seconds)
 
 
 def show(rows: list[dict]) -> None:
@@ -179,7 +222,10 @@ def main() -> int:
     parser.add_argument("--part", nargs="+", choices=names, default=names, help="(default: all)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="micro models: a rehearsal, without figures")
-    parser.add_argument("--deadline", type=float, default=540.0, help="seconds for all parts (default: 540)")
+    for_all = f"seconds for all parts (default: {DEADLINE:.0f})"
+    parser.add_argument("--deadline", type=float, default=DEADLINE, help=for_all)
+    of_one = {"nargs": "+", "type": share, "default": [], "metavar": "NAME=SECONDS"}
+    parser.add_argument("--share", **of_one, help="another share for a part")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("error: there is no GPU here; rehearse with --device cpu --quick", file=sys.stderr)
@@ -190,10 +236,12 @@ def main() -> int:
     place = common.RESULTS / f"{name}.json"
     before = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {"parts": [], "results": {}}
     rows, results = {row["part"]: row for row in before["parts"]}, before["results"]
-    started = time.perf_counter()
-    for part in (part for part in PARTS if part.name in arguments.part):
-        left = arguments.deadline - (time.perf_counter() - started)
-        rows[part.name], found = run(part, arguments, left)
+    started, environment = time.perf_counter(), common.environment()
+    parts = [part for part in PARTS if part.name in arguments.part]
+    shares = [dict(arguments.share).get(part.name, part.share) for part in parts]
+    for part, end in zip(parts, ends(shares, arguments.deadline), strict=True):
+        row, found = run(part, arguments, end - (time.perf_counter() - started))
+        rows[part.name] = row | {"gpu": environment["gpu"], "commit": environment["commit"]}
         results |= found
         for each, result in found.items() if not arguments.quick else ():
             write_json(common.RESULTS / f"{each}.json", result)

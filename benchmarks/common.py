@@ -2,7 +2,7 @@
 
 - `compare` times several functions in one process, in turns, so that a slow minute of the machine hits
   all of them alike; what is reported is each one's median and the median of its ratios to the first.
-- `environment` says on what and with what: a figure without it is not a result.
+- `environment` says on what, with what, and of which commit: a figure without it is not a result.
 - `write_result` leaves benchmarks/results/NAME.json; tables.py makes the tables of the READMEs from these.
 
 Left out: profiling, and any judgement of the figures.
@@ -14,6 +14,7 @@ import importlib.metadata
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -31,8 +32,27 @@ RESULTS = Path(os.environ.get("GRAMR2_RESULTS", ROOT / "benchmarks/results"))
 PACKAGES = "torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy"
 
 
+def commit() -> str | None:
+    """The commit that is measured, with "+" where the tree differs from it; None outside a repository."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", ROOT, *words]
+        environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(ROOT.parent)}  # none that is around it
+        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+        return git("rev-parse", "--short", "HEAD") + "+" * bool(changed)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+COMMIT = commit()  # when this process began: what it writes must not count as a change
+
+
 def environment() -> dict:
-    """Hardware, versions, date, threads."""
+    """Hardware, versions, date, threads, commit."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -41,7 +61,8 @@ def environment() -> dict:
             versions[package] = None
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     return {
-        "date": datetime.date.today().isoformat(),
+        "commit": COMMIT,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "cpu": f"{_processor()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),

@@ -88,7 +88,10 @@ def selftrain(kills: int, recipe: Path) -> dict:
 
         def start(name: str, **how) -> dict:
             (place / name).mkdir(exist_ok=True)
-            return forks.run(place / name, words, **how)
+            result = forks.run(place / name, words, **how)
+            while "another process" in result["logs"][0]:  # the second one has not met its end yet
+                result = forks.run(place / name, words, **how)
+            return result
 
         whole = start("whole")
         assert whole["statuses"] == [0], whole["logs"]

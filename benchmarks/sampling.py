@@ -17,13 +17,16 @@ import itertools
 import random
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 
 import common
 import torch
 
+from gramr2 import cost
 from gramr2.engine import Engine
 from gramr2.model import Decoder, ModelConfig
+from gramr2.records import Example, Tokens
 from gramr2.requests import CUDA_CACHE_SHARE, free_bytes
 from gramr2.sampler import Limits, generate
 
@@ -191,30 +194,58 @@ def bandwidth(device: str, size: int) -> float:
     return x.nbytes / best
 
 
-def decode_step(model, prompts: list[list[int]], k: int, share: bool = True) -> tuple[float, float]:
-    """-> (seconds of a decode step, tokens that a sample has behind it then).
+def full_steps(model, prompts: list[list[int]], k: int, seen: Callable, share: bool = True) -> None:
+    """Samples k times for each prompt, and calls `seen` before each step in which every sample decodes and no
+    prompt is computed."""
+    rows = len(prompts) * k
 
-    Only steps count in which every sample decodes and no prompt is computed. The host is one step behind the
-    device and waits for it, so that the gap between two launches is a step.
-    """
-    rows, launches, launch = len(prompts) * k, [], Engine.launch
-
-    def timed(engine, step):
-        if not step.chunks and len(step.samples) == rows:
-            launches.append((time.perf_counter(), statistics.fmean(step.positions) + 1))
-        return launch(engine, step)
+    class Watched(Engine):
+        def launch(self, step, call):
+            if not step.chunks and len(step.samples) == rows:
+                seen(step)
+            return super().launch(step, call)
 
     limits = Limits(share_prefix=share, running=rows)
     computing = sum(map(len, prompts)) // 8192  # steps that take prompts in, while the first samples decode
-    Engine.launch = timed
-    try:
-        generate(
-            model, prompts, n=k, max_new_tokens=computing + 48, stop_ids=(), progress=False, limits=limits
-        )
-    finally:
-        Engine.launch = launch
+    options = {"n": k, "max_new_tokens": computing + 48, "stop_ids": (), "limits": limits, "progress": False}
+    generate(model, prompts, engine=Watched(model), **options)
+
+
+def decode_step(model, prompts: list[list[int]], k: int, share: bool = True) -> tuple[float, float]:
+    """-> (seconds of a decode step, tokens that a sample has behind it then).
+
+    The host is one step behind the device and waits for it, so that the gap between two launches is a step.
+    """
+    launches = []
+
+    def timed(step):
+        launches.append((time.perf_counter(), statistics.fmean(step.positions) + 1))
+
+    full_steps(model, prompts, k, timed, share)
     gaps = [after[0] - before[0] for before, after in itertools.pairwise(launches)][4:]  # a graph is captured
     return statistics.median(gaps), statistics.mean(tokens for _, tokens in launches)
+
+
+def reading(model, count: int, length: int) -> dict:
+    """Prompts alone: one token of each is sampled. Operations are those of a training step's forward half."""
+    ids = random_prompts(count, length, model.config.vocab_size)
+    run = partial(generate, model, ids, max_new_tokens=1, stop_ids=(), progress=False)
+    seconds = common.compare({"ours": run}, repeats=2)["ours"]["seconds"]
+    flops = cost.step_flops(model.config, [Example((Tokens(tuple(each), length - 1),)) for each in ids]) / 3
+    figures = {"tokens_per_s": count * length / seconds, "tflops": flops / seconds / 1e12}
+    return {"prompts": count, "length": length, **figures}
+
+
+def token_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Of a token's keys and values."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_size * dtype.itemsize
+
+
+def fits(model, prompts: int, k: int, shared: int, context: int) -> bool:
+    """Whether a load's keys and values find room beside the weights."""
+    weight = model.head_weight
+    needed = prompts * (1 if shared else k) * context * token_bytes(model.config, weight.dtype)
+    return not weight.is_cuda or needed <= CUDA_CACHE_SHARE * free_bytes(weight.device)
 
 
 def at_published_shape(device: str, quick: bool, continuous: bool) -> None:
@@ -227,13 +258,12 @@ def at_published_shape(device: str, quick: bool, continuous: bool) -> None:
     )
     model, speed = random_model(config, device, dtype), bandwidth(device, 1 << 16 if quick else 1 << 32)
     weights = sum(p.nbytes for p in model.parameters()) - model.embed.weight.nbytes
-    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_size * dtype.itemsize
+    per_token = token_bytes(config, dtype)
     result = {"rows": [], "bandwidth": speed, "context": context}
-    held = CUDA_CACHE_SHARE * free_bytes(torch.device(device)) if device == "cuda" else float("inf")
     for prompts, k, shared in loads:
         row = {"prompts": prompts, "k": k, "shared": shared}
         ids = random_prompts(prompts, shared or context - 64, config.vocab_size)
-        if prompts * (k if not shared else 1) * context * per_token > held:
+        if not fits(model, prompts, k, shared, context):
             row["not_run"] = "its keys and values do not fit in memory"
         else:
             seconds, tokens = decode_step(model, ids, k)
@@ -245,6 +275,8 @@ def at_published_shape(device: str, quick: bool, continuous: bool) -> None:
         print(row)
         result["rows"].append(row)
         common.write_result(name, result)
+    result["reading"] = reading(model, 2 if quick else 32, context)
+    common.write_result(name, result)
     prompts, k, shared = loads[-1]
     result["continuous"] = beside(model, random_prompts(prompts, shared, config.vocab_size), k, continuous)
     common.write_result(name, result)

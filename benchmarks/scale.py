@@ -66,7 +66,7 @@ class Speed:
     dense: float = 0.6 * 790e12
     bandwidth: float = 4.3e12
     memory: float = 141e9
-    of_floor: float = 0.6
+    of_floor: float = 0.55
     running: int = 256
     occupied: float = 0.8
     link: float = 50e9
@@ -98,10 +98,10 @@ ABOUT = {
 }
 
 
-def speed(read) -> tuple[Speed, set[str]]:
-    """The constants, and measured figures over them where there are any. → (speed, names of those)."""
+def speed(read) -> tuple[Speed, dict[str, str]]:
+    """The constants, and measured figures over them where there are any. → (speed, where those were)."""
     measured = {}
-    training, sampling = read("training_cuda"), read("sampling_cuda")
+    training, sampling = results = read("training_cuda"), read("sampling_cuda")
     if training:
         rows = [row for row in training["rows"] if "of_matmul" in row]
         best = max((row["of_matmul"] for row in rows), default=None)
@@ -110,7 +110,11 @@ def speed(read) -> tuple[Speed, set[str]]:
         measured["bandwidth"] = sampling["bandwidth"]
         grouped = [row["of_floor"] for row in sampling["rows"] if row["shared"] and "of_floor" in row]
         measured |= {"of_floor": grouped[0]} if grouped else {}
-    return dataclasses.replace(Speed(), **measured), set(measured)
+        measured |= {"dense": sampling["reading"]["tflops"] * 1e12} if "reading" in sampling else {}
+    on = [(result or {}).get("environment", {}) for result in results]
+    trained, sampled = (tables.card(each.get("gpu"), each.get("commit")) for each in on)
+    found = {name: trained if name == "train" else sampled for name in measured}
+    return dataclasses.replace(Speed(), **measured), found
 
 
 # ---------------------------------------------------------------------------------- what a step costs
@@ -225,15 +229,15 @@ def figure(value: float) -> str:
     for name, size in (("10¹²", 1e12), ("10⁹", 1e9)):
         if value >= size:
             return f"{value / size:.3g} × {name}"
-    return f"{value:,}"
+    return f"{value:,.3g}" if isinstance(value, float) else f"{value:,}"
 
 
-def assumptions(run: Run, rate: Speed, measured: set[str]) -> str:
+def assumptions(run: Run, rate: Speed, measured: dict[str, str]) -> str:
     lines = []
     for name, value in (vars(run) | vars(rate)).items():
         about, source = ABOUT[name]
         lines.append(
-            (about, figure(value), "**measured**, benchmarks/results" if name in measured else source)
+            (about, figure(value), f"**measured**, {measured[name]}" if name in measured else source)
         )
     return tables.grid(("what", "value", "source"), lines)
 
@@ -358,7 +362,7 @@ def page(read) -> str:
     shares = "; ".join(f"{name} {value / hours(big):.0%}" for name, value in largest)
     found = "no speed was measured on a GPU, all are stated"
     if measured:
-        found = f"measured were: {', '.join(ABOUT[name][0] for name in sorted(measured))}"
+        found = f"{len(measured)} speeds were measured on a GPU, the others are stated"
     batch = resolve(TrainSettings, RECIPES / "llama3.1-8b.toml", ["train"], {}).batch_size
     baselines = 4 * next(row.seconds for row in big if row.name == "initial") / 3600
     return f"""# What the paper's run costs

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from gramr2.stages import STAGES  # noqa: E402
 
+RESULTS = ROOT / "benchmarks/results"
 READMES = ROOT / "README.md", ROOT / "benchmarks/README.md"
 MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TABLES = {}
@@ -43,11 +44,11 @@ def table(name, result=None, command="", where=""):
 
 
 def read(name):
-    """results/NAME.json, or what acceptance.json (made where there is a GPU) holds under that name."""
-    path, whole = (ROOT / f"benchmarks/results/{each}.json" for each in (name, "acceptance"))
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
-    return json.loads(whole.read_text(encoding="utf-8"))["results"].get(name) if whole.exists() else None
+    """results/NAME.json, or what acceptance.json (brought from a GPU) has of that name; the newer one."""
+    paths = [RESULTS / f"{each}.json" for each in (name, "acceptance")]
+    alone, whole = (json.loads(path.read_text("utf-8")) if path.exists() else {} for path in paths)
+    found = [result for result in (alone, whole.get("results", {}).get(name)) if result]
+    return max(found, key=lambda result: result.get("environment", {}).get("date", ""), default=None)
 
 
 def grid(header, rows):
@@ -57,10 +58,16 @@ def grid(header, rows):
 
 
 def where(environment):
-    """One line on the machine, the versions and the date of a result."""
+    """One line on the machine, the versions, the date and the commit of a result."""
     device = environment["gpu"] or f"{environment['cpu']}, {environment['threads']} thread(s)"
     versions = [f"{name} {version}" for name, version in environment["versions"].items() if version]
-    return f"{device}; {environment['system']}; {', '.join(versions)}; {environment['date']}."
+    code = f", measured at commit {environment['commit']}" if environment.get("commit") else ""
+    return f"{device}; {environment['system']}; {', '.join(versions)}; {environment['date'][:10]}{code}."
+
+
+def card(gpu, commit):
+    """A GPU and a commit, in a cell of their own where a table's rows differ in them."""
+    return (gpu or "CPU").partition(",")[0] + (f", commit {commit}" if commit else "")
 
 
 # ---------------------------------------------------------------------------------- the tables
@@ -126,19 +133,90 @@ def training_cpu(result):
     return f"{about} {where(result['environment'])}\n\n{grid(header, lines)}"
 
 
-@table("training-cuda", "training_cuda", "python benchmarks/training.py --device cuda", THERE)
-def training_cuda(result):
+@table("training-cuda")
+def training_cuda(read):
+    """Blocks as they are and compiled blocks, in one table."""
+    found = {way: read(f"training_cuda{way}") for way in ("", "_compiled")}
+    if not any(found.values()):
+        return "Unmeasured: `python benchmarks/training.py --device cuda` has not been run on such a device."
+    abouts, lines = [], []
+    for way, result in ((way, result) for way, result in found.items() if result):
+        about = (
+            f"{result['dtype']} compute, float32 weights; matmul rate {result['matmul_tflops']:.0f} TFLOP/s."
+        )
+        abouts.append(
+            f"{way.removeprefix('_').capitalize()}{': ' * bool(way)}{about} {where(result['environment'])}"
+        )
+        for row in result["rows"]:
+            name = f"{row['shape']} at {row['length']:,}" + way.replace("_", ", ")
+            if "not_run" in row:
+                lines.append((name, row["not_run"], "", "", "", ""))
+                continue
+            figures = f"{row['tokens_per_second']:,.0f}", f"{1000 * row['seconds']:,.0f}"
+            again = row.get("recomputed_blocks", "all")  # all: as it was before this could be chosen
+            lines.append((name, *figures, f"{row['of_matmul']:.0%}", f"{row['peak_gib']:.1f}", again))
+    header = "shape and length", "tokens/s", "ms a step", "of matmul rate", "peak GiB", "blocks recomputed"
+    return "\n\n".join([*abouts, grid(header, lines)])
+
+
+KINDS = {  # of a kernel, by what its name holds; all others are small
+    "attention": "_read_kernel|_merge_kernel|_write_kernel|flash|fmha|attention",
+    "matmul": "nvjet|gemm|cutlass|splitKreduce|cublas|_score_kernel|^xmma|sm\\d+_xmma",
+}
+
+
+@table("profiles-cuda", "profiles_cuda", "python benchmarks/profiles.py", THERE)
+def profiles(result):
+    lines = []
+    for profile in result["profiles"]:
+        sums = {kind: [0.0, 0.0] for kind in (*KINDS, "small")}
+        longest = []
+        for ms, _, count, name in profile["rows"]:
+            kind = next((kind for kind, words in KINDS.items() if re.search(words, name)), "small")
+            sums[kind] = [sums[kind][0] + ms, sums[kind][1] + count]
+            longest += [f"{name.split()[-1]} {ms:.2f}"] if kind == "small" else []
+        rest = profile["device_ms"] - sum(ms for ms, _ in sums.values())  # kernels too short to be listed
+        sums["small"][0] += max(rest, 0.0)
+        cells = [
+            f"{ms:,.2f} ({ms / profile['device_ms']:.0%}) in {count:,.0f}" for ms, count in sums.values()
+        ]
+        wall = f"{profile['wall_ms']:,.1f}" if profile["wall_ms"] else ""
+        lines.append((profile["name"], wall, f"{profile['device_ms']:,.1f}", *cells, "; ".join(longest[:3])))
+    header = "a step of", "ms by the clock", "on the device", "attention", "matmul", "small kernels"
+    about = "ms (share) in so many launches; of the small kernels the three that take most."
+    return f"{about} {where(result['environment'])}\n\n{grid((*header, 'of these'), lines)}"
+
+
+@table("endtoend-cuda", "endtoend_cuda", "python benchmarks/endtoend.py", THERE)
+def endtoend(result):
     lines = []
     for row in result["rows"]:
-        name = f"{row['shape']} at {row['length']:,}"
-        if "not_run" in row:
-            lines.append((name, row["not_run"], "", ""))
-            continue
-        figures = f"{row['tokens_per_second']:,.0f}", f"{row['of_matmul']:.0%}", f"{row['peak_gib']:.1f}"
-        lines.append((name, *figures))
-    header = "shape and length", "tokens/s", "of matmul rate", "peak GiB"
-    about = f"{result['dtype']} compute, float32 weights; matmul rate {result['matmul_tflops']:.0f} TFLOP/s."
-    return f"{about} {where(result['environment'])}\n\n{grid(header, lines)}"
+        lines.append((row["what"], f"{row['pairs_per_s']:.1f}", f"{row['written_per_s']:,.0f}"))
+    about = f"{result['shape']}, {result['dtype']}, {result['pairs']} pairs, {result['prompt']} tokens of "
+    about += f"prompt, {result['new']} written, medians of {result['repeats']} turns."
+    return f"{about} {where(result['environment'])}\n\n{grid(('', 'pairs/s', 'tokens written/s'), lines)}"
+
+
+@table("smollm2-cuda", "smollm2_cuda", "python selftrain.py", THERE)
+def smollm2(result):
+    lines = []
+    for row in result["rows"]:
+        shares = row.get("of_matmul", ())
+        cells = f"{row['low']:,.0f} to {row['high']:,.0f}", " to ".join(f"{share:.0%}" for share in shares)
+        lines.append((row["step"], *cells))
+    about = f"{result['k']} proofs of a pair. {where(result['environment'])}"
+    return f"{about}\n\n{grid(('step', 'as its bar said', 'of matmul rate'), lines)}"
+
+
+@table("tuning-cuda", "tuning_cuda", "python benchmarks/tune.py", THERE)
+def tuning(result):
+    lines = []
+    for row in result["rows"]:
+        times = [" / ".join(f"{ms:.3f}" for ms in row.get(name, ())) for name in ("built_in_ms", "best_ms")]
+        gain = f"{row['gain'] - 1:+.0%}" if "gain" in row else ""
+        lines.append((f"{row['kernel']}: {row['shape']}", *times, gain, row["tried"], row["outcome"]))
+    header = "kernel: shape", "built-in ms", "best ms", "gain", "tried", "choice"
+    return f"{where(result['environment'])}\n\n{grid(header, lines)}"
 
 
 @table("kills")
@@ -196,7 +274,11 @@ def sampling_cuda(result):
     ways = ", ".join(f"{way} {f['tokens_per_s']:,.0f} tokens/s" for way, f in beside["ways"].items())
     ways += "".join(f"; {way} not run ({why})" for way, why in beside["absent"].items())
     about = f"{where(result['environment'])} {result['bandwidth'] / 1e12:.2f} TB/s measured."
-    return "\n\n".join([about, grid(header, lines), f"End to end, {beside['workload']}: {ways}."])
+    ends = f"End to end, {beside['workload']}: {ways}."
+    if read := result.get("reading"):
+        ends += f" Prompts alone, {read['prompts']} of {read['length']:,} tokens: "
+        ends += f"{read['tokens_per_s']:,.0f} tokens/s, {read['tflops']:.0f} TFLOP/s."
+    return "\n\n".join([about, grid(header, lines), ends])
 
 
 @table("judging-cpu", "judging_cpu", "python benchmarks/judging.py --device cpu", THERE)
@@ -245,49 +327,58 @@ def speed_cpu(read):
 
 @table("speed-gpu")
 def speed_gpu(read):
-    """The main README's GPU cells, each unmeasured until benchmarks/acceptance.py has run on one."""
-    kernels, sampling, training, judged = (
-        (read(f"{name}_cuda") or {"rows": []})["rows"]
-        for name in ("sequence_logprob", "sampling", "training", "judging")
-    )
+    """The main README's GPU cells, each with where and of which commit it was measured."""
 
-    def cell(rows, name, **wanted):
-        values = (r[name] for r in rows if name in r and all(r[key] == each for key, each in wanted.items()))
-        return next(values, None)
+    def row(what, source, figure, form, **wanted):
+        result = read(f"{source}_cuda") or {"rows": []}
+        found = (
+            each[figure]
+            for each in result["rows"]
+            if figure in each and all(each[key] == value for key, value in wanted.items())
+        )
+        value = next(found, None)
+        if value is None:
+            return what, "unmeasured", ""
+        environment = result["environment"]
+        return what, form.format(value), card(environment["gpu"], environment.get("commit"))
 
-    head = {"shape": "LLaMA-3.1-8B", "way": "ours"}
-    rows = [
-        (f"log-probs of 8,192 tokens at LLaMA-3.1-8B's head, {mode}: share of the matmul rate",
-         cell(kernels, "of_matmul", mode=mode, **head), "{:.0%}")
-        for mode in ("score", "train")
-    ]  # fmt: skip
-    rows += [
-        (f"decode step, 8B, {count} prompts at 2,048 tokens: share of the memory floor",
-         cell(sampling, "of_floor", prompts=count, k=1), "{:.0%}")
-        for count in (32, 256)
-    ]  # fmt: skip
-    rows += [
-        (f"training, {shape} at 2,048 tokens: share of the matmul rate",
-         cell(training, "of_matmul", shape=shape, length=2048), "{:.0%}")
-        for shape in ("LLaMA-3.2-3B", "LLaMA-3.1-8B")
-    ]  # fmt: skip
-    rows.append(("judging by 16 votes, 1B: pairs/s", cell(judged, "ours", votes=16), "{:.1f}"))
-    lines = [(what, "unmeasured" if value is None else form.format(value)) for what, value, form in rows]
-    measured = next(
-        filter(None, map(read, ("sequence_logprob_cuda", "sampling_cuda", "training_cuda"))), None
+    head = "log-probs of 8,192 tokens at LLaMA-3.1-8B's head, {}: share of the matmul rate"
+    decode = "decode step, 8B, {}: share of the memory floor"
+    rate, speed = (
+        "training, {} at 2,048 tokens: share of the matmul rate",
+        "training, {} at 512 tokens: tokens/s",
     )
-    about = f"{where(measured['environment'])}\n\n" if measured else ""
-    return about + grid(("one GPU, bf16, random weights", "measured"), lines)
+    loads = {
+        "1 prompt at 2,048 tokens": (1, 1), "32 prompts at 2,048 tokens": (32, 1),
+        "256 prompts at 2,048 tokens": (256, 1), "16 prompts x 16 that share 1,536 tokens": (16, 16),
+    }  # fmt: skip
+    lines = [
+        *(row(head.format(mode), "sequence_logprob", "of_matmul", "{:.0%}",
+              mode=mode, shape="LLaMA-3.1-8B", way="ours") for mode in ("score", "train")),
+        *(row(decode.format(load), "sampling", "of_floor", "{:.0%}", prompts=prompts, k=k)
+          for load, (prompts, k) in loads.items()),
+        *(row(rate.format(shape), "training", "of_matmul", "{:.0%}", shape=shape, length=2048)
+          for shape in ("LLaMA-3.2-3B", "LLaMA-3.1-8B")),
+        *(row(speed.format(shape), "training", "tokens_per_second", "{:,.0f}", shape=shape, length=512)
+          for shape in ("SmolLM2-135M", "Qwen2.5-0.5B")),
+        row("proving, SmolLM2-135M, 4 proofs: pairs/s", "endtoend", "pairs_per_s", "{:.0f}", name="prove"),
+        row("judging by 4 votes, SmolLM2-135M: pairs/s", "endtoend", "pairs_per_s", "{:.0f}", name="judge"),
+        row("judging by 16 votes, 1B: pairs/s", "judging", "ours", "{:.1f}", votes=16),
+    ]  # fmt: skip
+    return grid(("one GPU, bf16, random weights", "measured", "on"), lines)
 
 
 @table("acceptance")
 def acceptance(read):
-    path = ROOT / "benchmarks/results/acceptance.json"
+    path = RESULTS / "acceptance.json"
     if not path.exists():
         return "Unmeasured: `python benchmarks/acceptance.py` has not been run on such a device."
     result = json.loads(path.read_text(encoding="utf-8"))
-    lines = [(row["part"], row["status"], f"{row['seconds']:.0f}") for row in result["parts"]]
-    return f"{where(result['environment'])}\n\n{grid(('part', 'ended', 'seconds'), lines)}"
+    lines = [
+        (row["part"], row["status"], f"{row['seconds']:.0f}", card(row["gpu"], row["commit"]))
+        for row in result["parts"]
+    ]
+    return grid(("part", "ended", "seconds", "on"), lines)
 
 
 def spread(figures):
@@ -310,6 +401,19 @@ def toy(result):
     )
     header = "", "mean [95% interval]", "lowest – highest seed", "seeds"
     return f"{about}{where(result['environment'])}\n\n{grid(header, lines)}"
+
+
+@table("toy-cuda", "toy_cuda", "python selftrain.py --iters 3", THERE)
+def toy_cuda(result):
+    lines = [
+        (row["name"], f"{row['accuracy']:.1f} [{row['low']:.1f}, {row['high']:.1f}]")
+        for row in result["rows"]
+    ]
+    about = (
+        f"Seed {result['seed']}, {result['dtype']}, {result['rows'][0]['n']} held-out pairs; the steps took "
+    )
+    about += f"{result['seconds']:.0f} seconds, beside other jobs. {where(result['environment'])}"
+    return f"{about}\n\n{grid(('', 'per cent [95% interval]'), lines)}"
 
 
 @table("toy-claims", "toy", "python benchmarks/toy.py")
@@ -399,6 +503,18 @@ def policy_best_of_n(result):
         f"Means over seeds {', '.join(map(str, result['seeds']))}, {result['lists']} held-out questions each."
     )
     return f"{about}\n\n{grid(('picked by', *(f'n = {n}' for n in sizes)), lines)}"
+
+
+@table("threads", "threads", "python benchmarks/threads.py", " on a quiet machine")
+def threads(result):
+    rows = {(row["part"], row["way"], row["busy"]): row for row in result["rows"]}
+    cell = "{seconds:.1f} ({ratio:.2f})".format_map
+    ways = dict.fromkeys(key[:2] for key in rows)
+    lines = [[": ".join(way), *(cell(rows[*way, others]) for others in (0, 1))] for way in ways]
+    header = ["whole commands, on two cores", "alone, s (ratio)", "beside a busy process, s (ratio)"]
+    load = f"Load average before: {result['load_before']}."
+    said = f"Medians of {result['turns']} turns. {load} {where(result['environment'])}"
+    return f"{said}\n\n{grid(header, lines)}"
 
 
 @table("stages")

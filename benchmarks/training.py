@@ -2,13 +2,15 @@
 
     python benchmarks/training.py                  a small model on the CPU, ours beside transformers
     python benchmarks/training.py --device cuda    the published shapes, random weights, if they fit
+    python benchmarks/training.py --device cuda --shapes SmolLM2-135M Qwen2.5-0.5B
     python benchmarks/training.py --quick          the GPU's way with a micro model: a rehearsal, no figures
 
 A step is everything that a step is: the batch as tensors, forward, loss, backward, clipping, fused AdamW.
 Both train the same float32 weights on the same sequences, all of whose tokens are targets; transformers
 pads them to the longest, as its collators do. Useful tokens are those of the sequences, without padding.
-Memory is each way's own process. On a GPU what is measured is ours alone: bf16 compute, fp32 weights,
-activations recomputed; its MFU is a share of the matmul rate that the same run measured.
+Memory is each way's own process. On a GPU what is measured is ours alone: bf16 compute, fp32 weights, as
+many blocks computed again as the memory asks for; its MFU is a share of the matmul rate that the same run
+measured.
 
 Left out: several GPUs, and the time that reading and tokenizing take (they run beside the steps).
 """
@@ -50,8 +52,14 @@ SMALL = ModelConfig(
 )
 LARGE = {
     "LLaMA-3.2-3B": ModelConfig(128256, 3072, 8192, 28, 24, 8, 128, 131072, 1e-5, 5e5, tie_embeddings=True),
-    "LLaMA-3.1-8B": ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, 131072, 1e-5, 5e5),
+    "SmolLM2-135M": ModelConfig(49152, 576, 1536, 30, 9, 3, 64, 8192, 1e-5, 1e5, tie_embeddings=True),
+    "Qwen2.5-0.5B": ModelConfig(
+        151936, 896, 4864, 24, 14, 2, 64, 32768, 1e-6, 1e6, tie_embeddings=True, qkv_bias=True
+    ),
+    "LLaMA-3.1-8B": ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, 131072, 1e-5, 5e5),  # where it fits
 }
+LITTLE = "SmolLM2-135M", "Qwen2.5-0.5B"  # on sequences of their kind of data
+TOKENS = 32768  # of a step on a GPU, in two packs
 MICRO = {"micro": ModelConfig(256, 32, 64, 1, 2, 2, 16, 512)}
 CONFIG = TrainSettings(max_length=512, token_budget=4096, lr=1e-5, warmup=0.0)
 REPEATS = 5
@@ -138,13 +146,13 @@ def fresh_process():
 
 def at_published_shapes(device: str, shapes: dict, tokens: int, compile_blocks: bool) -> None:
     """A row for each shape and length, written as it comes; `tokens` of a step, in two packs."""
-    name = "training_cuda" if shapes is not MICRO else "training_quick"
+    name = "training_cuda" + "_compiled" * compile_blocks if shapes is not MICRO else "training_quick"
     with parallel.join_ranks(TrainSettings(device=device)) as ranks:
         rate = cost.matmul_rate(ranks.device) if device == "cuda" else 1e12
         result = {"rows": [], "matmul_tflops": rate / 1e12, "compiled": compile_blocks, "tokens": tokens}
         result["dtype"] = str(parallel.compute_dtype(CONFIG, ranks.device)).removeprefix("torch.")
         for shape in shapes:
-            for length in (tokens // 16, tokens // 4):
+            for length in lengths(shape, tokens):
                 row = {"shape": shape, "length": length}
                 try:
                     row |= measure(shapes[shape], length, tokens, ranks, rate, compile_blocks)
@@ -156,20 +164,35 @@ def at_published_shapes(device: str, shapes: dict, tokens: int, compile_blocks: 
                 torch.cuda.empty_cache()
 
 
-def measure(
-    model: ModelConfig, length: int, tokens: int, ranks: parallel.Ranks, rate, compiled: bool
-) -> dict:
-    """The median of three steps, after two."""
+def lengths(shape: str, tokens: int) -> tuple[int, int]:
+    """Of the sequences of a step; the first are the shape's usual ones."""
+    return (tokens // 64, tokens // 16) if shape in LITTLE else (tokens // 16, tokens // 4)
+
+
+def prepare(
+    model: ModelConfig, length: int, tokens: int, ranks: parallel.Ranks, compiled: bool
+) -> tuple[fit.Loop, list[Example]]:
+    """-> (what takes steps, with random weights; the examples of a step)."""
     settings = dataclasses.replace(CONFIG, max_length=length, token_budget=tokens // 2, compile=compiled)
+    again = cost.recomputed_blocks(settings, model, ranks)
+    settings = dataclasses.replace(settings, recompute=again)
     with torch.device("meta"):
         trainee = Trainee(Decoder(model), loss.negative_log_likelihood)
     parallel.wrap(trainee, settings, ranks)
     with torch.no_grad():
-        for parameter in trainee.parameters():
-            parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
+        for weight in trainee.trained.values():
+            weight.normal_(std=0.02) if weight.ndim > 1 else weight.fill_(1.0)
+    trainee.refresh()
     draw = lambda: tuple(torch.randint(0, model.vocab_size, (length,)).tolist())  # noqa: E731
     rows = [Example((Tokens(draw(), 1),)) for _ in range(tokens // length)]
-    loop = fit.Loop(trainee, settings, ranks, Path(tempfile.gettempdir()), 10**6)
+    return fit.Loop(trainee, settings, ranks, Path(tempfile.gettempdir()), 10**6), rows
+
+
+def measure(
+    model: ModelConfig, length: int, tokens: int, ranks: parallel.Ranks, rate, compiled: bool
+) -> dict:
+    """The median of three steps, after two."""
+    loop, rows = prepare(model, length, tokens, ranks, compiled)
     cuda = ranks.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -183,6 +206,7 @@ def measure(
     median = statistics.median(seconds[2:])
     return {
         "seconds": median,
+        "recomputed_blocks": loop.settings.recompute,
         "tokens_per_second": tokens / median,
         "of_matmul": cost.step_flops(model, rows) / median / rate,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
@@ -202,7 +226,7 @@ def main() -> int:
         at_published_shapes(arguments.device, MICRO, 512, arguments.compile)
     elif arguments.device == "cuda":
         shapes = {name: LARGE[name] for name in arguments.shapes}
-        at_published_shapes("cuda", shapes, 32768, arguments.compile)
+        at_published_shapes("cuda", shapes, TOKENS, arguments.compile)
     else:
         common.write_result("training_cpu", on_cpu())
     return 0

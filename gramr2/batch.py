@@ -14,6 +14,7 @@ Shapes: R rows of a decode step, T tokens of a pass, U tokens without padding, M
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Generic
 
@@ -21,7 +22,7 @@ import numpy as np
 
 import kernels
 from gramr2.cache import NULL
-from gramr2.requests import Chunk, DeviceStep
+from gramr2.requests import Chunk, DeviceStep, OpenSample
 from kernels.reads import Array, Item, Reads, items_of, reads_by_size, reads_of, stack
 
 
@@ -71,7 +72,7 @@ class DecodeBatch(Generic[Array]):
 
 
 class DecodeRows:
-    """What a decode batch keeps from step to step, until a sample joins, leaves or gets a page."""
+    """What a decode batch keeps from step to step, until a sample joins or leaves."""
 
     def __init__(self, step: DeviceStep, size: int, item_rows: int | None, share_prefix: bool):
         self.size, self.slots_R = size, np.array([*step.samples.values()])
@@ -90,7 +91,33 @@ class DecodeRows:
                 items += items_of(np.array(rows), self.shared_R[rows], pages, item_rows)
         self.prefix = reads_of(items)
         begins = (self.shared_R // size).tolist()  # the page where a row's own part begins
-        self.own_RM = stack([table[n:] for table, n in zip(tables, begins, strict=True)], NULL)
+        own = [table[n:] for table, n in zip(tables, begins, strict=True)]
+        self.counts_R = np.array([len(pages) for pages in own])  # of a row's own pages
+        self.own_RM = stack(own, NULL)
+        self.row_of = {sample: row for row, sample in enumerate(step.samples)}
+
+    def keep(self, samples: Iterable[OpenSample]) -> None:
+        """Only these are left. What they share is still shared by them, and no two begin to share."""
+        kept_R = np.array([self.row_of[sample] for sample in samples])
+        place_R = np.full(len(self.slots_R) + 1, -1)  # where each row goes; the last: what is nobody's
+        place_R[kept_R] = np.arange(len(kept_R))
+        self.row_of = {sample: row for row, sample in enumerate(samples)}
+        self.slots_R, self.seeds_R, self.shared_R = (
+            x[kept_R] for x in (self.slots_R, self.seeds_R, self.shared_R)
+        )
+        self.counts_R, self.own_RM = self.counts_R[kept_R], self.own_RM[kept_R]
+        rows_IJ = place_R[self.prefix.rows_IJ]
+        held_I = (rows_IJ >= 0).any(1)
+        visible_IJ = np.where(rows_IJ >= 0, self.prefix.visible_IJ, 0)
+        self.prefix = Reads(rows_IJ[held_I], visible_IJ[held_I], self.prefix.pages_IM[held_I])
+
+    def grow(self, samples: list[OpenSample]) -> None:
+        """Each of these has a page more."""
+        for row, page in [(self.row_of[sample], sample.table.pages[-1]) for sample in samples]:
+            if self.counts_R[row] == self.own_RM.shape[1]:
+                self.own_RM = np.pad(self.own_RM, ((0, 0), (0, 1)), constant_values=NULL)
+            self.own_RM[row, self.counts_R[row]] = page
+            self.counts_R[row] += 1
 
     def at(self, positions_R: np.ndarray) -> DecodeBatch[np.ndarray]:
         row_R, behind_R = np.arange(len(positions_R)), positions_R - self.shared_R

@@ -57,7 +57,7 @@ class Engine:
             tuple, Options
         ] = {}  # a graph reads the tensors of those it was captured with
         self.weights_seen: list[tuple[int, int]] = []
-        self.rows: DecodeRows
+        self.rows: DecodeRows | None = None
         self.prefix: Reads[Tensor]
 
     @property
@@ -70,9 +70,7 @@ class Engine:
         self.calls += 1
         key = (options.temperature, options.top_p, options.top_k, *options.watch_W.tolist())
         self.options = self.options_seen.setdefault(key, options)
-        self.batch_version: tuple[int, int] | None = (
-            None  # of `rows` and `prefix`, which last for several steps
-        )
+        self.rows, self.batch_version = None, (0, 0)
         self._see_weights()
         if capacity.pages > self.pages or capacity.page_size != self.page_size:
             self._make_pool()
@@ -127,11 +125,15 @@ class Engine:
             self.last_id_S[slots] = self._upload([sample.ids[-1] for sample in step.joined])
         if not step.samples:
             return None
-        if self.batch_version != step.batch_version:
-            self.batch_version, size = step.batch_version, self.capacity.page_size
-            self.rows = DecodeRows(step, size, self.item_rows, self.capacity.share_prefix)
+        if step.joined or not self.rows or (step.batch_version != self.batch_version and not self.graphs):
+            self.rows = DecodeRows(step, self.capacity.page_size, self.item_rows, self.capacity.share_prefix)
             if not self.graphs:
                 self.prefix = self._upload_reads(self.rows.prefix)
+        else:
+            if step.batch_version != self.batch_version:
+                self.rows.keep(step.samples)
+            self.rows.grow(step.grown)
+        self.batch_version = step.batch_version
         batch = self.rows.at(np.array(step.positions))
         if self.graphs:
             return self.graphs.launch(batch, self.decode, self.options)

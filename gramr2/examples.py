@@ -61,12 +61,22 @@ class ExampleBuilder:
             raise Unusable("longer than max_length")
         return example
 
+    def key(self, i: int, epoch: int, letter: str) -> tuple:
+        """What such an example is made of; with the same key it is the same."""
+        settings, letter = self.settings, letter if self.stage.template else ""
+        condition, label = self.draws(i, epoch)
+        return i, letter, condition < settings.drop_condition, label < settings.hide_label
+
+    def draws(self, i: int, epoch: int) -> Draws:
+        if not self.stage.hides:
+            return Draws()
+        return Draws(*np.random.default_rng([self.settings.seed, epoch, i]).random(2))
+
     def __call__(self, i: int, epoch: int, letter: str) -> Example:
         record = self.record(i)
         # Without a prompt that shows both responses there is no order.
         turns = self.stage.template and record.label != letter and record.swappable
-        draws = Draws(*np.random.default_rng([self.settings.seed, epoch, i]).random(2))
-        example = self.stage.example(record.swapped() if turns else record, self.frame, draws)
+        example = self.stage.example(record.swapped() if turns else record, self.frame, self.draws(i, epoch))
         if example.length <= self.settings.max_length:
             return example
         # The other order may be a token longer. Nothing is cut: the row stands as it was measured.

@@ -345,7 +345,12 @@ def exit_status(main, *args) -> int:
 
 
 def run_command(main) -> None:
-    """A command's last line: runs its main on what was typed, until it ends or is told to."""
+    """A command's last line: runs its main on what was typed, until it ends or is told to.
+
+    Threads that wait for each other sleep, instead of keeping a core from whatever else runs: read when torch
+    is loaded, which a main does late, and set here alone, for a library leaves the environment as it is.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     def until_told(argv: list[str]) -> int | None:
         with stop_on_interrupt():

@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from gramr2 import parallel, resume
+from gramr2 import parallel, resume, tokenized
 from gramr2.cost import describe, matmul_rate, recomputed_blocks, step_flops
 from gramr2.examples import ExampleBuilder
 from gramr2.fields import Fields, as_dataclass
@@ -52,7 +52,7 @@ from gramr2.files import (
 from gramr2.interrupts import AGAIN
 from gramr2.loss import OBJECTIVES, Objective, Trainee, collate
 from gramr2.model import Decoder, ModelConfig
-from gramr2.plan import global_batches, make_plan, read_model_config, split_into_packs
+from gramr2.plan import make_plan, read_model_config, split_into_packs
 from gramr2.records import Example
 from gramr2.seals import SEALS, check_seals, model_files, read_signed
 from gramr2.settings import FREE, TrainSettings, check_identity
@@ -95,7 +95,8 @@ def train(
         trainee = make_trainee(OBJECTIVES[entry.objective](settings), settings, config, model_dir, ranks)
         loop = Loop(trainee, settings, ranks, out, plan.steps, tokenizer.decode)
         loop.restore()
-        loop.run(global_batches(plan, builder, loop.cursor.step), stop, entry.name)
+        batches = tokenized.global_batches(plan, builder, ranks, out / "resume", loop.cursor.step)
+        loop.run(batches, stop, entry.name)
         figures = dataclasses.asdict(loop.cursor) | {"dropped": plan.dropped, "examples": plan.examples}
         prompt = {f"{entry.template}_prompt.txt": builder.frame.template} if entry.template else {}
         publish_model(loop, tokenizer, model_dir, {"run": now, "figures": figures}, prompt)
@@ -208,8 +209,9 @@ class Loop:
             loss.backward()
             total += loss.detach()
         whole = nn.utils.clip_grad_norm_(self.weights, self.settings.clip or math.inf)
-        norm = float(whole.full_tensor() if isinstance(whole, DTensor) else whole)
-        value = self.ranks.all_reduce_sum(float(total) / self.ranks.size)[0]
+        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+        own, norm = torch.stack([total, whole.to(total)]).tolist()  # the device is waited for once
+        value = self.ranks.all_reduce_sum(own / self.ranks.size)[0]
         finite = math.isfinite(value) and math.isfinite(norm)
         if finite:
             self.optimizer.step()
@@ -377,3 +379,4 @@ def publish_model(
                 pass
     if loop.ranks.is_first:
         resume.remove(loop.resume.points())
+        tokenized.remove(loop.resume.directory)

@@ -94,8 +94,11 @@ def collate(examples: Sequence[Example], scale: float, device: torch.device | st
 
 
 def token_loss(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, coefficients_N: Tensor) -> Tensor:
-    """- sum of coefficient x log p(target): equations (1), (2) and (4), and language modelling."""
-    return -kernels.sequence_logprob_sum(hidden_ND, weight_VD, targets_N, coefficients_N)[0]
+    """- sum of coefficient x log p(target): equations (1), (2) and (4), and language modelling. Targets are a
+    tokenizer's ids, of which the model has enough (plan.read_model_config)."""
+    return -kernels.sequence_logprob_sum(hidden_ND, weight_VD, targets_N, coefficients_N, known_targets=True)[
+        0
+    ]
 
 
 def bradley_terry(better_P: Tensor, worse_P: Tensor, margins_P: Tensor) -> Tensor:

@@ -66,10 +66,11 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def bar(self, total: int, **shown: Any) -> tqdm:
-        """A progress bar, on the first rank alone; a log gets a line of it every ten seconds."""
+    def bar(self, total: int, least: int = 0, **shown: Any) -> tqdm:
+        """A progress bar, on the first rank alone, of `least` items or more; a log gets a line of it every
+        ten seconds."""
         often = 0.2 if sys.stderr.isatty() else 10
-        return tqdm(total=total, disable=not self.is_first, mininterval=often, **shown)
+        return tqdm(total=total, disable=not self.is_first or total < least, mininterval=often, **shown)
 
     @contextlib.contextmanager
     def only_writer(self, place: Path) -> Iterator[None]:

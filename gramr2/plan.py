@@ -2,7 +2,7 @@
 
 `make_plan` reads every row once and drops what the stage cannot use. `Plan.step` names the examples of a
 step over all ranks before they are split, so that a step is the same whatever the number of ranks;
-`split_into_packs` then gives each rank as many packs as the others. `global_batches` builds the examples.
+`split_into_packs` then gives each rank as many packs as the others.
 
 It leaves out: the steps themselves (fit.py), and what they cost (cost.py).
 """
@@ -12,8 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,16 +124,3 @@ def split_into_packs(examples: Sequence[Example], ranks: int, budget: int) -> li
         tokens[lightest] += lengths[i]
     packs = even if max(tokens) <= budget else tight + [[]] * (count - len(tight))
     return [[[examples[i] for i in members] for members in packs[rank::ranks]] for rank in range(ranks)]
-
-
-def global_batches(plan: Plan, builder: ExampleBuilder, first: int) -> Iterator[list[Example]]:
-    """The examples of each step, over all ranks; the next ones are built while these are computed."""
-
-    def build(step: int) -> list[Example]:
-        return [builder(*chosen) for chosen in plan.step(step)]
-
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(build, first)
-        for step in range(first, plan.steps):
-            examples, waiting = waiting.result(), pool.submit(build, step + 1)
-            yield examples

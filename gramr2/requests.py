@@ -17,6 +17,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -179,12 +180,12 @@ class Request:
             seeds = [noise_seed(self.seed, key, number) for number in range(self.n)]
             yield Prompt(index, ids, self._new_tokens(index), seeds)
 
-    def stops(self, ids: list[int]) -> bool:
-        """Whether the last id is a stop id or ends a stop text. A token is rarely less than a character."""
+    def ends_text(self, ids: list[int]) -> bool:
+        """Whether the last id ends a stop text. A token is rarely less than a character."""
         if not self.stop_texts or self.tokenizer is None:
-            return ids[-1] in self.stop_ids
+            return False
         text = self.tokenizer.decode(ids[-(max(map(len, self.stop_texts)) + 8) :])
-        return ids[-1] in self.stop_ids or any(stop in text for stop in self.stop_texts)
+        return any(stop in text for stop in self.stop_texts)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -246,15 +247,15 @@ class OpenSample(TokenSequence):
     def ids(self) -> list[int]:
         return self.prompt.ids + self.new_ids
 
-    @property
+    @cached_property
     def limit(self) -> int:
         """How many tokens it may get."""
         return self.prompt.limits[self.number]
 
-    @property
-    def fully_planned(self) -> bool:
-        """Whether a step that is planned draws its last token."""
-        return self.done == len(self.prompt.ids) + self.limit - 1
+    @cached_property
+    def planned_length(self) -> int:
+        """How many of its tokens are fed once a step is planned that draws the last one."""
+        return len(self.prompt.ids) + self.limit - 1
 
 
 class Chunk(NamedTuple):
@@ -274,9 +275,10 @@ class DeviceStep:
     chunks: list[Chunk] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)  # pages to copy: from, to
     joined: dict[OpenSample, int] = field(default_factory=dict)  # new in the running batch, with their slots
+    grown: list[OpenSample] = field(default_factory=list)  # of the running batch, with a page more
     samples: dict[OpenSample, int] = field(default_factory=dict)  # to be decoded, a row each, and their slots
     positions: list[int] = field(default_factory=list)  # where the tokens stand that they feed
-    batch_version: tuple[int, int] = (0, 0)  # the same as long as rows, slots and pages are
+    batch_version: tuple[int, int] = (0, 0)  # the same as long as rows and slots are
 
     def add(self, growth: Growth) -> None:
         self.fresh += growth.fresh

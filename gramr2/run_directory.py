@@ -189,6 +189,7 @@ class RunDirectory:
         until: str | None = None, verify: bool = False,
     ):  # fmt: skip
         self.root, self.ranks, self.until, self.verify = Path(root), ranks, until, verify
+        self.ahead = False  # in a process beside the run's own: steps that it begins are numbered later
         self.paths: dict[str, Path] = {}  # of the steps that this process has come to, by name
         self.seconds: dict[str, float] = {}
         self.counts: dict[str, JsonRow] = {}
@@ -235,13 +236,21 @@ class RunDirectory:
         if name == self.until:
             raise StoppedAsAsked(path)
 
-    def _open(self, name: str) -> tuple[Path, JsonRow | None]:
-        """The directory of a step, made behind all others where there is none, and its record."""
-        paths = step_paths(self.root)
+    def place_of(self, name: str) -> Path:
+        """The directory of a step. Where there is none it is made behind all others, or `ahead` of its turn,
+        without a number; the run's own process gives it one when it comes to it."""
+        paths, early = step_paths(self.root), self.root / "steps" / f"ahead-{name}"
         last = max((int(path.name.partition("-")[0]) for path in paths.values()), default=0)
-        path = paths.get(name, self.root / "steps" / f"{last + 1:02}-{name}")
+        path = paths.get(name, early if self.ahead else early.with_name(f"{last + 1:02}-{name}"))
         with disk_errors_as_input_errors(path):
+            if name not in paths and path != early and early.is_dir():
+                early.rename(path)
             path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def _open(self, name: str) -> tuple[Path, JsonRow | None]:
+        """A step's directory and its record."""
+        path = self.place_of(name)
         done = path / "done.json"
         if not done.is_file():
             return path, None
@@ -264,8 +273,9 @@ class RunDirectory:
         with disk_errors_as_input_errors(self.root):
             for concluded in ("results.json", "report.html"):  # from the steps that go
                 (self.root / concluded).unlink(missing_ok=True)
-            for each in reversed(names[names.index(name) :]):  # the last first: a kill leaves no gap
-                shutil.rmtree(paths[each])
+            later = [paths[each] for each in names[names.index(name) :]]
+            for path in (*(self.root / "steps").glob("ahead-*"), *reversed(later)):  # a kill leaves no gap
+                shutil.rmtree(path)
 
 
 def frozen_settings(plan: JsonRow) -> JsonRow:

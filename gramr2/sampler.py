@@ -124,21 +124,28 @@ def _loop(request: Request, scheduler: Scheduler, engine: Engine, progress: bool
 def _collect(
     request: Request, scheduler: Scheduler, step: DeviceStep, outputs_RC: np.ndarray
 ) -> list[Finished]:
-    """Gives each sample what was drawn for it; -> those that are finished."""
-    finished = []
-    for sample, row in zip(step.samples, outputs_RC.tolist(), strict=True):
-        if sample not in scheduler.running:
+    """Gives each sample what was drawn for it; -> those that are finished. (Once per sample and step: what is
+    done here for each takes as long as the device takes for a row of a small model.)"""
+    finished, running, stop_ids = [], scheduler.running, request.stop_ids
+    ids, logprobs, failures = outputs_RC[:, : Column.WATCHED].T.tolist()
+    watched = outputs_RC[:, Column.WATCHED :].tolist()
+    for row, sample in enumerate(step.samples):
+        if sample not in running:
             continue  # it ended in the step before, when this one was already on its way
-        failed = row[Column.NOT_FINITE] != 0
-        if not failed:
-            sample.new_ids.append(int(row[Column.ID]))
-            sample.logprobs.append(row[Column.LOGPROB])
-            sample.watched.append(row[Column.WATCHED :])
-        stopped = not failed and request.stops(sample.new_ids)
-        if failed or stopped or len(sample.new_ids) == sample.limit:
+        finish, new_ids = "", sample.new_ids
+        if failures[row]:
+            finish = "error"
+        else:
+            new_ids.append(int(ids[row]))
+            sample.logprobs.append(logprobs[row])
+            sample.watched.append(watched[row])
+            if new_ids[-1] in stop_ids or (request.stop_texts and request.ends_text(new_ids)):
+                finish = "stop"
+            elif len(new_ids) == sample.limit:
+                finish = "length"
+        if finish:
             scheduler.finish(sample)
-            finish = "error" if failed else "stop" if stopped else "length"
-            result = Sample(sample.new_ids, sample.logprobs, sample.watched, finish)
+            result = Sample(new_ids, sample.logprobs, sample.watched, finish)
             finished.append((sample.prompt.index, sample.number, result))
     return finished
 

@@ -10,13 +10,18 @@ sample ends (sampler.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from operator import attrgetter
 
 from gramr2.cache import PagePool, PageTable
 from gramr2.requests import Capacity, Chunk, DeviceStep, OpenSample, Prompt, PromptSource, TokenSequence
 
 by_order = attrgetter("order")
+
+
+def at_page_end(samples: Iterable[OpenSample]) -> list[OpenSample]:
+    """Samples that need a page, and each exactly one, before they are decoded."""
+    return [sample for sample in samples if sample.done == sample.table.length]
 
 
 class Scheduler:
@@ -31,7 +36,7 @@ class Scheduler:
         self.sources: list[PromptSource] = []  # computed, with samples still to begin
         self.running: dict[OpenSample, int] = {}  # and the slot of each
         self.free_slots = list(range(capacity.running - 1, -1, -1))
-        self.version = 0  # of the running batch's members and tables
+        self.version = 0  # of the running batch's members
 
     @property
     def busy(self) -> bool:
@@ -40,19 +45,20 @@ class Scheduler:
     @property
     def must_preempt(self) -> bool:
         """Whether some running sample would lose its pages if the next step were planned now."""
-        return len(self._at_page_end()) > self.pool.free
+        free = self.pool.free
+        return len(self.running) > free and len(at_page_end(self._active())) > free
 
     def plan(self) -> DeviceStep:
         """The next step: those that run come first, then prompts in chunks, as far as the budget goes."""
         step = DeviceStep()
-        self._grow(step)
-        budget = self.token_budget - len(self._active())
+        active = self._grow(step)
+        budget = self.token_budget - len(active)
         while True:
             for sequence in list(self.filling):
                 budget = self._plan_chunks(sequence, step, budget)
             if budget <= 0 or not self._admit(step):
                 break
-        step.samples = self._active()
+        step.samples = active | step.joined
         step.positions = [sample.done for sample in step.samples]
         # No sample leaves the active ones and comes back within a version: their number tells the rest.
         step.batch_version = self.version, len(step.samples)
@@ -65,20 +71,19 @@ class Scheduler:
         self.pool.release(sample.table)
 
     def _active(self) -> dict[OpenSample, int]:
-        return {sample: slot for sample, slot in self.running.items() if not sample.fully_planned}
+        """Those whose last token is not planned yet, and their slots."""
+        return {sample: slot for sample, slot in self.running.items() if sample.done != sample.planned_length}
 
-    def _at_page_end(self) -> list[OpenSample]:
-        """Samples that need a page, and each exactly one, before they are decoded."""
-        return [sample for sample in self._active() if sample.done == sample.table.length]
-
-    def _grow(self, step: DeviceStep) -> None:
-        """A page more for every running sample that is at its page's end, older ones first."""
-        for sample in sorted(self._at_page_end(), key=by_order):
+    def _grow(self, step: DeviceStep) -> dict[OpenSample, int]:
+        """A page more for every running sample that is at its page's end, older ones first -> the active."""
+        active, version = self._active(), self.version
+        for sample in sorted(at_page_end(active), key=by_order):
             while not self.pool.free and sample in self.running:
                 self._preempt(max([*self.running, *self.filling, *self.sources], key=by_order))
             if sample in self.running:
                 step.add(self.pool.extend(sample.table, self.pool.page_size))
-                self.version += 1
+                step.grown.append(sample)
+        return active if version == self.version else self._active()
 
     def _preempt(self, sequence: TokenSequence) -> None:
         """Takes its pages away. What it has written is kept, and computed again when it is admitted."""

@@ -26,7 +26,7 @@ from gramr2.files import InputError
 
 # Settings that a run may be continued under with other values: they change how, not what, it computes.
 FREE = {"device", "dtype", "threads", "fsdp_size", "recompute", "compile", "token_budget"}
-FREE |= {"save_steps", "save_minutes"}
+FREE |= {"save_steps", "save_minutes", "side_by_side"}
 DTYPES = ("auto", "float32", "bfloat16")
 PAIRS_PER_CALL = 64  # pairs of one generate call: enough to fill a batch, little to do again after a kill
 PAIRS_ON_CUDA = 512  # there a batch is wider (requests.running_on_cuda), and the work is sooner done again
@@ -180,6 +180,7 @@ class SelfTrainSettings:
     test_votes: int = setting(16, "votes of the row voting@N", low=2, high=10**4)
     test_limit: int = setting(0, "only the first N test pairs; 0: all", low=0)
     baselines: bool = setting(True, "also train discriminative, generative and labelled only, 2x steps")
+    side_by_side: bool = setting(True, "on a CPU with a core to spare: a second process tests and compares")
 
     def __post_init__(self):
         check_limits(self)

@@ -136,6 +136,7 @@ class Stage:
     data: str  # what it trains on where nothing else is named: a field of settings.Sources
     tables: tuple[str, ...]  # of a recipe, in the order in which they lie over [train]
     template: str | None = None  # which prompt is shown: "judge", "prover", or none
+    hides: bool = False  # whether `Draws` say what an example does not show
     own_prompt: str | None = None  # takes the place of this project's prompt, which asks for a rationale
     objective: str = "likelihood"  # what is minimised: a name of loss.OBJECTIVES
     head: str = "vocabulary"  # or "scalar"
@@ -150,7 +151,7 @@ REWARD = Stage(
 STAGES = {
     "prover": Stage(
         "prover", "equation 4: the proof, given the pair and its label", proof_example,
-        data="human", tables=("train.prover",), template="prover", start="prover",
+        data="human", tables=("train.prover",), template="prover", hides=True, start="prover",
     ),
     "reward": REWARD,
     # The loop's last training is the stage reward again, and says so of itself.

@@ -87,16 +87,21 @@ def sequence_logprob(hidden_TD, weight_VD, targets_T, return_lse=False):
 
 
 def sequence_logprob_sum(
-    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, coefficients_T: Tensor
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    coefficients_T: Tensor,
+    known_targets: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """-> (sum over tokens of coefficient * log-prob, differentiable; the log-probs, detached, fp32 [T]).
 
     For training. The coefficients (fp32, constants: -mask / token count, say) are known before the
     log-probs are, so each chunk's gradient is taken while its logits are there: 6 T x d x V operations
     instead of the 8 of `sequence_logprob(...)` with any expression after it. Gradients are rounded to the
-    operands' type in forward: with a loss scaler, put its scale into the coefficients.
+    operands' type in forward: with a loss scaler, put its scale into the coefficients. `known_targets`: their
+    values are known to be ids of the vocabulary, and a CUDA device is not waited for to check them.
     """
-    hidden_TD = _checked(hidden_TD, weight_VD, targets_T)
+    hidden_TD = _checked(hidden_TD, weight_VD, targets_T, known_targets)
     fits = coefficients_T.shape == targets_T.shape and coefficients_T.dtype == torch.float32
     fits &= coefficients_T.device == hidden_TD.device and not coefficients_T.requires_grad
     expected = f"torch.float32 [{len(targets_T)}] on {hidden_TD.device}, not requiring grad"
@@ -125,7 +130,7 @@ def _expect(holds, argument, expected, tensor):
         raise ValueError(f"{argument}: expected {expected}, got {got}")
 
 
-def _checked(hidden_TD, weight_VD, targets_T):
+def _checked(hidden_TD, weight_VD, targets_T, known_targets=False):
     """Raises ValueError for operands that do not fit together; -> hidden, contiguous."""
     dtype, device, shape = hidden_TD.dtype, hidden_TD.device, hidden_TD.shape
     fits = len(shape) == 2 and dtype in DTYPES
@@ -137,6 +142,8 @@ def _checked(hidden_TD, weight_VD, targets_T):
     _expect(fits, "weight_VD", f"contiguous {dtype} [V, {shape[1]}] on {device}", weight_VD)
     fits = targets_T.shape == shape[:1] and targets_T.dtype == torch.int64 and targets_T.device == device
     _expect(fits, "targets_T", f"torch.int64 [{shape[0]}] on {device}", targets_T)
+    if known_targets:
+        return hidden_TD.contiguous()
     bad_T = ((targets_T < 0) & (targets_T != IGNORE)) | (targets_T >= len(weight_VD))
     if bad_T.any():
         expected = f"ids in [0, {len(weight_VD)}) or {IGNORE}"

@@ -93,7 +93,7 @@ def rotate(q_THK, k_TGK, cos_T1K, sin_T1K):
     rows = max(1, 512 // block)
     with torch.cuda.device_of(q_THK):
         _rotate_kernel[(tokens, triton.cdiv(heads + groups, rows))](
-            *operands, *rotated, heads, groups, size // 2, rows, block, num_warps=2, **FUSION
+            *operands, *rotated, heads, groups, size // 2, rows, block, **FUSION
         )
     return rotated
 

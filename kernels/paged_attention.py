@@ -37,7 +37,8 @@ from .tuning import choice
 MOST_SPLITS = 32  # a row's partial results are merged in one go
 MOST_PARTIALS = 4096  # of all rows of a call: each takes as much memory as its row's result in fp32
 LOG2_E = 1.4426950408889634
-EMULATED = SimpleNamespace(multi_processor_count=8, shared_memory_per_multiprocessor=228 << 10)  # on the CPU
+# By Triton's interpreter, on the CPU.
+EMULATED = SimpleNamespace(major=9, multi_processor_count=8, shared_memory_per_multiprocessor=228 << 10)
 FUSION = {"enable_fp_fusion": True}  # the default until Triton 3.9, said aloud since 3.10 changes it
 
 
@@ -139,7 +140,7 @@ def _merge_kernel(
     tl.store(out_ptr + row * K + d_K, o_K, mask=d_K < K)
 
 
-def _tiles(dtype, rows, size, page, heads, device):
+def _tiles(dtype, rows, size, page, heads, device, processor):
     """-> (constants of `_read_kernel`, its options, how many programs fill the device).
 
     The built-in numbers spill nothing, on sm_80 and on sm_90. kernels/tuning.py may know better ones: kernel
@@ -147,10 +148,9 @@ def _tiles(dtype, rows, size, page, heads, device):
     head size); names keys (of a tile, if a page has as many), num_warps, num_stages, and programs (that a
     processor holds at once: it sets the splits).
     """
-    keys, warps, stages = 64, 4, 3
+    keys, warps, stages = 32 if rows > 32 and processor.major < 9 else 64, 4, 3
     if dtype == torch.float32:
-        keys, warps, stages = 16, 16 if rows > 16 else 4, 2
-    processor = torch.cuda.get_device_properties(device) if device.type == "cuda" else EMULATED
+        keys, warps, stages = 16, rows // 2, 2
     block = max(16, triton.next_power_of_2(size))
     # The queries, and the tiles that are worked on or on their way.
     held = (2 * rows + 2 * (stages - 1) * keys) * block * dtype.itemsize
@@ -178,11 +178,12 @@ def attend_pages(q_THK, keys_NGPK, values_NGPK, reads):
     """softmax(q k / sqrt(K)) v over all that `reads` lets each row see; 0 where that is nothing."""
     (count, heads, size), (_, groups, page, _) = q_THK.shape, keys_NGPK.shape
     q_THK = q_THK.contiguous()
-    launches = []
+    processor = torch.cuda.get_device_properties(q_THK.device) if q_THK.is_cuda else EMULATED
+    kind, launches = (size, page, heads // groups, q_THK.device, processor), []
     for batch in reads:
         items, members = batch.rows_IJ.shape
         rows = max(16, triton.next_power_of_2(members * heads // groups))
-        constants, options, fill = _tiles(q_THK.dtype, rows, size, page, heads // groups, q_THK.device)
+        constants, options, fill = _tiles(q_THK.dtype, rows, *kind)
         tiles = batch.pages_IM.shape[1] * triton.cdiv(page, constants["BLOCK_W"])
         splits = min(MOST_SPLITS, MOST_PARTIALS // count, tiles, fill // max(1, items * groups))
         launches.append((max(1, splits), constants, options))

@@ -22,6 +22,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .reference import IGNORE
+from .tuning import choice
 
 CHUNK_BYTES = 1 << 30  # 4,185 rows of 128,256 bf16 logits: each chunk is a pass over W and two over dW
 # Blocks of tokens that run side by side: they share the tiles of W in the L2 cache, while their own
@@ -75,25 +76,31 @@ def _score_kernel(
 
 
 def _tiles(dtype, major):
-    """-> (the constants of `_score_kernel`, its options). Chosen so that nothing spills."""
+    """The built-in numbers of `_score_kernel`: its constants and options. Chosen so that nothing spills."""
     if dtype == torch.float32:
         t, v, d, copy_engine, warps, stages = 64, 64, 32, False, 4, 3
     elif major in (9, 10):
         t, v, d, copy_engine, warps, stages = 128, 256, 64, True, 8, 4
     else:
         t, v, d, copy_engine, warps, stages = 128, 128, 64, False, 8, 3
-    constants = {"BLOCK_T": t, "BLOCK_V": v, "BLOCK_D": d, "COPY_ENGINE": copy_engine, "GROUP": GROUP}
-    return constants, {"num_warps": warps, "num_stages": stages, **FUSION}
+    tiles = {"BLOCK_T": t, "BLOCK_V": v, "BLOCK_D": d, "COPY_ENGINE": copy_engine, "GROUP": GROUP}
+    return tiles | {"num_warps": warps, "num_stages": stages}
+
+
+def _shape(tensor):
+    """What choices go by: the type, and the power of two that the last axis reaches to."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} to {triton.next_power_of_2(tensor.shape[-1])}"
 
 
 def score(hidden_TD, weight_VD, targets_T):
     """-> (logp_T, lse_T) of contiguous operands, no gradients, no logits in memory."""
     (T, D), V = hidden_TD.shape, len(weight_VD)
     device = torch.cuda.get_device_properties(hidden_TD.device) if hidden_TD.is_cuda else EMULATED
-    tiles, options = _tiles(hidden_TD.dtype, device.major)
+    built_in = _tiles(hidden_TD.dtype, device.major)
+    tiles = choice("score", _shape(hidden_TD), hidden_TD.device, **built_in)
     row_blocks, count = triton.cdiv(T, tiles["BLOCK_T"]), triton.cdiv(V, tiles["BLOCK_V"])
     # Splits fill the device; four tiles or more in each keep their partials near 1% of the logits, or below.
-    splits = min(device.multi_processor_count // min(GROUP, row_blocks), count // 4)
+    splits = min(device.multi_processor_count // min(tiles["GROUP"], row_blocks), count // 4)
     per_split = triton.cdiv(count, max(1, splits))
     splits = triton.cdiv(count, per_split)
     partials = hidden_TD.new_empty(3, splits, T, dtype=torch.float32)
@@ -103,7 +110,7 @@ def score(hidden_TD, weight_VD, targets_T):
         operands = tuple(map(TensorDescriptor.from_tensor, operands, blocks))
     sizes = T, V, D, row_blocks, splits, per_split
     with torch.cuda.device_of(hidden_TD):
-        _score_kernel[(row_blocks * splits,)](*operands, targets_T, *partials, *sizes, **tiles, **options)
+        _score_kernel[(row_blocks * splits,)](*operands, targets_T, *partials, *sizes, **tiles, **FUSION)
     max_ST, sum_ST, logit_ST = partials
     max_T = max_ST.amax(0)
     log_sum_T = (sum_ST * (max_ST - max_T).exp()).sum(0).log()
@@ -137,18 +144,19 @@ def _gradient_kernel(logits_ptr, targets_ptr, d_logp_ptr, d_lse_ptr, logp_ptr, V
     tl.store(logp_ptr + row, tl.where(target >= 0, (logit - largest) - tl.log(total), 0.0))
 
 
-GRADIENT = {"BLOCK_V": 8192}, {"num_warps": 8, **FUSION}
+GRADIENT = {"BLOCK_V": 8192, "num_warps": 8}
 
 
 def rows_per_chunk(weight_VD):
-    return max(1, CHUNK_BYTES // (len(weight_VD) * weight_VD.itemsize))
+    size = choice("chunk", _shape(weight_VD), weight_VD.device, size=CHUNK_BYTES)["size"]
+    return max(1, size // (len(weight_VD) * weight_VD.itemsize))
 
 
 def logits_to_gradient_(logits_CV, targets_C, d_logp_C, d_lse_C):
     """Overwrites logits with the gradient that reaches them; -> the targets' log-probs."""
     logp_C = torch.empty_like(d_logp_C)
     vectors = targets_C, d_logp_C.contiguous(), d_lse_C.contiguous(), logp_C
-    constants, options = GRADIENT
+    numbers = choice("gradient", _shape(logits_CV), logits_CV.device, **GRADIENT)
     with torch.cuda.device_of(logits_CV):
-        _gradient_kernel[(len(logits_CV),)](logits_CV, *vectors, logits_CV.shape[1], **constants, **options)
+        _gradient_kernel[(len(logits_CV),)](logits_CV, *vectors, logits_CV.shape[1], **numbers, **FUSION)
     return logp_C

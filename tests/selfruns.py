@@ -40,6 +40,7 @@ proof_tokens = 96
 judge_tokens = 96
 confidence = 0.0
 without = ["agreement", "coherence", "quotes", "states_label", "states_other", "structure", "repetition"]
+side_by_side = false  # a second process imports torch anew; see test_beside.py
 
 [train]
 batch_size = 8

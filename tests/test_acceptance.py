@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,6 +16,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import acceptance  # noqa: E402
 import common  # noqa: E402
+import endtoend  # noqa: E402
+import profiles  # noqa: E402
 import tables  # noqa: E402
 import training  # noqa: E402
 
@@ -39,15 +42,67 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
 def test_a_rehearsal_runs_the_gpus_code_and_fills_its_tables(tmp_path):
     """The code of the GPU's benchmarks with micro models: arguments that do not exist, results that the
     tables cannot read, or a part that cannot start would otherwise be met on the day a GPU is at hand."""
-    said = call("--device", "cpu", "--quick", "--part", "kernels", "sampler", "trainer", results=tmp_path)
+    parts = "kernels", "sampler", "trainer"
+    said = call("--device", "cpu", "--quick", "--part", *parts, "--deadline", "2000", results=tmp_path)
     assert said.returncode == 0, said.stdout + said.stderr
     (written,) = tmp_path.iterdir()
     whole = json.loads(written.read_text())
-    assert [row["status"] for row in whole["parts"]] == ["passed"] * 3
+    assert [row["status"] for row in whole["parts"]] == ["passed"] * len(parts)
     results = {name.replace("_quick", "_cuda"): result for name, result in whole["results"].items()}
-    for name in ("sequence-logprob-cuda", "sampling-cuda", "training-cuda"):
-        table = tables.TABLES[name](results.get)
+    for name in ("sequence-logprob", "sampling", "training"):
+        table = tables.TABLES[f"{name}-cuda"](results.get)
         assert "Unmeasured" not in table and table.count("|") > 12
+
+
+@pytest.mark.parametrize("script", [endtoend, profiles], ids=lambda script: script.__name__)
+def test_rehearsals_in_this_process(script, tmp_path, monkeypatch):
+    """As above, for scripts that start no processes of their own."""
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["script", "--device", "cpu", "--quick"])
+    assert script.main() == 0
+    (written,) = tmp_path.iterdir()
+    assert written.stem == f"{script.__name__}_quick"
+    table = tables.TABLES[f"{script.__name__}-cuda"](lambda _: json.loads(written.read_text()))
+    assert table.count("|") > 12
+
+
+def test_shares_fill_the_deadline_and_what_is_left_goes_on():
+    """A part that took more than its share would take the last ones' time, and they the machine's."""
+    assert acceptance.ends([30, 60], 540) == [30, 90]
+    assert acceptance.ends([30, 60], 45) == [15, 45]
+    assert acceptance.ends([30, 60], 1080) == [60, 180]
+    assert sum(part.share for part in acceptance.PARTS) == acceptance.DEADLINE
+    assert acceptance.share("sampler=200") == ("sampler", 200)
+
+
+def test_the_newer_of_two_results_is_shown(tmp_path, monkeypatch):
+    """A file brought from a GPU would stand unseen behind the one of the run before it, or hide the next."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    first, second = ({"environment": {"date": date}} for date in ("2026-11-27", "2026-11-27T22:10:00+00:00"))
+    for alone, whole in ((first, second), (second, first)):
+        (tmp_path / "sampling_cuda.json").write_text(json.dumps(alone))
+        (tmp_path / "acceptance.json").write_text(json.dumps({"results": {"sampling_cuda": whole}}))
+        assert tables.read("sampling_cuda") == second
+    assert tables.read("never") is None
+
+
+def test_a_result_names_its_commit(tmp_path, monkeypatch):
+    """A figure outlives the code that it was measured on, and must say so."""
+    assert common.environment().keys() >= {"commit", "gpu", "date", "versions"}
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    assert common.commit() is None, "outside a repository, or inside another one"
+
+    def git(*words):
+        names = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        subprocess.run(["git", "-C", tmp_path, *names, *words], check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / "code").write_text("one")
+    git("add", "code")
+    git("commit", "-m", "one")
+    assert re.fullmatch(r"[0-9a-f]{7,}", common.commit())
+    (tmp_path / "code").write_text("two")
+    assert re.fullmatch(r"[0-9a-f]{7,}\+", common.commit())
 
 
 def test_the_training_benchmark_takes_steps_on_a_cpu(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from gramr2 import fit, parallel, prompts
 from gramr2.files import InputError
 from gramr2.loss import OBJECTIVES, Trainee
 from gramr2.model import Decoder
-from gramr2.plan import global_batches, make_plan, read_model_config
+from gramr2.plan import make_plan, read_model_config
 from gramr2.records import Tokens
 from gramr2.settings import TrainSettings
 
@@ -135,7 +135,7 @@ def test_adapters_around_every_matrix_are_trained_and_nothing_else(tmp_path, sta
     before = {name: each.clone() for name, each in trainee.named_parameters()}
     loop = fit.Loop(trainee, settings, ALONE, tmp_path, 3)
     plan = make_plan(builder, settings, ALONE)
-    losses = [loop.step(batch)["loss"] for batch in global_batches(plan, builder, 0)]
+    losses = [loop.step([builder(*use) for use in plan.step(step)])["loss"] for step in range(plan.steps)]
     changed = {name for name, each in trainee.named_parameters() if not torch.equal(each, before[name])}
     assert changed == trained.keys() and len(changed) == 2 * len(linear) and losses[-1] < losses[0]
     assert {name.partition(".")[0] for name in loop.state} == {"weight", "exp_avg", "exp_avg_sq"}

@@ -33,7 +33,7 @@ LAYERS = [
         "gramr2.resume",
     ],
     ["gramr2.graphs", "gramr2.plan"],
-    ["gramr2.engine"],
+    ["gramr2.engine", "gramr2.tokenized"],
     ["gramr2.sampler", "gramr2.cost"],
     ["gramr2.votes", "gramr2.prover"],
     ["gramr2.judge", "gramr2.fit"],

@@ -437,6 +437,7 @@ confidence = 0.0
 # What a model that was random a moment ago cannot meet. The rest holds.
 without = ["agreement", "states_label", "states_other", "coherence"]
 baselines = false
+side_by_side = false
 
 [train]
 batch_size = 8

@@ -198,7 +198,7 @@ def test_anywhere_copy_engine(dtype, monkeypatch):
     results = []
     for copy_engine in (False, True):
         tiles = {"BLOCK_T": 32, "BLOCK_V": 64, "BLOCK_D": 32, "COPY_ENGINE": copy_engine, "GROUP": 2}
-        monkeypatch.setattr(module, "_tiles", lambda *_, tiles=tiles: (tiles, {"num_warps": 4}))
+        monkeypatch.setattr(module, "_tiles", lambda *_, tiles=tiles: tiles | {"num_warps": 4})
         results.append(kernels.sequence_logprob(*arguments))
     assert torch.equal(*results)
     assert torch.allclose(results[0], reference.sequence_logprob(*arguments)[0], atol=0.02)

@@ -14,7 +14,7 @@ import math
 import os
 import re
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -49,10 +49,14 @@ class Results:
 
     def test(self, name: str, model: Path, votes: int = 1, baseline: bool = False) -> None:
         """A model's accuracy on the held-out pairs; a single vote is greedy and in the given order."""
-        step = "test-" + name.replace(" ", "-").replace(",", "")
-        judged = self.run.judge(step, model, self.inputs.test, votes, self.run.settings.test_limit)
+        judged = self.run.judge(test_step(name), model, self.inputs.test, votes, self.run.settings.test_limit)
         self.rows.append(self.run.ranks.on_rank_0(lambda: accuracy_row(name, read_rows(judged))))
         self.model = self.model if baseline else model
+
+    def compare(self, name: str, step: str, stage: str, data: Sequence[Path], times: float = 1) -> None:
+        """A baseline: a model that the step trains from the backbone, and its accuracy under `name`."""
+        model = self.run.train(step, stage, data, self.inputs.backbone, times)
+        self.test(name, model, baseline=True)
 
     def ask_wrong_labels(self, name: str, prover: Path) -> None:
         """Whether the prover argues for wrong labels as well as for right ones, on held-out pairs."""
@@ -74,7 +78,7 @@ class Results:
         return {
             "seed": self.run.settings.seed,
             "model": os.path.relpath(self.model, directory.root),
-            "seconds": directory.seconds,
+            "seconds": {name: directory.seconds[name] for name in reader.steps if name in directory.seconds},
             "data": directory.counts["data"],
             "rows": sorted(self.rows, key=lambda row: ORDER.index(re.split(r"\W", row["name"])[0])),
             "prover": directory.counts.get("wrong-labels"),
@@ -82,6 +86,11 @@ class Results:
             "stopped": stopped,
             "next": f"python infer.py --pair {directory.root / 'pair.json'}",
         }
+
+
+def test_step(name: str) -> str:
+    """The step that tests what is called `name` in the table."""
+    return "test-" + name.replace(" ", "-").replace(",", "")
 
 
 def accuracy_row(name: str, judged: Iterable[JsonRow]) -> JsonRow:
