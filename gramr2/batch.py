@@ -3,7 +3,8 @@
 A token always reads its keys in the same two parts: the full pages of its prompt, from the start, and
 everything behind them, from there (`Prompt.shared_tokens`). The first part is read once for all rows that
 share it. Whether a token is computed in a chunk, alone, or again after its pages were lost makes no
-difference to the cuts in which its keys are added up, and so to its bits.
+difference to the cuts in which its keys are added up, and so to its bits. (Where items are of a limited size,
+on CUDA, a decode row that shares with no other has one part instead.)
 
 It leaves out: tensors. Everything is laid out in numpy; engine.py or graphs.py takes it to the device.
 `item_rows` is the most rows of an item of reads (kernels/reads.py); None is any number.
@@ -56,8 +57,8 @@ class DecodeBatch(Generic[Array]):
     positions_R: Array
     seeds_R: Array  # of the noise
     places_U: Array  # where keys and values are written: page * page size + place
-    prefix: Reads[Array]  # the prompts' full pages, for all who share them
-    own: Reads[Array]  # what each row has behind them
+    prefix: Reads[Array]  # prompts' full pages, for all who share them
+    own: Reads[Array]  # what each row has behind them; all, where it shares none
 
     def arrays(self) -> list[Array]:
         first: list[Array] = [self.slots_R, self.positions_R, self.seeds_R, self.places_U]
@@ -78,19 +79,22 @@ class DecodeRows:
         self.seeds_R = np.array([sample.prompt.seeds[sample.number] for sample in step.samples])
         self.shared_R = np.array([sample.prompt.shared_tokens(size) for sample in step.samples])
         tables = [sample.table.pages for sample in step.samples]
+        sharing: dict[tuple, list[int]] = {}  # pages -> the rows that begin with them
+        for row, (table, n) in enumerate(zip(tables, (self.shared_R // size).tolist(), strict=True)):
+            if n:
+                sharing.setdefault((*table[:n], None if share_prefix else row), []).append(row)
+        items: list[Item] = []
+        for (*pages, _), rows in sharing.items():
+            if item_rows and len(rows) == 1:  # there one read of all is faster, and bits are not promised
+                self.shared_R[rows] = 0
+            else:
+                items += items_of(np.array(rows), self.shared_R[rows], pages, item_rows)
+        self.prefix = reads_of(items)
         begins = (self.shared_R // size).tolist()  # the page where a row's own part begins
         own = [table[n:] for table, n in zip(tables, begins, strict=True)]
         self.counts_R = np.array([len(pages) for pages in own])  # of a row's own pages
         self.own_RM = stack(own, NULL)
         self.row_of = {sample: row for row, sample in enumerate(step.samples)}
-        sharing: dict[tuple, list[int]] = {}  # pages -> the rows that begin with them
-        for row, (table, n) in enumerate(zip(tables, begins, strict=True)):
-            if n:
-                sharing.setdefault((*table[:n], None if share_prefix else row), []).append(row)
-        items: list[Item] = []
-        for (*pages, _), rows in sharing.items():
-            items += items_of(np.array(rows), self.shared_R[rows], pages, item_rows)
-        self.prefix = reads_of(items)
 
     def keep(self, samples: Iterable[OpenSample]) -> None:
         """Only these are left. What they share is still shared by them, and no two begin to share."""

@@ -50,7 +50,7 @@ class Engine:
             self.item_rows = QUERY_ROWS * model.config.num_kv_heads // model.config.num_heads
         self.uses_graphs = self.cuda and kernels.backend(self.device) == "triton"
         self.pages = self.page_size = self.calls = 0  # pages of the pool, which grows with what a call needs
-        self.keys_LNPGK = self.values_LNPGK = torch.empty(0)
+        self.keys_LNGPK = self.values_LNGPK = torch.empty(0)
         self.last_id_S = torch.empty(0)
         self.graphs: DecodeGraphs | None = None
         self.options_seen: dict[
@@ -62,7 +62,7 @@ class Engine:
 
     @property
     def pool_bytes(self) -> int:
-        return self.keys_LNPGK.nbytes + self.values_LNPGK.nbytes
+        return self.keys_LNGPK.nbytes + self.values_LNGPK.nbytes
 
     def begin(self, capacity: Capacity, options: Options) -> int:
         """Makes ready for a call → its number, which `launch` is given. Calls that came before are over."""
@@ -100,11 +100,11 @@ class Engine:
     def _make_pool(self) -> None:
         config, capacity = self.decoder.config, self.capacity
         self.graphs = None  # they read and write the pool that was
-        self.keys_LNPGK = self.values_LNPGK = torch.empty(0)  # whose memory the next one may need
+        self.keys_LNGPK = self.values_LNGPK = torch.empty(0)  # whose memory the next one may need
         self.pages, self.page_size = capacity.pages, capacity.page_size
-        shape = self.pages, self.page_size, config.num_kv_heads, config.head_size
+        shape = self.pages, config.num_kv_heads, self.page_size, config.head_size
         like = self.decoder.head_weight
-        self.keys_LNPGK, self.values_LNPGK = (like.new_empty(config.num_layers, *shape) for _ in range(2))
+        self.keys_LNGPK, self.values_LNGPK = (like.new_empty(config.num_layers, *shape) for _ in range(2))
         self._clear([NULL])
 
     @torch.inference_mode()
@@ -118,8 +118,8 @@ class Engine:
             self._prefill(step.chunks)
         if step.copies:
             origins, copies = (self._upload(pages) for pages in zip(*step.copies, strict=True))
-            for pool_LNPGK in (self.keys_LNPGK, self.values_LNPGK):
-                pool_LNPGK[:, copies] = pool_LNPGK[:, origins]
+            for pool_LNGPK in (self.keys_LNGPK, self.values_LNGPK):
+                pool_LNGPK[:, copies] = pool_LNGPK[:, origins]
         if step.joined:
             slots = self._upload([*step.joined.values()])
             self.last_id_S[slots] = self._upload([sample.ids[-1] for sample in step.joined])
@@ -157,15 +157,15 @@ class Engine:
 
     def _attend(self, places_U: Tensor, reads: list[Reads[Tensor]]) -> Attend:
         def attend(layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
-            keys_NPGK, values_NPGK = self.keys_LNPGK[layer], self.values_LNPGK[layer]
-            kernels.write_kv(k_TGK, v_TGK, keys_NPGK, values_NPGK, places_U)
-            return kernels.attend_pages(q_THK, keys_NPGK, values_NPGK, reads)
+            keys_NGPK, values_NGPK = self.keys_LNGPK[layer], self.values_LNGPK[layer]
+            kernels.write_kv(k_TGK, v_TGK, keys_NGPK, values_NGPK, places_U)
+            return kernels.attend_pages(q_THK, keys_NGPK, values_NGPK, reads)
 
         return attend
 
     def _clear(self, pages: list[int]) -> None:
         """Hidden keys are read, and weighed with 0: what stands there must not be NaN."""
-        self.keys_LNPGK[:, pages] = self.values_LNPGK[:, pages] = 0
+        self.keys_LNGPK[:, pages] = self.values_LNGPK[:, pages] = 0
 
     def _upload(self, values: np.ndarray | Sequence) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(values, np.int64))

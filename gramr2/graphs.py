@@ -27,6 +27,7 @@ from gramr2.requests import Capacity
 from kernels.choice import Options
 
 Decode = Callable[[DecodeBatch[Tensor]], Tensor]
+Sizes = tuple[int, int]  # rows, and items of their shared prefixes
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,13 @@ class DecodeGraphs:
         # Of the longest table. Rounded up: a call of somewhat longer ones finds its graphs captured.
         self.longest = 1 << (capacity.longest // capacity.page_size + 1).bit_length()
         pages = (self.longest,)
-        # Of each of a batch's arrays, in their order: shape per row, and what pads it. Rows that pad a batch
-        # sit in the spare slot, write to the null page and see nothing.
+        # Of each of a batch's arrays, in their order: shape per row or prefix, and what pads it. Rows that
+        # pad a batch sit in the spare slot, write to the null page and see nothing.
         slots, positions, seeds, places = ((), capacity.running), ((), 0), ((), 0), ((), 0)
         prefix = ((item_rows,), -1), ((item_rows,), 0), (pages, NULL)
         own = ((1,), -1), ((1,), 0), (pages, NULL)
         self.layout: list[tuple[tuple, int]] = [slots, positions, seeds, places, *prefix, *own]
-        self.captured: dict[tuple[int, int], CapturedGraph] = {}  # by batch size, and by whose options
+        self.captured: dict[tuple[Sizes, int], CapturedGraph] = {}  # by batch sizes, and by whose options
         self.memory = torch.cuda.graph_pool_handle()
 
     def hold(self, capacity: Capacity) -> bool:
@@ -63,14 +64,15 @@ class DecodeGraphs:
         self, batch: DecodeBatch[np.ndarray], decode: Decode, options: Options
     ) -> Callable[[], np.ndarray]:
         """Starts a step; -> what waits for its outputs. `decode` is one that chooses by the options."""
-        rows = len(batch.slots_R)
-        size = min(graph_size(rows), self.running)
-        key = size, id(options)  # the engine keeps them
+        rows, prefixes = len(batch.slots_R), len(batch.prefix.rows_IJ)
+        # Prefixes come in powers of two: none has no launch, and few have few that are padding.
+        sizes = min(graph_size(rows), self.running), prefixes and 1 << (prefixes - 1).bit_length()
+        key = sizes, id(options)  # the engine keeps them
         if key not in self.captured:
-            self.captured[key] = self._capture(size, decode)
+            self.captured[key] = self._capture(sizes, decode)
         captured = self.captured[key]
         host_F, host_RC = next(captured.host_buffers)
-        self._write(batch, host_F, size)
+        self._write(batch, host_F, sizes)
         captured.input_F.copy_(host_F, non_blocking=True)
         captured.graph.replay()
         host_RC.copy_(captured.outputs_RC, non_blocking=True)
@@ -83,23 +85,28 @@ class DecodeGraphs:
 
         return wait
 
-    def _views(self, flat_F: Tensor, size: int) -> list[Tensor]:
+    def _shapes(self, sizes: Sizes) -> list[tuple[int, ...]]:
+        rows, prefixes = sizes
+        counts = [rows] * 4 + [prefixes] * 3 + [rows] * 3
+        return [(count, *each) for count, (each, _) in zip(counts, self.layout, strict=True)]
+
+    def _views(self, flat_F: Tensor, sizes: Sizes) -> list[Tensor]:
         """A batch's arrays in a flat buffer."""
-        shapes = [(size, *per_row) for per_row, _ in self.layout]
+        shapes = self._shapes(sizes)
         parts = flat_F.split([math.prod(shape) for shape in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
-    def _write(self, batch: DecodeBatch[np.ndarray], host_F: Tensor, size: int) -> None:
-        views = self._views(host_F, size)
+    def _write(self, batch: DecodeBatch[np.ndarray], host_F: Tensor, sizes: Sizes) -> None:
+        views = self._views(host_F, sizes)
         for view, (_, fill), array in zip(views, self.layout, batch.arrays(), strict=True):
             buffer = view.numpy()
             buffer[...] = fill
             buffer[tuple(map(slice, array.shape))] = array
 
-    def _capture(self, size: int, decode: Decode) -> CapturedGraph:
-        length = size * sum(math.prod(per_row) for per_row, _ in self.layout)
+    def _capture(self, sizes: Sizes, decode: Decode) -> CapturedGraph:
+        length = sum(map(math.prod, self._shapes(sizes)))
         input_F = torch.empty(length, dtype=torch.int64, device=self.device)
-        views = self._views(input_F, size)
+        views = self._views(input_F, sizes)
         for view, (_, fill) in zip(views, self.layout, strict=True):
             view.fill_(fill)
         graph, outputs_RC = self._record(decode, DecodeBatch.of(views))

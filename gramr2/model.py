@@ -25,9 +25,9 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kernels
 from kernels.packed_attention import Attend
 
 
@@ -86,11 +86,6 @@ def rope_tables(config: ModelConfig, positions_T: Tensor, dtype: torch.dtype) ->
     return torch.cat((cos, cos), dim=-1)[:, None].to(dtype), torch.cat((-sin, sin), dim=-1)[:, None].to(dtype)
 
 
-def rotate(x_THK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> Tensor:
-    """Rotates channel i together with channel i + K/2, the published checkpoints' pairing."""
-    return x_THK * cos_T1K + x_THK.roll(x_THK.shape[-1] // 2, dims=-1) * sin_T1K
-
-
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -98,9 +93,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        # The statistics are fp32 and the product is not: the rounding that checkpoints were trained with.
-        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        return self.weight * F.rms_norm(wide, x.shape[-1:], eps=self.eps).to(x.dtype)
+        return kernels.rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -119,8 +112,7 @@ class Attention(nn.Module):
         q_THK, k_TGK, v_TGK = (
             project(x_TD).unflatten(-1, (-1, self.head_size)) for project in (self.q, self.k, self.v)
         )
-        q_THK = rotate(self.q_norm(q_THK), *rope)
-        k_TGK = rotate(self.k_norm(k_TGK), *rope)
+        q_THK, k_TGK = kernels.rotate(self.q_norm(q_THK), self.k_norm(k_TGK), *rope)
         return self.o(attend(layer, q_THK, k_TGK, v_TGK).flatten(-2))
 
 
@@ -132,7 +124,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x_TD)) * self.up(x_TD))
+        return self.down(kernels.silu_product(self.gate(x_TD), self.up(x_TD)))
 
 
 class Block(nn.Module):

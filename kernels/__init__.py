@@ -2,15 +2,16 @@
 
 - `sequence_logprob`: per-token log-probs over the vocabulary, without the logits; differentiable.
 - `sequence_logprob_sum`: their weighted sum for a training step, cheaper where the weights are known.
+- `rms_norm`, `rotate`, `silu_product`: what stands between the decoder's matmuls.
 - `write_kv`, `attend_pages`: the sampler's cache, written and read through tables of pages.
 - `backend`: "triton" or "reference", for a device.
 
 Each has a readable meaning in reference.py. A device without a Triton kernel runs torch code: that file's
-for the log-probs, paged_attention_cpu.py for the cache. Importing imports no Triton and asks no device; both
-happen in the first call. The arguments of the log-probs are checked here, before anything is launched, and
-what is wrong is a ValueError that names the argument. The cache's are not: they are the sampler's own, and
-met once per layer of every step. choice.py, the choice of a token, is the same torch code on every device,
-and needs no choosing here.
+for the log-probs and between matmuls, paged_attention_cpu.py for the cache. Importing imports no Triton and
+asks no device; both happen in the first call. The arguments of the log-probs are checked here, before
+anything is launched, and what is wrong is a ValueError that names the argument. The others' are not: they are
+the model's and the sampler's own, and met in every layer of every step. choice.py, the choice of a token, is
+the same torch code on every device, and needs no choosing here.
 
 Legend of suffixes: see reference.py.
 """
@@ -150,21 +151,49 @@ def _checked(hidden_TD, weight_VD, targets_T, known_targets=False):
     return hidden_TD.contiguous()
 
 
-def _paged(keys_NPGK):
+def _elementwise(*operands):
+    """The module whose elementwise steps these operands take: one with gradients, or one that is faster."""
+    if not operands[0].is_cuda or torch.compiler.is_compiling():  # what torch compiles it fuses by itself
+        return reference
+    wanted = torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)
+    alike = all(operand.dtype == operands[0].dtype for operand in operands)
+    if wanted or not alike or backend(operands[0].device) != "triton":
+        return reference
+    from . import elementwise
+
+    return elementwise
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean of x * x + eps) * weight, over the last dimension."""
+    return _elementwise(x, weight_D).rms_norm(x, weight_D, eps)
+
+
+def rotate(q_THK: Tensor, k_TGK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys, each channel i rotated together with channel i + K/2."""
+    return _elementwise(q_THK, k_TGK, cos_T1K, sin_T1K).rotate(q_THK, k_TGK, cos_T1K, sin_T1K)
+
+
+def silu_product(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    return _elementwise(gate, up).silu_product(gate, up)
+
+
+def _paged(keys_NGPK):
     """The module that reads and writes pages of this kind on this device."""
-    trusted = keys_NPGK.is_cuda or keys_NPGK.dtype != torch.bfloat16
-    if trusted and backend(keys_NPGK.device) == "triton":
+    trusted = keys_NGPK.is_cuda or keys_NGPK.dtype != torch.bfloat16
+    if trusted and backend(keys_NGPK.device) == "triton":
         from . import paged_attention
 
         return paged_attention
     return paged_attention_cpu
 
 
-def write_kv(k_TGK: Tensor, v_TGK: Tensor, keys_NPGK: Tensor, values_NPGK: Tensor, places_U: Tensor) -> None:
+def write_kv(k_TGK: Tensor, v_TGK: Tensor, keys_NGPK: Tensor, values_NGPK: Tensor, places_U: Tensor) -> None:
     """Puts the first U tokens' keys and values into their places of the pools: page * P + place."""
-    _paged(keys_NPGK).write_kv(k_TGK, v_TGK, keys_NPGK, values_NPGK, places_U)
+    _paged(keys_NGPK).write_kv(k_TGK, v_TGK, keys_NGPK, values_NGPK, places_U)
 
 
-def attend_pages(q_THK: Tensor, keys_NPGK: Tensor, values_NPGK: Tensor, reads: list[Reads[Tensor]]) -> Tensor:
+def attend_pages(q_THK: Tensor, keys_NGPK: Tensor, values_NGPK: Tensor, reads: list[Reads[Tensor]]) -> Tensor:
     """Attention of each row over what a list of `Reads` lets it see of the pools -> [T, H, K]."""
-    return _paged(keys_NPGK).attend_pages(q_THK, keys_NPGK, values_NPGK, reads)
+    return _paged(keys_NGPK).attend_pages(q_THK, keys_NGPK, values_NGPK, reads)

@@ -14,8 +14,8 @@ key is read and weighed with 0: what stands in a page must not be NaN.
 Left out: 16-bit products (operands are widened to fp32).
 Legend of suffixes: T tokens, H query heads, G key/value heads, h query heads of a group (H / G), K head size,
 N pages of the pool, P tokens of a page, I items, J queries of an item, M pages of an item, R query rows of an
-item and group (J * h, padded), W keys of a cut, C pages of a cut, of all items; Z query heads of the whole
-batch (T * H), S parts: the cuts of all reads, one behind the other.
+item and group (J * h, padded), W keys of a cut, C pages of a cut, of all items and groups; Z query heads of
+the whole batch (T * H), S parts: the cuts of all reads, one behind the other.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ LOWEST = -1e30  # a log-sum-exp of nothing; finite, so that a difference of two 
 class Cut:
     """KEYS keys of each item."""
 
-    pages_C: Tensor
+    runs_C: Tensor  # page * G + group: where a group's keys of a page stand
     mask_I1RW: Tensor | None  # what is added to scores to hide keys; None where all are visible
     # To gather keys and values in: fresh memory for every layer would cost more than filling it.
     buffers: list[Tensor]
@@ -52,10 +52,10 @@ class Layout:
     cuts: list[Cut]
 
 
-def attend_pages(q_THK: Tensor, keys_NPGK: Tensor, values_NPGK: Tensor, reads: list[Reads[Tensor]]) -> Tensor:
+def attend_pages(q_THK: Tensor, keys_NGPK: Tensor, values_NGPK: Tensor, reads: list[Reads[Tensor]]) -> Tensor:
     """softmax(q k / sqrt(K)) v over all that `reads` lets each row see; 0 where that is nothing."""
     tokens, heads, size = q_THK.shape
-    layouts = [_layout(batch, tokens, heads, keys_NPGK) for batch in reads]
+    layouts = [_layout(batch, tokens, heads, keys_NGPK) for batch in reads]
     q_ZK = q_THK.float().reshape(-1, size)
     o_SZK = q_ZK.new_zeros(max(1, sum(len(layout.cuts) for layout in layouts)), *q_ZK.shape)
     lse_SZ = q_ZK.new_full(o_SZK.shape[:2], LOWEST)
@@ -65,9 +65,9 @@ def attend_pages(q_THK: Tensor, keys_NPGK: Tensor, values_NPGK: Tensor, reads: l
         q_IGRK = q_ZK.index_select(0, there_IGR.flatten()).view(*there_IGR.shape, size)
         for cut in layout.cuts:
             k_IGWK, v_IGWK = (
-                torch.index_select(pool, 0, cut.pages_C, out=buffer)
-                .view(len(q_IGRK), -1, *pool.shape[2:]).transpose(1, 2).float()
-                for pool, buffer in zip((keys_NPGK, values_NPGK), cut.buffers, strict=True)
+                torch.index_select(pool.flatten(0, 1), 0, cut.runs_C, out=buffer)
+                .view(*q_IGRK.shape[:2], -1, size).float()
+                for pool, buffer in zip((keys_NGPK, values_NGPK), cut.buffers, strict=True)
             )  # fmt: skip
             o_IGRK, lse_IGR = _softmax_part(q_IGRK, k_IGWK, v_IGWK, cut.mask_I1RW)
             o_ZK, lse_Z = next(results)
@@ -101,9 +101,9 @@ def _merge(o_SZK, lse_SZ):
     return o_ZK.div_(total_Z[:, None])
 
 
-def _layout(reads, tokens, heads, keys_NPGK):
+def _layout(reads, tokens, heads, keys_NGPK):
     if reads.layout is None:
-        page, groups = keys_NPGK.shape[1:3]
+        groups, page = keys_NGPK.shape[1:3]
         head_G1h = torch.arange(heads, device=reads.rows_IJ.device).view(groups, 1, -1)
         rows_IJ = torch.where(reads.visible_IJ > 0, reads.rows_IJ, -1)
         rows_IJ = rows_IJ.masked_fill(rows_IJ < 0, tokens)  # a row more, for what is nobody's
@@ -116,16 +116,16 @@ def _layout(reads, tokens, heads, keys_NPGK):
         absent_Z = back_Z < 0
         there_IGR.clamp_(max=tokens * heads - 1)
         cuts = [
-            _cut(reads, first, heads // groups, padding, keys_NPGK)
+            _cut(reads, first, heads // groups, padding, keys_NGPK)
             for first in range(0, reads.pages_IM.shape[1], KEYS // page)
         ]
         reads.layout = Layout(there_IGR, back_Z.clamp_(min=0), absent_Z if absent_Z.any() else None, cuts)
     return reads.layout
 
 
-def _cut(reads, first, heads_per_group, padding, keys_NPGK):
+def _cut(reads, first, heads_per_group, padding, keys_NGPK):
     """The keys of the pages from `first` on, of every item."""
-    page = keys_NPGK.shape[1]
+    groups, page = keys_NGPK.shape[1:3]
     pages_IM = reads.pages_IM[:, first : first + KEYS // page]
     place_W = torch.arange(first * page, (first + pages_IM.shape[1]) * page, device=pages_IM.device)
     hidden_IJW = place_W >= reads.visible_IJ[..., None]
@@ -134,5 +134,7 @@ def _cut(reads, first, heads_per_group, padding, keys_NPGK):
         mask_IJW = torch.zeros(hidden_IJW.shape, device=place_W.device).masked_fill_(hidden_IJW, LOWEST)
         mask_IRW = mask_IJW.repeat_interleave(heads_per_group, 1)
         mask_I1RW = pad(mask_IRW, (0, 0, *padding))[:, None]
-    buffers = [keys_NPGK.new_empty(pages_IM.numel(), *keys_NPGK.shape[1:]) for _ in range(2)]
-    return Cut(pages_IM.flatten(), mask_I1RW, buffers)
+    group_G1 = torch.arange(groups, device=pages_IM.device)[:, None]
+    runs_C = (pages_IM[:, None] * groups + group_G1).flatten()
+    buffers = [keys_NGPK.new_empty(len(runs_C), *keys_NGPK.shape[2:]) for _ in range(2)]
+    return Cut(runs_C, mask_I1RW, buffers)

@@ -6,6 +6,9 @@
 without one run; they keep the same contract, which is about memory: the [T, V] logits never exist, only
 one chunk of rows does, in place.
 
+`rms_norm`, `rotate` and `silu_product` are the decoder's elementwise steps; on every device training runs
+these, and so does all that is not CUDA.
+
 `write_kv` and `attend_pages` are the sampler's cache: keys and values lie in pages of a pool, and `Reads`
 (reads.py) says which query may look at which pages.
 
@@ -16,6 +19,7 @@ queries of an item, M pages of an item; U tokens that are written (T without its
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .reads import Reads
@@ -81,24 +85,46 @@ def _exponentials_(logits_CV, targets_C):
     return logp_C.masked_fill(targets_C == IGNORE, 0), max_C + sum_C.log(), sum_C
 
 
-def write_kv(k_TGK: Tensor, v_TGK: Tensor, keys_NPGK: Tensor, values_NPGK: Tensor, places_U: Tensor) -> None:
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean of x * x + eps) * weight, over the last dimension."""
+    # The statistics are fp32 and the product is not: the rounding that checkpoints were trained with.
+    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    return weight_D * F.rms_norm(wide, x.shape[-1:], eps=eps).to(x.dtype)
+
+
+def rotate(q_THK: Tensor, k_TGK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotates channel i together with channel i + K/2, the published checkpoints' pairing."""
+    half = q_THK.shape[-1] // 2
+    q_rotated_THK = q_THK * cos_T1K + q_THK.roll(half, dims=-1) * sin_T1K
+    return q_rotated_THK, k_TGK * cos_T1K + k_TGK.roll(half, dims=-1) * sin_T1K
+
+
+def silu_product(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, the middle of the decoder's MLP."""
+    return F.silu(gate) * up
+
+
+def write_kv(k_TGK: Tensor, v_TGK: Tensor, keys_NGPK: Tensor, values_NGPK: Tensor, places_U: Tensor) -> None:
     """Puts the first U tokens' keys and values in their places: page * P + place in the page."""
-    for pool_NPGK, x_TGK in (keys_NPGK, k_TGK), (values_NPGK, v_TGK):
-        pool_NPGK.flatten(0, 1).index_copy_(0, places_U, x_TGK[: len(places_U)])
+    page_U, place_U = places_U // keys_NGPK.shape[2], places_U % keys_NGPK.shape[2]
+    for pool_NGPK, x_TGK in (keys_NGPK, k_TGK), (values_NGPK, v_TGK):
+        pool_NGPK[page_U, :, place_U] = x_TGK[: len(places_U)]
 
 
-def attend_pages(q_THK: Tensor, keys_NPGK: Tensor, values_NPGK: Tensor, reads: list[Reads[Tensor]]) -> Tensor:
+def attend_pages(q_THK: Tensor, keys_NGPK: Tensor, values_NGPK: Tensor, reads: list[Reads[Tensor]]) -> Tensor:
     """softmax(q k / sqrt(K)) v of each row, over all that `reads` lets it see; 0 where that is nothing."""
-    page, heads_per_group = keys_NPGK.shape[1], q_THK.shape[1] // keys_NPGK.shape[2]
+    page, heads_per_group = keys_NGPK.shape[2], q_THK.shape[1] // keys_NGPK.shape[1]
     o_THK = torch.zeros_like(q_THK)
     for row, q_HK in enumerate(q_THK):
-        places = []
+        pages, places = [], []
         for batch in reads:
             for item, query in (batch.rows_IJ == row).nonzero().tolist():
-                place_W = torch.arange(int(batch.visible_IJ[item, query]), device=q_THK.device)
-                places.append(batch.pages_IM[item, place_W // page] * page + place_W % page)
+                key_W = torch.arange(int(batch.visible_IJ[item, query]), device=q_THK.device)
+                pages.append(batch.pages_IM[item, key_W // page])
+                places.append(key_W % page)
         if places:
-            k_WGK, v_WGK = (pool.flatten(0, 1)[torch.cat(places)] for pool in (keys_NPGK, values_NPGK))
+            page_W, place_W = torch.cat(pages), torch.cat(places)
+            k_WGK, v_WGK = (pool_NGPK[page_W, :, place_W] for pool_NGPK in (keys_NGPK, values_NGPK))
             k_HWK, v_HWK = (x.repeat_interleave(heads_per_group, 1).transpose(0, 1) for x in (k_WGK, v_WGK))
             score_H1W = q_HK[:, None] @ k_HWK.transpose(1, 2) * q_THK.shape[2] ** -0.5
             o_THK[row] = (score_H1W.softmax(2) @ v_HWK)[:, 0]

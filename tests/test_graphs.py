@@ -85,6 +85,24 @@ def test_a_step_in_flight_may_end_all_that_runs_while_blocks_are_short(with_grap
     assert [(len(sample.ids), sample.finish) for (sample,) in got] == [(3, "stop")] * 2
 
 
+def test_only_samples_that_share_are_read_in_two_parts(with_graphs, monkeypatch):
+    """A step without a shared prefix has no launch for one."""
+    seen = []
+
+    def noted(self, batch, *arguments):
+        shared_R = batch.positions_R + 1 - batch.own.visible_IJ[:, 0]
+        seen.append((len(batch.prefix.rows_IJ), shared_R.tolist()))
+        return graphs.DecodeGraphs.launch(self, batch, *arguments)
+
+    monkeypatch.setattr(EagerGraphs, "launch", noted)
+    options = dict(max_new_tokens=4, stop_ids=(), progress=False)
+    generate(random_model("llama2"), prompts_of([40, 40]), n=3, **options)
+    assert seen[0] == (4, [32] * 6)  # items of at most two rows each
+    seen.clear()
+    generate(random_model("llama2"), prompts_of([40, 40]), **options)
+    assert seen[0] == (0, [0, 0])
+
+
 def test_a_calls_cache_goes_with_the_call(with_graphs, monkeypatch):
     """Kept in a circle, a device's cache would still be there when the next call measures what is free."""
     engines = []

@@ -15,7 +15,7 @@ BOUND = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 def case(dtype, heads, groups, size, page, device="cpu"):
     """Rows 0-4 share a prefix unevenly and have own pages, 5 has own pages only, 6 and 7 are padding."""
     torch.manual_seed(size + page)
-    pool = torch.randn(2, 40, page, groups, size, dtype=torch.float32)
+    pool = torch.randn(2, 40, groups, page, size, dtype=torch.float32)
     poison = torch.full_like(pool[:, :1], torch.nan)
     pool = torch.cat([pool, poison], dim=1).to(dtype)  # page 40 is never visible, and is NaN
     q_THK = torch.randn(8, heads, size).to(dtype)
@@ -33,25 +33,31 @@ def case(dtype, heads, groups, size, page, device="cpu"):
     return q_THK.to(device), *pool.to(device), reads
 
 
-SHAPES = [(4, 2, 8, 16), (6, 2, 40, 16), (3, 3, 64, 4), (8, 1, 128, 64)]  # H, G, K, P
+# H, G, K, P: a page is a tile, or a tile reaches beyond its end, or it has several tiles
+SHAPES = [(4, 2, 8, 16), (6, 2, 40, 16), (3, 3, 64, 4), (8, 1, 128, 64), (14, 2, 64, 48), (5, 1, 80, 128)]
 
 
-def exact(q_THK, keys_NPGK, values_NPGK, reads):
+def exact(q_THK, keys_NGPK, values_NGPK, reads):
     on_cpu = [kernels.Reads(*(array.cpu() for array in part.arrays())) for part in reads]
-    return reference.attend_pages(*(x.cpu().double() for x in (q_THK, keys_NPGK, values_NPGK)), on_cpu)
+    return reference.attend_pages(*(x.cpu().double() for x in (q_THK, keys_NGPK, values_NGPK)), on_cpu)
 
 
 def check(implementation, dtype, shape, device="cpu"):
     """Also: keys beyond what is visible are not looked at, and a prefix is the same for all its readers."""
-    operands = q_THK, keys, values, reads = case(dtype, *shape, device)
-    got = implementation.attend_pages(q_THK, keys, values, reads).cpu()
-    torch.testing.assert_close(got.double(), exact(*operands), atol=BOUND[dtype], rtol=BOUND[dtype])
-    k_TGK, v_TGK = torch.randn(2, 5, *keys.shape[2:], device=device).to(dtype)
+    q_THK, keys, values, reads = case(dtype, *shape, device)
+    rows_IJ, visible_IJ, pages_IM = reads[1].arrays()
+    # What one split has all of needs no merge.
+    one_page = kernels.Reads(rows_IJ, visible_IJ.clamp(max=shape[3]), pages_IM[:, :1].contiguous())
+    for each in reads, [one_page]:
+        got = implementation.attend_pages(q_THK, keys, values, each).cpu()
+        wanted = exact(q_THK, keys, values, each)
+        torch.testing.assert_close(got.double(), wanted, atol=BOUND[dtype], rtol=BOUND[dtype])
+    k_TGK, v_TGK = torch.randn(2, 5, shape[1], shape[2], device=device).to(dtype)
     places_U = torch.tensor([7, 0, 3 * shape[3] + 1], device=device)
     expected = keys.clone(), values.clone()
     for token, place in enumerate(places_U.tolist()):
         for pool, x in zip(expected, (k_TGK, v_TGK), strict=True):
-            pool[place // shape[3], place % shape[3]] = x[token]
+            pool[place // shape[3], :, place % shape[3]] = x[token]
     implementation.write_kv(k_TGK, v_TGK, keys, values, places_U)
     for pool, want in zip((keys, values), expected, strict=True):
         torch.testing.assert_close(pool, want, atol=0, rtol=0, equal_nan=True)
@@ -66,7 +72,7 @@ def test_the_oracle_is_attention_over_the_listed_keys(shape):
         pages = [] if item is None else prefix.pages_IM[item, :first_pages].tolist()
         seen = len(pages) * shape[3] + int(own.visible_IJ[row, 0])
         pages += own.pages_IM[row].tolist()
-        k_WGK, v_WGK = (pool[pages].flatten(0, 1)[:seen] for pool in (keys, values))
+        k_WGK, v_WGK = (pool[pages].transpose(1, 2).flatten(0, 1)[:seen] for pool in (keys, values))
         q_1H1K, k_1GWK, v_1GWK = (x.transpose(0, 1)[None] for x in (q_THK[row : row + 1], k_WGK, v_WGK))
         wanted = torch.nn.functional.scaled_dot_product_attention(q_1H1K, k_1GWK, v_1GWK, enable_gqa=True)
         torch.testing.assert_close(got[row], wanted[0, :, 0], atol=2e-6, rtol=2e-6)
