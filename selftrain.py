@@ -142,7 +142,8 @@ def named_sources(arguments: argparse.Namespace) -> Sources | None:
     return sources
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], runs: Path = Path("runs")) -> int:
+    """The command. `runs` is where runs stand: those of a study have a directory of their own."""
     arguments = parse(argv)
     settings, trainings = resolved(arguments.recipe, given(SelfTrainSettings, arguments))
     sources, recipe = named_sources(arguments), read_recipe(arguments.recipe)
@@ -154,7 +155,7 @@ def main(argv: Sequence[str]) -> int:
     name = arguments.recipe.stem if arguments.name is None else arguments.name
     plain = re.fullmatch(r"[^/\\\x00-\x1f\ud800-\udfff.][^/\\\x00-\x1f\ud800-\udfff]{,99}", name)
     need(plain is not None, f"--name {name!r:.60}: expected a name, without slashes or a dot in front")
-    root = Path("runs") / name
+    root = runs / name
     if arguments.dry_run:
         print(json.dumps({"run": str(root), **plan}, indent=2))
         return 0

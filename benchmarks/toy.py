@@ -153,9 +153,9 @@ class Seed:
         return RUNS / f"seed-{self.number}"
 
     def main(self) -> None:
-        name = str((self.place / "main").relative_to("runs"))
-        words = ["--recipe", str(self.recipe), "--seed", str(self.number), "--name", name]
-        if selftrain.main(words):
+        words = ["--recipe", str(self.recipe), "--seed", str(self.number), "--name", "main"]
+        words += ["--no-side-by-side"]  # other seeds have the other cores
+        if selftrain.main(words, self.place):
             raise SystemExit(f"seed {self.number}: the default command failed")
 
     def settings(self) -> tuple[SelfTrainSettings, dict[str, TrainSettings]]:

@@ -69,7 +69,7 @@ def is_there(pid: int) -> bool:
 def wait_until(holds) -> None:
     begun = time.monotonic()
     while not holds():
-        assert time.monotonic() - begun < 60
+        assert time.monotonic() - begun < 240  # seconds, on a machine that has other work
         time.sleep(0.05)
 
 

@@ -87,11 +87,13 @@ def test_transformers_loads_what_training_leaves(world, tmp_path):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: pytest -m cuda")
-def test_a_gpu_trains_near_the_cpu(world, tmp_path):
-    """bf16 compute over fp32 weights, one FSDP rank: near the CPU's curve, saving on the way."""
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gpu_trains_near_the_cpu(world, tmp_path, compiled):
+    """A bf16 copy computes for its fp32 masters, and a block is computed again: near the CPU's curve, saving
+    on the way."""
     settings = {"steps": 10, "save_steps": 5}
     train(tmp_path / "cpu", world, device="cpu", **settings)
-    train(tmp_path / "gpu", world, device="cuda", recompute=1, **settings)
+    train(tmp_path / "gpu", world, device="cuda", recompute=1, compile=compiled, **settings)
     assert curve(tmp_path / "gpu") == pytest.approx(curve(tmp_path / "cpu"), abs=0.1)
 
 

@@ -43,6 +43,15 @@ def test_the_mean_counts_a_seed_once_however_many_pairs_it_has():
     assert figures["mean"] == 50 and figures["interval"] == [0, 100]
 
 
+def test_a_seed_begins_its_run_where_the_study_reads_it(tmp_path, monkeypatch):
+    """Not by a name with slashes, which the command refuses."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(selftrain, "run_to_the_end", lambda run, inputs: None)
+    seed = toy.Seed(3, ROOT / "recipes/micro.toml")
+    seed.main()
+    assert seed.step("world").is_dir() and seed.step("world").parents[1] == seed.place / "main"
+
+
 def test_a_claim_names_rows_that_exist():
     rows = {*toy.MAIN, *toy.LENGTHS, *toy.LOOPS, *toy.SINGLES}
     assert {row for _, one, other in toy.CLAIMS for row in (one, other)} <= rows

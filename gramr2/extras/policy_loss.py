@@ -40,7 +40,8 @@ def k3(logp_N: Tensor, reference_N: Tensor) -> Tensor:
 class PolicyGradient:
     """Clipped policy gradient with a pull to the reference model, which reads the same pack beside it.
 
-    (In the same pack, because another packing rounds differently: at the start the divergence is exactly 0.)
+    (In the same pack, because another packing rounds differently: at the start the divergence is exactly 0, or
+    on a GPU, where a model that is trained takes other kernels, as near to it as bf16 is.)
     `seen` sums over this rank's packs since it was last emptied: k3, tokens beyond the clip, tokens.
     """
 
