@@ -8,13 +8,13 @@ running maximum and leaves (sum of exp * value, maximum, sum of exp); a second k
 of all reads left for a row, in a fixed order: no atomics, and a run repeats bit for bit. Where one split has
 it all, there is nothing to merge.
 
-Decode is bound by the bytes it reads, so a read must never wait for one before it. A tile of keys is a page
+Decode is bound by the bytes it reads, so a read must not wait for one before it. A tile of keys is a page
 or a part of one, and one head's keys of a page are one run of memory: all that a tile's addresses need is
 the page's number, which is looked up a tile ahead. So the compiler can load the next tiles while one is
 worked on, and the splits fill every processor with as many programs as fit.
 
-A page may have any size; one that a power of two divides wastes nothing. Only visible keys are loaded:
-what stands in other places is never looked at, NaN or not. Shapes and splits depend on the operands'
+A page may have any size; powers of two from 16 on waste nothing. Only visible keys are loaded: what stands
+in other places is never looked at, NaN or not. Shapes and splits depend on the operands'
 shapes only, and nothing is read back, so a call may be captured in a CUDA graph. Operands are fp32, bf16 or
 fp16; products of fp32 stay fp32; sums are fp32 always. Scores and maxima are in powers of two.
 
@@ -179,11 +179,11 @@ def attend_pages(q_THK, keys_NGPK, values_NGPK, reads):
     (count, heads, size), (_, groups, page, _) = q_THK.shape, keys_NGPK.shape
     q_THK = q_THK.contiguous()
     processor = torch.cuda.get_device_properties(q_THK.device) if q_THK.is_cuda else EMULATED
-    kind, launches = (size, page, heads // groups, q_THK.device, processor), []
+    case, launches = (size, page, heads // groups, q_THK.device, processor), []
     for batch in reads:
         items, members = batch.rows_IJ.shape
         rows = max(16, triton.next_power_of_2(members * heads // groups))
-        constants, options, fill = _tiles(q_THK.dtype, rows, *kind)
+        constants, options, fill = _tiles(q_THK.dtype, rows, *case)
         tiles = batch.pages_IM.shape[1] * triton.cdiv(page, constants["BLOCK_W"])
         splits = min(MOST_SPLITS, MOST_PARTIALS // count, tiles, fill // max(1, items * groups))
         launches.append((max(1, splits), constants, options))
