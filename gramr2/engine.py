@@ -24,11 +24,11 @@ from torch import Tensor
 import kernels
 from gramr2.batch import DecodeBatch, DecodeRows, padded, prefill_arrays
 from gramr2.cache import NULL
+from gramr2.decoder_cpu import laid_out, rows_needed
 from gramr2.graphs import DecodeGraphs
 from gramr2.model import Decoder
 from gramr2.requests import Capacity, Chunk, DeviceStep
 from kernels.choice import Column, Options, choose, uniforms
-from kernels.linear_cpu import column_major, projection
 from kernels.packed_attention import Attend
 from kernels.reads import Reads
 
@@ -41,9 +41,8 @@ class Engine:
     def __init__(self, model: Decoder, capacity: Capacity, options: Options):
         config, weight, self.capacity, self.options = model.config, model.head_weight, capacity, options
         self.device, self.cuda = weight.device, weight.is_cuda
-        # Larger models wait for their weights anyway, and a copy of them would cost memory.
-        small = self.device.type == "cpu" and sum(p.nbytes for p in model.parameters()) < 1 << 26
-        self.model, self.project = column_major(model) if small else model, projection(weight)
+        self.model, self.project = layers = laid_out(model)
+        self.multiple = rows_needed(layers)  # of rows, which a pass is padded to
         shape = capacity.pages, capacity.page_size, config.num_kv_heads, config.head_size
         self.keys_LNPGK, self.values_LNPGK = (
             torch.empty(config.num_layers, *shape, dtype=weight.dtype, device=self.device) for _ in range(2)
@@ -97,7 +96,8 @@ class Engine:
         return outputs_RC
 
     def _prefill(self, chunks: list[Chunk]) -> None:
-        ids_T, positions_T, places_U, reads = prefill_arrays(chunks, self.capacity.page_size, self.item_rows)
+        size, item_rows = self.capacity.page_size, self.item_rows
+        ids_T, positions_T, places_U, reads = prefill_arrays(chunks, size, item_rows, self.multiple)
         attend = self._attend(self._upload(places_U), [self._upload_reads(part) for part in reads])
         self.model(self._upload(ids_T), self._upload(positions_T), attend)
 
@@ -122,7 +122,9 @@ class Engine:
 
     def _upload_batch(self, batch: DecodeBatch[np.ndarray]) -> DecodeBatch[Tensor]:
         """The prefix is on the device already: a kernel's layout of it serves many steps."""
-        slots_R = self._upload(padded(batch.slots_R, self.capacity.running))
-        positions_R, seeds_R = (self._upload(padded(x)) for x in (batch.positions_R, batch.seeds_R))
+        slots_R = self._upload(padded(batch.slots_R, self.multiple, self.capacity.running))
+        positions_R, seeds_R = (
+            self._upload(padded(x, self.multiple)) for x in (batch.positions_R, batch.seeds_R)
+        )
         own, places_U = self._upload_reads(batch.own), self._upload(batch.places_U)
         return DecodeBatch(slots_R, positions_R, seeds_R, places_U, self.prefix, own)

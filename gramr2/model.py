@@ -20,6 +20,7 @@ G key/value heads, K head size.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -117,11 +118,14 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
         q_THK, k_TGK, v_TGK = (
-            project(x_TD).unflatten(-1, (-1, self.head_size)) for project in (self.q, self.k, self.v)
+            projected.unflatten(-1, (-1, self.head_size)) for projected in self.queries_keys_values(x_TD)
         )
         q_THK = rotate(self.q_norm(q_THK), *rope)
         k_TGK = rotate(self.k_norm(k_TGK), *rope)
         return self.o(attend(layer, q_THK, k_TGK, v_TGK).flatten(-2))
+
+    def queries_keys_values(self, x_TD: Tensor) -> Sequence[Tensor]:
+        return self.q(x_TD), self.k(x_TD), self.v(x_TD)
 
 
 class MLP(nn.Module):
@@ -132,7 +136,11 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x_TD)) * self.up(x_TD))
+        gate_TF, up_TF = self.gate_and_up(x_TD)
+        return self.down(F.silu(gate_TF) * up_TF)
+
+    def gate_and_up(self, x_TD: Tensor) -> Sequence[Tensor]:
+        return self.gate(x_TD), self.up(x_TD)
 
 
 class Block(nn.Module):
