@@ -6,8 +6,8 @@ share it. Whether a token is computed in a chunk, alone, or again after its page
 difference to the cuts in which its keys are added up, and so to its bits.
 
 It leaves out: tensors. Everything is laid out in numpy; engine.py or graphs.py takes it to the device.
-`item_rows` is the most rows of an item of reads (kernels/reads.py); None is any number. The rows of a pass are
-padded to a `multiple`.
+`item_rows` is the most rows of an item of reads (kernels/reads.py); None is any number.
+The rows of a pass are padded to a `multiple` (kernels/linear_cpu.py).
 
 Shapes: R rows of a decode step, T tokens of a pass, U tokens without padding, M pages of a row.
 """
@@ -44,7 +44,7 @@ def prefill_arrays(chunks: list[Chunk], size: int, item_rows: int | None, multip
         reads = [reads_of(items) for items in (prefix, own) if items]
     else:
         reads = reads_by_size(prefix) + reads_by_size(own)
-    ids_T, positions_T = (padded(x, multiple) for x in (np.array(ids), np.concatenate(positions)))
+    ids_T, positions_T = padded(np.array(ids), multiple), padded(np.concatenate(positions), multiple)
     return ids_T, positions_T, np.concatenate(places), reads
 
 

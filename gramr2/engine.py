@@ -24,11 +24,11 @@ from torch import Tensor
 import kernels
 from gramr2.batch import DecodeBatch, DecodeRows, padded, prefill_arrays
 from gramr2.cache import NULL
-from gramr2.decoder_cpu import laid_out, rows_needed
 from gramr2.graphs import DecodeGraphs
-from gramr2.model import Decoder
+from gramr2.model import Decoder, ModelConfig, rope_tables
 from gramr2.requests import Capacity, Chunk, DeviceStep
 from kernels.choice import Column, Options, choose, uniforms
+from kernels.linear_cpu import laid_out, rows_needed
 from kernels.packed_attention import Attend
 from kernels.reads import Reads
 
@@ -41,8 +41,9 @@ class Engine:
     def __init__(self, model: Decoder, capacity: Capacity, options: Options):
         config, weight, self.capacity, self.options = model.config, model.head_weight, capacity, options
         self.device, self.cuda = weight.device, weight.is_cuda
-        self.model, self.project = layers = laid_out(model)
-        self.multiple = rows_needed(layers)  # of rows, which a pass is padded to
+        self.model, self.project = laid_out(model, model.embed if model.head is None else model.head)
+        exact = self.device.type == "cpu" and weight.dtype == torch.float32
+        self.multiple = self._multiple(config) if exact else kernels.ROWS
         shape = capacity.pages, capacity.page_size, config.num_kv_heads, config.head_size
         self.keys_LNPGK, self.values_LNPGK = (
             torch.empty(config.num_layers, *shape, dtype=weight.dtype, device=self.device) for _ in range(2)
@@ -96,10 +97,29 @@ class Engine:
         return outputs_RC
 
     def _prefill(self, chunks: list[Chunk]) -> None:
-        size, item_rows = self.capacity.page_size, self.item_rows
-        ids_T, positions_T, places_U, reads = prefill_arrays(chunks, size, item_rows, self.multiple)
+        options = self.capacity.page_size, self.item_rows, self.multiple
+        ids_T, positions_T, places_U, reads = prefill_arrays(chunks, *options)
         attend = self._attend(self._upload(places_U), [self._upload_reads(part) for part in reads])
         self.model(self._upload(ids_T), self._upload(positions_T), attend)
+
+    @torch.inference_mode()
+    def _multiple(self, config: ModelConfig) -> int:
+        """Of rows, which a pass is padded to: in these, one layer and the head give each row its own bits."""
+        numbers_T, per_group = torch.arange(512), config.num_heads // config.num_kv_heads
+        options = Options(1.0, 1.0, 0, ids_T := numbers_T % config.vocab_size)
+
+        def attend(layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
+            return q_THK + (k_TGK + v_TGK).repeat_interleave(per_group, 1)
+
+        def hidden(part: slice) -> Tensor:
+            x_TD, rope = self.model.embed(ids_T[part]), rope_tables(config, numbers_T[part], torch.float32)
+            return self.model.norm(self.model.blocks[0](x_TD, rope, 0, attend))
+
+        def outputs(part: slice) -> Tensor:
+            return choose(self.project(hidden(slice(0, 64))[part]), numbers_T[part] / 512, options)
+
+        kind = config, str(self.model.blocks[0]), torch.get_num_threads()
+        return max(rows_needed((*kind, "layer"), hidden, 512), rows_needed((*kind, "head"), outputs, 64))
 
     def _attend(self, places_U: Tensor, reads: list[Reads[Tensor]]) -> Attend:
         def attend(layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
@@ -122,9 +142,8 @@ class Engine:
 
     def _upload_batch(self, batch: DecodeBatch[np.ndarray]) -> DecodeBatch[Tensor]:
         """The prefix is on the device already: a kernel's layout of it serves many steps."""
-        slots_R = self._upload(padded(batch.slots_R, self.multiple, self.capacity.running))
-        positions_R, seeds_R = (
-            self._upload(padded(x, self.multiple)) for x in (batch.positions_R, batch.seeds_R)
-        )
+        rows = self.multiple
+        slots_R = self._upload(padded(batch.slots_R, rows, self.capacity.running))
+        positions_R, seeds_R = (self._upload(padded(x, rows)) for x in (batch.positions_R, batch.seeds_R))
         own, places_U = self._upload_reads(batch.own), self._upload(batch.places_U)
         return DecodeBatch(slots_R, positions_R, seeds_R, places_U, self.prefix, own)

@@ -20,7 +20,6 @@ G key/value heads, K head size.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -29,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.linear_cpu import SideBySide
 from kernels.packed_attention import Attend
 
 
@@ -104,7 +104,9 @@ class RMSNorm(nn.Module):
         return self.weight * F.rms_norm(wide, x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
-class Attention(nn.Module):
+class Attention(SideBySide):
+    side_by_side = "q", "k", "v"
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         width, size = config.hidden_size, config.head_size
@@ -117,18 +119,15 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
-        q_THK, k_TGK, v_TGK = (
-            projected.unflatten(-1, (-1, self.head_size)) for projected in self.queries_keys_values(x_TD)
-        )
+        q_THK, k_TGK, v_TGK = (product.unflatten(-1, (-1, self.head_size)) for product in self.products(x_TD))
         q_THK = rotate(self.q_norm(q_THK), *rope)
         k_TGK = rotate(self.k_norm(k_TGK), *rope)
         return self.o(attend(layer, q_THK, k_TGK, v_TGK).flatten(-2))
 
-    def queries_keys_values(self, x_TD: Tensor) -> Sequence[Tensor]:
-        return self.q(x_TD), self.k(x_TD), self.v(x_TD)
 
+class MLP(SideBySide):
+    side_by_side = "gate", "up"
 
-class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -136,11 +135,8 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        gate_TF, up_TF = self.gate_and_up(x_TD)
+        gate_TF, up_TF = self.products(x_TD)
         return self.down(F.silu(gate_TF) * up_TF)
-
-    def gate_and_up(self, x_TD: Tensor) -> Sequence[Tensor]:
-        return self.gate(x_TD), self.up(x_TD)
 
 
 class Block(nn.Module):

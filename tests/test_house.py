@@ -32,7 +32,7 @@ LAYERS = [
         "gramr2.run_directory",
         "gramr2.resume",
     ],
-    ["gramr2.graphs", "gramr2.plan", "gramr2.decoder_cpu"],
+    ["gramr2.graphs", "gramr2.plan"],
     ["gramr2.engine"],
     ["gramr2.sampler", "gramr2.cost"],
     ["gramr2.votes", "gramr2.prover"],
