@@ -8,6 +8,7 @@ on CUDA, a decode row that shares with no other has one part instead.)
 
 It leaves out: tensors. Everything is laid out in numpy; engine.py or graphs.py takes it to the device.
 `item_rows` is the most rows of an item of reads (kernels/reads.py); None is any number.
+The rows of a pass are padded to a `multiple` (kernels/linear_cpu.py).
 
 Shapes: R rows of a decode step, T tokens of a pass, U tokens without padding, M pages of a row.
 """
@@ -20,13 +21,12 @@ from typing import Generic
 
 import numpy as np
 
-import kernels
 from gramr2.cache import NULL
 from gramr2.requests import Chunk, DeviceStep, OpenSample
 from kernels.reads import Array, Item, Reads, items_of, reads_by_size, reads_of, stack
 
 
-def prefill_arrays(chunks: list[Chunk], size: int, item_rows: int | None):
+def prefill_arrays(chunks: list[Chunk], size: int, item_rows: int | None, multiple: int):
     """-> ids and positions, padded; the places where keys and values are written; reads, prefixes first."""
     ids: list[int] = []
     prefix: list[Item] = []
@@ -46,7 +46,8 @@ def prefill_arrays(chunks: list[Chunk], size: int, item_rows: int | None):
         reads = [reads_of(items) for items in (prefix, own) if items]
     else:
         reads = reads_by_size(prefix) + reads_by_size(own)
-    return padded(np.array(ids)), padded(np.concatenate(positions)), np.concatenate(places), reads
+    ids_T, positions_T = padded(np.array(ids), multiple), padded(np.concatenate(positions), multiple)
+    return ids_T, positions_T, np.concatenate(places), reads
 
 
 @dataclass(frozen=True)
@@ -126,5 +127,5 @@ class DecodeRows:
         return DecodeBatch(self.slots_R, positions_R, self.seeds_R, places_U, self.prefix, own)
 
 
-def padded(array: np.ndarray, fill: int = 0) -> np.ndarray:
-    return np.pad(array, (0, -len(array) % kernels.ROWS), constant_values=fill)
+def padded(array: np.ndarray, multiple: int, fill: int = 0) -> np.ndarray:
+    return np.pad(array, (0, -len(array) % multiple), constant_values=fill)

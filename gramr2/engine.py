@@ -25,10 +25,10 @@ import kernels
 from gramr2.batch import DecodeBatch, DecodeRows, padded, prefill_arrays
 from gramr2.cache import NULL
 from gramr2.graphs import DecodeGraphs
-from gramr2.model import Decoder
+from gramr2.model import Decoder, ModelConfig, rope_tables
 from gramr2.requests import Capacity, Chunk, DeviceStep
 from kernels.choice import Column, Options, choose, uniforms
-from kernels.linear_cpu import column_major, projection
+from kernels.linear_cpu import laid_out, rows_needed
 from kernels.packed_attention import Attend
 from kernels.reads import Reads
 
@@ -55,8 +55,8 @@ class Engine:
         self.graphs: DecodeGraphs | None = None
         self.options_seen: dict[
             tuple, Options
-        ] = {}  # a graph reads the tensors of those it was captured with
-        self.weights_seen: list[tuple[int, int]] = []
+        ] = {}  # graphs read the tensors of what they were captured with
+        self.places_seen: list[int] = []
         self.rows: DecodeRows | None = None
         self.prefix: Reads[Tensor]
 
@@ -83,19 +83,14 @@ class Engine:
         return self.calls
 
     def _see_weights(self) -> None:
-        """Lays the weights out, where that helps, and again once they have changed or moved."""
-        # (Tensors made in inference mode are not followed: they count as changed.)
-        weights = [
-            (p.data_ptr(), self.calls if p.is_inference() else p._version) for p in self.decoder.parameters()
-        ]
-        if [place for place, _ in weights] != [place for place, _ in self.weights_seen]:
-            self.graphs = None
-        if weights != self.weights_seen:
-            self.weights_seen = weights
-            # Larger models wait for their weights anyway, and a copy of them would cost memory.
-            small = not self.cuda and sum(p.nbytes for p in self.decoder.parameters()) < 1 << 26
-            self.model = column_major(self.decoder) if small else self.decoder
-            self.project = projection(self.decoder.head_weight)
+        """Lays weights out anew, where that helps, once they have changed; graphs read them where they were."""
+        model = self.decoder
+        places = [parameter.data_ptr() for parameter in model.parameters()]
+        self.graphs = self.graphs if places == self.places_seen else None
+        self.places_seen = places
+        self.model, self.project = laid_out(model, model.embed if model.head is None else model.head)
+        exact = self.device.type == "cpu" and model.head_weight.dtype == torch.float32
+        self.multiple = self._multiple(model.config) if exact else kernels.ROWS
 
     def _make_pool(self) -> None:
         config, capacity = self.decoder.config, self.capacity
@@ -151,9 +146,29 @@ class Engine:
         return outputs_RC
 
     def _prefill(self, chunks: list[Chunk]) -> None:
-        ids_T, positions_T, places_U, reads = prefill_arrays(chunks, self.capacity.page_size, self.item_rows)
+        options = self.capacity.page_size, self.item_rows, self.multiple
+        ids_T, positions_T, places_U, reads = prefill_arrays(chunks, *options)
         attend = self._attend(self._upload(places_U), [self._upload_reads(part) for part in reads])
         self.model(self._upload(ids_T), self._upload(positions_T), attend)
+
+    @torch.inference_mode()
+    def _multiple(self, config: ModelConfig) -> int:
+        """Of rows, which a pass is padded to: in these, one layer and the head give each row its own bits."""
+        numbers_T, per_group = torch.arange(512), config.num_heads // config.num_kv_heads
+        options = Options(1.0, 1.0, 0, ids_T := numbers_T % config.vocab_size)
+
+        def attend(layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
+            return q_THK + (k_TGK + v_TGK).repeat_interleave(per_group, 1)
+
+        def hidden(part: slice) -> Tensor:
+            x_TD, rope = self.model.embed(ids_T[part]), rope_tables(config, numbers_T[part], torch.float32)
+            return self.model.norm(self.model.blocks[0](x_TD, rope, 0, attend))
+
+        def outputs(part: slice) -> Tensor:
+            return choose(self.project(hidden(slice(0, 64))[part]), numbers_T[part] / 512, options)
+
+        kind = config, str(self.model.blocks[0]), torch.get_num_threads()
+        return max(rows_needed((*kind, "layer"), hidden, 512), rows_needed((*kind, "head"), outputs, 64))
 
     def _attend(self, places_U: Tensor, reads: list[Reads[Tensor]]) -> Attend:
         def attend(layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
@@ -176,7 +191,8 @@ class Engine:
 
     def _upload_batch(self, batch: DecodeBatch[np.ndarray]) -> DecodeBatch[Tensor]:
         """The prefix is on the device already: a kernel's layout of it serves many steps."""
-        slots_R = self._upload(padded(batch.slots_R, self.capacity.running))
-        positions_R, seeds_R = (self._upload(padded(x)) for x in (batch.positions_R, batch.seeds_R))
+        rows = self.multiple
+        slots_R = self._upload(padded(batch.slots_R, rows, self.capacity.running))
+        positions_R, seeds_R = (self._upload(padded(x, rows)) for x in (batch.positions_R, batch.seeds_R))
         own, places_U = self._upload_reads(batch.own), self._upload(batch.places_U)
         return DecodeBatch(slots_R, positions_R, seeds_R, places_U, self.prefix, own)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
+from kernels.linear_cpu import SideBySide
 from kernels.packed_attention import Attend
 
 
@@ -96,7 +97,9 @@ class RMSNorm(nn.Module):
         return kernels.rms_norm(x, self.weight, self.eps)
 
 
-class Attention(nn.Module):
+class Attention(SideBySide):
+    side_by_side = "q", "k", "v"
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         width, size = config.hidden_size, config.head_size
@@ -109,14 +112,14 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
-        q_THK, k_TGK, v_TGK = (
-            project(x_TD).unflatten(-1, (-1, self.head_size)) for project in (self.q, self.k, self.v)
-        )
+        q_THK, k_TGK, v_TGK = (product.unflatten(-1, (-1, self.head_size)) for product in self.products(x_TD))
         q_THK, k_TGK = kernels.rotate(self.q_norm(q_THK), self.k_norm(k_TGK), *rope)
         return self.o(attend(layer, q_THK, k_TGK, v_TGK).flatten(-2))
 
 
-class MLP(nn.Module):
+class MLP(SideBySide):
+    side_by_side = "gate", "up"
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -124,7 +127,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down(kernels.silu_product(self.gate(x_TD), self.up(x_TD)))
+        return self.down(kernels.silu_product(*self.products(x_TD)))
 
 
 class Block(nn.Module):

@@ -8,8 +8,9 @@ samples that are done. requests.py holds what these three speak of.
 
 What a sample is depends on nothing but the model, its prompt and (seed, key, sample index): its noise is
 hashed from those and the position. On the CPU in fp32 that holds bit for bit, whatever ran beside it: rows
-are padded to a multiple of 8, and a token always reads its keys in the same cuts (batch.py). On CUDA with
-Triton the host works one step behind the device: what a sample computes after its end is dropped.
+are padded as far as it takes (kernels/linear_cpu.py), and a token always reads its keys in the same cuts
+(batch.py). On CUDA with Triton the host works one step behind the device: what a sample computes after its
+end is dropped.
 
 It leaves out: beam search, penalties, keys and values that outlive a call (weights change between calls),
 several devices (each rank samples its own shard).

@@ -1,32 +1,146 @@
-"""Matrices laid out for the few rows of a decode step on a CPU.
+"""Matrices laid out for the few rows of a decode step on a CPU, in fp32, and what rows then need.
+
+Small matrices are copied column by column (`column_major`): they cost less than a call of another library.
+Larger ones are `Packed` into oneDNN's blocks, those of the same input as one. The copy costs as much memory
+as the matrices, and as much time as a few tokens; so it is kept while the model lives, and what has changed
+in the model since is packed again by the next `laid_out`.
+
+What a row gives must not depend on the rows beside it, so a pass may have to be padded. How far is a matter
+of the libraries and of the processor, and `rows_needed` tries it out: packed matrices need no padding on
+processors with AVX2 or AVX-512; MKL sums in another order below 2, 8, 16 or 64 rows.
 
 Left out: matrices in 16 bits, and devices that are not a CPU: they are multiplied by as they are.
-Legend of suffixes: R rows, D width, V vocabulary.
+Legend of suffixes: R rows, D width, N columns of the result, V vocabulary, M many rows.
 """
 
+from __future__ import annotations
+
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .paged_attention_cpu import ROWS
 
+# Bytes of all weights: what is small, and what is so large that a copy is too much to ask of a machine.
+SMALL, LARGE = 1 << 26, 1 << 32
+LONG = 1024  # oneDNN sums the products of one row in another order where there are more; of two it does not
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+CANDIDATES = 1, 2, 4, 8, 16, 32, 64  # rows that a pass may be padded to a multiple of
 
-def column_major(module: torch.nn.Module) -> torch.nn.Module:
+_kept: WeakKeyDictionary[nn.Module, tuple[Any, Packed]] = WeakKeyDictionary()
+_rows: dict[Hashable, int] = {}
+
+
+def laid_out(model: AnyModule, head: nn.Module) -> tuple[AnyModule, Callable[[Tensor], Tensor]]:
+    """-> (the same function as `model`, hidden -> logits), with the weights as they are now.
+
+    `head`: a linear layer, or the embedding whose weight is also the head's. Who keeps the result asks again
+    at each call: a model that is trained between calls changes its weights in place.
+    """
+    weight_VD, size = head.get_parameter("weight"), sum(p.nbytes for p in model.parameters())
+    cpu = weight_VD.device.type == "cpu" and weight_VD.dtype == torch.float32
+    if not cpu or not torch.backends.mkldnn.is_available():
+        return model, lambda hidden_RD: nn.functional.linear(hidden_RD, weight_VD)
+    if not SMALL <= size < LARGE:
+        return column_major(model) if size < SMALL else model, Packed(head)
+    if model not in _kept:
+        _kept[model] = packed(model, head), Packed(head)
+    for part in _kept[model]:
+        for module in part.modules():
+            if isinstance(module, Packed):
+                module.refresh()
+    return _kept[model]
+
+
+def column_major(module: AnyModule) -> AnyModule:
     """The same function, with matrices copied column by column: few rows are 1.3 times faster then."""
     twin = copy.copy(module)
     twin._modules = {name: child and column_major(child) for name, child in module._modules.items()}
-    if isinstance(module, torch.nn.Linear):
-        weight = torch.nn.Parameter(module.weight.detach().t().contiguous().t(), requires_grad=False)
+    if isinstance(module, nn.Linear):
+        weight = nn.Parameter(module.weight.detach().t().contiguous().t(), requires_grad=False)
         twin._parameters = {**module._parameters, "weight": weight}
     return twin
 
 
-def projection(weight_VD: Tensor) -> Callable[[Tensor], Tensor]:
-    """hidden -> logits. On the CPU the weight is laid out for it once: few rows are 1.5 times faster then."""
-    cpu = weight_VD.device.type == "cpu" and weight_VD.dtype == torch.float32
-    if not cpu or not torch.backends.mkldnn.is_available():
-        return lambda hidden_RD: torch.nn.functional.linear(hidden_RD, weight_VD)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight_VD.detach(), ROWS)
-    return lambda hidden_RD: torch.ops.mkldnn._linear_pointwise(hidden_RD, packed, None, "none", [], "")
+class SideBySide(nn.Module):
+    """Has linear maps of the same input, and names them: `packed` computes them as one."""
+
+    side_by_side: tuple[str, ...]
+
+    def products(self, x_RD: Tensor) -> Sequence[Tensor]:
+        return [getattr(self, name)(x_RD) for name in self.side_by_side]
+
+
+def packed(module: nn.Module, head: nn.Module) -> nn.Module:
+    """The same function, with packed matrices; the head, which is not a part of it, is left as it is."""
+    if isinstance(module, nn.Linear) and module is not head:
+        return Packed(module)
+    twin, names = copy.copy(module), module.side_by_side if isinstance(module, SideBySide) else ()
+    others = {name: child for name, child in module._modules.items() if name not in names}
+    twin._modules = {name: child and packed(child, head) for name, child in others.items()}
+    if names:
+        twin.joined = joined = Packed(*map(module.get_submodule, names))
+        twin.__dict__["products"] = lambda x_RD: joined(x_RD).split(joined.sizes, -1)
+    return twin
+
+
+class Packed(nn.Module):
+    """hidden -> the products with several matrices side by side, by a packed copy; `refresh` follows them."""
+
+    def __init__(self, *sources: nn.Module):
+        """Linear layers, or the embedding whose weight projects on the vocabulary."""
+        super().__init__()
+        self.sources = sources  # in a tuple, so that they are not this module's own
+        self.seen: list[tuple] = []
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Packs again if a weight has changed. To look costs a quarter of packing."""
+        parts = [source._parameters.get(name) for name in ("weight", "bias") for source in self.sources]
+        found = [part.detach() for part in parts if part is not None]
+        seen = [fingerprint(part) for part in found]
+        if seen == self.seen:
+            return
+        count = len(self.sources)
+        weight_ND = torch.cat(found[:count])
+        self.sizes, self.long, self.seen = [*map(len, found[:count])], weight_ND.shape[1] > LONG, seen
+        self.bias_N = torch.cat(found[count:]) if found[count:] else None
+        self.weight_ND = torch.ops.mkldnn._reorder_linear_weight(weight_ND, ROWS)
+
+    def forward(self, x_RD: Tensor) -> Tensor:
+        alone = self.long and len(x_RD) == 1
+        x_RD = torch.cat((x_RD, x_RD)) if alone else x_RD
+        y_RN = torch.ops.mkldnn._linear_pointwise(x_RD, self.weight_ND, self.bias_N, "none", [], "")
+        return y_RN[:1] if alone else y_RN
+
+
+def fingerprint(tensor: Tensor) -> tuple[int, int, int]:
+    """What changes with a tensor: its place, its version, and the sum of its bits.
+
+    A version does not count what is written through `.data`, and a sum does not tell an order.
+    """
+    version = 0 if tensor.is_inference() else tensor._version
+    flat = tensor.detach().reshape(-1)
+    bits = flat.view(torch.int64 if flat.numel() % 2 == 0 else torch.int32)
+    return tensor.data_ptr(), version, int(bits.sum())
+
+
+def rows_needed(kind: Hashable, results: Callable[[slice], Tensor], many: int) -> int:
+    """The fewest rows, in multiples of which `results` gives each row the bits that it has among many.
+
+    It is tried out once for a kind: the shapes, their layout, and the number of threads.
+    """
+    if kind in _rows:
+        return _rows[kind]
+    all_M = results(slice(0, many))
+
+    def alike(rows: int) -> bool:
+        parts = [slice(0, rows * n) for n in (1, 2, 3, 5)] + [slice(7, 7 + rows)]
+        return all(results(part).equal(all_M[part]) for part in parts if part.stop <= many)
+
+    _rows[kind] = next((rows for rows in CANDIDATES if alike(rows)), ROWS)
+    return _rows[kind]
