@@ -83,7 +83,7 @@ class Engine:
         return self.calls
 
     def _see_weights(self) -> None:
-        """Lays weights out anew once they have changed, where that helps; graphs read them where they were."""
+        """Lays weights out, where that helps, and anew once they change; graphs read them where they were."""
         model = self.decoder
         places = [parameter.data_ptr() for parameter in model.parameters()]
         self.graphs = self.graphs if places == self.places_seen else None
