@@ -1,6 +1,7 @@
 """Sampling beside transformers' static generate and its continuous batching, useful tokens only.
 
     python benchmarks/sampling.py --device cpu     k = 8 samples of 256-token prompts, two small models
+    python benchmarks/sampling.py --device cpu --model DIR   a checkpoint: one sample, eight, 4 prompts x 4
     python benchmarks/sampling.py                  an 8B-shaped model in bf16 on a GPU, random weights
 
 Everything is drawn at temperature 1 from the whole vocabulary, without stop ids, so that every way makes
@@ -14,15 +15,18 @@ prefix read once per sample.
 
 import argparse
 import itertools
+import json
 import random
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import common
 import torch
 
+import gramr2
 from gramr2 import cost
 from gramr2.engine import Engine
 from gramr2.model import Decoder, ModelConfig
@@ -46,6 +50,14 @@ LARGE_LOADS = (
     (256, 1, 0),
     (16, 16, 1536),
 )  # prompts, samples of each, tokens they share
+# Of a real model: prompts, samples of each, greedy.
+CHECKPOINT_LOADS = (
+    ("one greedy sample", 1, 1, True),
+    ("one sample", 1, 1, False),
+    ("8 samples", 1, 8, False),
+    ("4 prompts x 4", 4, 4, False),
+)
+CHECKPOINT_PROMPT, CHECKPOINT_NEW = 64, 32
 MICRO, MICRO_LOADS = ModelConfig(256, 32, 64, 1, 2, 2, 16, 512), ((1, 1, 0), (4, 1, 0), (2, 4, 48))
 
 
@@ -92,14 +104,15 @@ def random_prompts(count: int, length: int, vocabulary: int) -> list[list[int]]:
     return [[draw.randrange(vocabulary) for _ in range(length)] for _ in range(count)]
 
 
-def static_generate(model, prompts: list[list[int]], limits: list[list[int]]):
-    """K samples of each prompt, as one padded batch that runs to its longest."""
-    ids, longest = torch.tensor(prompts, device=model.device), max(map(max, limits))
-    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": K}
-    options |= {"min_new_tokens": longest, "max_new_tokens": longest}
+def static_generate(model, prompts: list[list[int]], limits: list[list[int]], greedy: bool = False):
+    """As many samples of each prompt as it has limits, as one padded batch that runs to its longest."""
+    ids, longest, k = torch.tensor(prompts, device=model.device), max(map(max, limits)), len(limits[0])
+    drawn = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    options = {"do_sample": False} if greedy else drawn
+    options |= {"min_new_tokens": longest, "max_new_tokens": longest, "num_return_sequences": k}
     with torch.inference_mode():
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-    assert out.shape == (len(prompts) * K, len(prompts[0]) + longest)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
+    assert out.shape == (len(prompts) * k, len(prompts[0]) + longest)
 
 
 def continuous_batching(model, prompts: list[list[int]], k: int, new: int):
@@ -144,8 +157,9 @@ def row(workload: str, tokens: int, ways: dict, repeats: int, once=()) -> dict:
     return {"workload": workload, "tokens": tokens, "ways": figures, "absent": absent}
 
 
-def ours(model, prompts: list[list[int]], limits: list[list[int]]):
-    samples = generate(model, prompts, n=K, max_new_tokens=limits, stop_ids=(), progress=False)
+def ours(model, prompts: list[list[int]], limits: list[list[int]], greedy: bool = False):
+    options = {"n": len(limits[0]), "max_new_tokens": limits, "temperature": 0.0 if greedy else 1.0}
+    samples = generate(model, prompts, **options, stop_ids=(), progress=False)
     assert [[len(sample.ids) for sample in group] for group in samples] == limits
 
 
@@ -174,6 +188,27 @@ def on_cpu(repeats: int, continuous: bool) -> dict:
             tokens = sum(map(sum, limits))
             rows.append(row(f"{name}: {workload}", tokens, ways, repeats, once=["continuous"]))
     return {"rows": rows, "k": K, "prompt": PROMPT}
+
+
+def of_checkpoint(directory: Path, repeats: int) -> None:
+    """A real model's few samples, in fp32, kept beside those of other models that were measured before."""
+    transformers = common.needed("transformers")
+    model = gramr2.load(directory)[0].float().requires_grad_(False)
+    other = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    rows = []
+    for name, count, k, greedy in CHECKPOINT_LOADS:
+        prompts = random_prompts(count, CHECKPOINT_PROMPT, model.config.vocab_size)
+        arguments = prompts, [[CHECKPOINT_NEW] * k] * count, greedy
+        ways = {
+            "ours": partial(ours, model, *arguments),
+            "static": partial(static_generate, other, *arguments),
+        }
+        rows.append(row(f"{directory.name}: {name}", count * k * CHECKPOINT_NEW, ways, repeats))
+    path = common.RESULTS / "sampling_models_cpu.json"
+    models = json.loads(path.read_text(encoding="utf-8"))["models"] if path.exists() else {}
+    models[directory.name] = {"environment": common.environment(), "rows": rows}
+    shape = {"prompt": CHECKPOINT_PROMPT, "new": CHECKPOINT_NEW, "repeats": repeats}
+    common.write_result("sampling_models_cpu", {**shape, "models": models})
 
 
 def wait(device: str) -> None:
@@ -304,8 +339,13 @@ def main() -> None:
         "--no-continuous", action="store_true", help="leave transformers' continuous batching out"
     )
     parser.add_argument("--quick", action="store_true", help="a rehearsal with a micro model: no figures")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="with --device cpu: time this checkpoint")
     arguments = parser.parse_args()
-    if arguments.quick or arguments.device == "cuda":
+    if arguments.model:
+        if arguments.device != "cpu":
+            parser.error("--model is timed with --device cpu")
+        of_checkpoint(arguments.model, arguments.repeats)
+    elif arguments.quick or arguments.device == "cuda":
         at_published_shape(arguments.device, arguments.quick, not arguments.no_continuous)
     else:
         common.write_result("sampling_cpu", on_cpu(arguments.repeats, not arguments.no_continuous))

@@ -258,6 +258,23 @@ def sampling_cpu(result):
     return "\n\n".join(parts)
 
 
+MODELS = "python benchmarks/sampling.py --device cpu --model DIR"
+
+
+@table("sampling-models-cpu", "sampling_models_cpu", MODELS, THERE)
+def sampling_models_cpu(result):
+    lines = []
+    for model in result["models"].values():
+        for row in model["rows"]:
+            speeds = (f"{row['ways'][way]['tokens_per_s']:,.1f}" for way in ("ours", "static"))
+            lines.append((row["workload"], *speeds, f"{row['ways']['static']['ratio']:.2f}"))
+    about = (
+        f"{result['prompt']} tokens of prompt, {result['new']} new, medians of {result['repeats']} turns. "
+    )
+    header = "checkpoint: workload", "ours, tokens/s", "static generate", "ours is faster, times"
+    return f"{about}{where(result['environment'])}\n\n{grid(header, lines)}"
+
+
 @table("sampling-cuda", "sampling_cuda", "python benchmarks/sampling.py", THERE)
 def sampling_cuda(result):
     lines = []
