@@ -26,7 +26,7 @@ from gramr2.batch import DecodeBatch, DecodeRows, padded, prefill_arrays
 from gramr2.cache import NULL
 from gramr2.graphs import DecodeGraphs
 from gramr2.model import Decoder, ModelConfig, rope_tables
-from gramr2.requests import Capacity, Chunk, DeviceStep
+from gramr2.requests import Capacity, Chunk, DeviceStep, Limits
 from kernels.choice import Column, Options, choose, uniforms
 from kernels.linear_cpu import laid_out, rows_needed
 from kernels.packed_attention import Attend
@@ -42,8 +42,9 @@ class Engine:
     change between them. Its memory goes with it.
     """
 
-    def __init__(self, model: Decoder):
-        self.decoder, weight = model, model.head_weight
+    def __init__(self, model: Decoder, limits: Limits | None = None):
+        """`limits`: of calls that name none of their own."""
+        self.decoder, self.limits, weight = model, limits or Limits(), model.head_weight
         self.device, self.cuda = weight.device, weight.is_cuda
         self.item_rows = None
         if self.cuda:

@@ -36,6 +36,7 @@ from gramr2.files import InputError, JsonRow, need, read_json, short_hash
 from gramr2.model import Decoder
 from gramr2.rankings import Contest, Duel, Ranking, preference
 from gramr2.records import UNDECIDED, Judgment, Messages, Pair, Vote
+from gramr2.requests import Limits
 from gramr2.settings import pairs_per_call
 from gramr2.tokenizer import Tokenizer
 from gramr2.votes import SCALAR, THINK, Format, Voter, softmax_of, too_long
@@ -84,11 +85,11 @@ class RewardModel:
             judge.weights = fingerprint(directory)
         return judge
 
-    def keep_engine(self) -> None:
+    def keep_engine(self, limits: Limits | None = None) -> None:
         """For many calls in a row: what sampling takes of the device (on CUDA most of its memory) is kept
         from one to the next. Not for a judge beside a training, which needs that memory in between."""
         if self.voter:
-            self.voter.engine = Engine(self.model)
+            self.voter.engine = Engine(self.model, limits)
 
     @property
     def prompt_hash(self) -> str:

@@ -23,6 +23,7 @@ from gramr2.engine import Engine
 from gramr2.files import InputError
 from gramr2.model import Decoder
 from gramr2.records import Pair, Proof, mark
+from gramr2.requests import Limits
 from gramr2.sampler import Sample, generate
 from gramr2.scoring import logprobs
 from gramr2.selection import SCORES, with_score
@@ -50,9 +51,9 @@ class Prover:
             print(note, file=sys.stderr)
         return cls(model, tokenizer, template)
 
-    def keep_engine(self) -> None:
+    def keep_engine(self, limits: Limits | None = None) -> None:
         """For many calls in a row: what sampling takes of the device is kept from one to the next."""
-        self.engine = Engine(self.model)
+        self.engine = Engine(self.model, limits)
 
     def prove_many(
         self, pairs: Iterable[Pair], k: int = 4, seed: int = 0, *,

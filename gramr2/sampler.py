@@ -77,7 +77,8 @@ def generate_iter(
     request.check(model.config)
     engine = engine or Engine(model)
     need(engine.decoder is model, "engine: is of another model")
-    capacity = request.capacity(model.config, model.head_weight, limits or Limits(), engine.pool_bytes)
+    limits = limits or engine.limits
+    capacity = request.capacity(model.config, model.head_weight, limits, engine.pool_bytes)
     return _loop(request, Scheduler(request.queue(), capacity), engine, progress)
 
 

@@ -26,7 +26,7 @@ from gramr2.files import InputError
 
 # Settings that a run may be continued under with other values: they change how, not what, it computes.
 FREE = {"device", "dtype", "threads", "fsdp_size", "recompute", "compile", "token_budget"}
-FREE |= {"save_steps", "save_minutes", "side_by_side"}
+FREE |= {"save_steps", "save_minutes", "side_by_side", "running"}
 DTYPES = ("auto", "float32", "bfloat16")
 PAIRS_PER_CALL = 64  # pairs of one generate call: enough to fill a batch, little to do again after a kill
 PAIRS_ON_CUDA = 512  # there a batch is wider (requests.running_on_cuda), and the work is sooner done again
@@ -174,6 +174,9 @@ class SelfTrainSettings:
     softmax: float = setting(0.0, "mean softmax that it needs (the paper's filter); 0: not used", **SHARE)
     max_words: int = setting(1500, "longest rationale that is kept, in words", low=1)
     without: tuple[str, ...] = setting((), "filters that are switched off")
+    running: int = setting(
+        0, "samples decoded together on a rank; 0: as many as suit its device", low=0, high=10**5
+    )
     keep_candidates: bool = setting(False, "write down all k proofs of every pair, not of a few alone")
     mix_human: bool = setting(False, "every judge also trains on the human rationales, in every arm alike")
     pool: int = setting(0, "unlabelled pairs per round; 0: an equal share of all of them", low=0)

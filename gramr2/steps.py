@@ -28,6 +28,7 @@ from gramr2.files import InputError, JsonRow, publish_rows
 from gramr2.judge import RewardModel
 from gramr2.prover import Prover, as_rationale
 from gramr2.records import Judgment, Pair
+from gramr2.requests import Limits
 from gramr2.run_directory import RunDirectory, Step, write_shard
 from gramr2.selection import select
 from gramr2.settings import FilterSettings, SelfTrainSettings, TrainSettings
@@ -64,7 +65,7 @@ class Run:
         with contextlib.redirect_stderr(sys.stderr if self.ranks.is_first else io.StringIO()):
             dtype = parallel.compute_dtype(settings, device)
             model = kind.load(directory, device, dtype, date=settings.date)
-        model.keep_engine()
+        model.keep_engine(Limits(running=self.settings.running or None))
         return model
 
     # ------------------------------------------------------------------ training
