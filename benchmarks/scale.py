@@ -67,7 +67,7 @@ class Speed:
     bandwidth: float = 4.3e12
     memory: float = 141e9
     of_floor: float = 0.55
-    running: int = 256
+    running: int = 1024
     occupied: float = 0.8
     link: float = 50e9
 
@@ -92,7 +92,7 @@ ABOUT = {
     "bandwidth": ("bytes/s of memory", "an H200, copying"),
     "memory": ("bytes of memory", "an H200; an H100 has 80e9, and decodes fewer samples together"),
     "of_floor": ("share of the floor that a decode step reaches", "the aim of benchmarks/sampling.py"),
-    "running": ("samples decoded together on a GPU", "the sampler's default"),
+    "running": ("samples decoded together on a GPU", "the sampler's default for an 8B model on 80 GB"),
     "occupied": ("share of them that still write, on average", "assumed: the end of each shard runs thin"),
     "link": ("bytes/s between nodes, for each GPU", "assumed: a 400 Gbit/s adapter for each GPU"),
 }

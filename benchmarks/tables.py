@@ -249,10 +249,11 @@ def sampling_cpu(result):
     for row in result["rows"]:
         absent |= row["absent"]
         for way, figure in row["ways"].items():
-            lines.append(
-                (f"{row['workload']}: {way}", f"{figure['tokens_per_s']:,.0f}", f"{figure['ratio']:.2f}")
-            )
-    parts = [where(result["environment"]), grid(("workload: way", "tokens/s", "time / ours"), lines)]
+            name, share = f"{row['workload']}: {way}", figure.get("in_matrices")
+            share = "" if share is None else f"{share:.0%}"
+            lines.append((name, f"{figure['tokens_per_s']:,.0f}", f"{figure['ratio']:.2f}", share))
+    header = "workload: way", "tokens/s", "time / ours", "of it in matrices"
+    parts = [where(result["environment"]), grid(header, lines)]
     if absent:
         parts.append("Not run: " + "; ".join(f"{way} ({why})" for way, why in absent.items()) + ".")
     return "\n\n".join(parts)
@@ -266,12 +267,15 @@ def sampling_models_cpu(result):
     lines = []
     for model in result["models"].values():
         for row in model["rows"]:
-            speeds = (f"{row['ways'][way]['tokens_per_s']:,.1f}" for way in ("ours", "static"))
-            lines.append((row["workload"], *speeds, f"{row['ways']['static']['ratio']:.2f}"))
+            ways = [row["ways"][way] for way in ("ours", "static")]
+            speeds = (f"{way['tokens_per_s']:,.1f}" for way in ways)
+            shares = (f"{way['in_matrices']:.0%}" if "in_matrices" in way else "" for way in ways)
+            lines.append((row["workload"], *speeds, f"{ways[1]['ratio']:.2f}", *shares))
     about = (
         f"{result['prompt']} tokens of prompt, {result['new']} new, medians of {result['repeats']} turns. "
     )
-    header = "checkpoint: workload", "ours, tokens/s", "static generate", "ours is faster, times"
+    speeds = "ours, tokens/s", "static generate", "ours is faster, times"
+    header = "checkpoint: workload", *speeds, "ours in matrices", "static in matrices"
     return f"{about}{where(result['environment'])}\n\n{grid(header, lines)}"
 
 

@@ -10,6 +10,8 @@ _HOMES = {
     "generate": "sampler",
     "generate_iter": "sampler",
     "Sample": "sampler",
+    "Engine": "engine",
+    "Limits": "requests",
     "RewardModel": "judge",
     "Pair": "records",
 }

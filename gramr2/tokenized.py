@@ -35,7 +35,7 @@ Use = tuple[int, int, str]  # row, epoch and letter: what the builder makes an e
 def global_batches(
     plan: Plan, builder: ExampleBuilder, ranks: Ranks, place: Path, first: int
 ) -> Iterator[list[Example]]:
-    """The examples of each step, over all ranks, from the step `first` on."""
+    """The examples of each step, over all ranks, from the step `first` on; made before it returns."""
     numbers: dict[tuple, int] = {}  # of what is the same wherever it is used
     uses: list[Use] = []
     steps: list[list[int]] = []
@@ -47,8 +47,7 @@ def global_batches(
                 uses.append(use)
             steps[-1].append(number)
     examples = TokenFiles(_files(uses, builder, ranks, place))
-    for chosen in steps[first:]:
-        yield [examples[number] for number in chosen]
+    return ([examples[number] for number in chosen] for chosen in steps[first:])
 
 
 def remove(place: Path) -> None:
@@ -92,11 +91,14 @@ def _files(uses: list[Use], builder: ExampleBuilder, ranks: Ranks, place: Path) 
         _write(place / name, uses[ranks.rank :: ranks.size], builder, ranks)
         return name
 
+    def sign(names: list[str]) -> None:
+        seals = {name: seal(place / name) for name in names}
+        write_signed(place / ABOUT, {"examples": len(uses), "files": seals})
+
     names = ranks.on_rank_0(known)
     if names is None:
         names = ranks.on_all_ranks(make)
-        seals = {name: seal(place / name) for name in names} if ranks.is_first else {}
-        ranks.on_rank_0(lambda: write_signed(place / ABOUT, {"examples": len(uses), "files": seals}))
+        ranks.on_rank_0(lambda: sign(names))
     return [place / name for name in names]
 
 

@@ -80,7 +80,11 @@ def start(small: Path, place: Path, steps: int) -> tuple[subprocess.Popen, list[
     command = [sys.executable, ROOT / "selftrain.py", "--recipe", recipe, "--side-by-side"]
     first = subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = place / "runs/small/steps/ahead-discriminative/metrics.jsonl"
-    wait_until(lambda: metrics.is_file() and metrics.stat().st_size > 0)
+    try:
+        wait_until(lambda: metrics.is_file() and metrics.stat().st_size > 0)
+    except AssertionError:
+        first.terminate()  # it would go on for hours, and its second process with it
+        raise
     return first, children(first.pid)
 
 
