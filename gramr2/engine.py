@@ -32,6 +32,7 @@ from kernels.linear_cpu import laid_out, rows_needed
 from kernels.packed_attention import Attend
 from kernels.reads import Reads
 
+MOST_OPTIONS = 8  # ways to choose that graphs are kept for
 QUERY_ROWS = 64  # of one item, on CUDA: what a program of the kernel takes; the CPU takes any number
 
 
@@ -54,9 +55,7 @@ class Engine:
         self.keys_LNGPK = self.values_LNGPK = torch.empty(0)
         self.last_id_S = torch.empty(0)
         self.graphs: DecodeGraphs | None = None
-        self.options_seen: dict[
-            tuple, Options
-        ] = {}  # graphs read the tensors of what they were captured with
+        self.options_seen: dict[tuple, Options] = {}  # graphs read the tensors of these
         self.places_seen: list[int] = []
         self.rows: DecodeRows | None = None
         self.prefix: Reads[Tensor]
@@ -70,6 +69,8 @@ class Engine:
         self.capacity = capacity
         self.calls += 1
         key = (options.temperature, options.top_p, options.top_k, *options.watch_W.tolist())
+        if key not in self.options_seen and len(self.options_seen) == MOST_OPTIONS:
+            self.options_seen, self.graphs = {}, None
         self.options = self.options_seen.setdefault(key, options)
         self.rows, self.batch_version = None, (0, 0)
         self._see_weights()
