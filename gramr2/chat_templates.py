@@ -13,6 +13,7 @@ import datetime
 import functools
 import json
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -31,8 +32,11 @@ class OverBudget(Exception):
     """The template takes more time or room than any conversation needs."""
 
 
-class Budget:
-    """What is left of a rendering's time and room. A running template is made to pass by its functions."""
+class Budget(threading.local):
+    """What is left of a rendering's time and room. A running template is made to pass by its functions.
+
+    Each thread has its own: its clock is its own, and another may be in the middle of a rendering.
+    """
 
     def __init__(self) -> None:
         self.until, self.longest, self.total, self.is_endless = 0.0, 0, 0, False

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from test_infer import PROMPT, pair, read, run, write
 
 import gramr2
 from gramr2 import parallel, prompts
+from gramr2.chat_templates import compile_template
 from gramr2.extras.inputs import checked_pairs
 from gramr2.extras.policy_settings import PolicySettings
 from gramr2.extras.toyworld import SHIPPED, WorldSettings
@@ -193,6 +195,23 @@ TOO_LARGE = [
     "{% set n = namespace(i=9) %}{% for i in range(60) %}{% set n.i = n.i * n.i %}{% endfor %}",
     '{% for i in range(99999) %}{{ "a" * 999 }}{% endfor %}', "{{ self.__class__ }}{{ 1 / 0 }}",
 ]  # fmt: skip
+
+
+def test_threads_that_render_a_template_do_not_spend_each_others_budget(monkeypatch):
+    """Examples are tokenized by several. A budget in common was the time of whichever had begun last, by a
+    clock that each thread has its own of: an old thread was over it at once, and the template at its end."""
+    monkeypatch.setattr("gramr2.chat_templates.SECONDS", 0.2)
+    render = compile_template("{{ other() }}{% for text in texts %}{{ text }}{% endfor %}", None)
+    while time.thread_time() < 1:
+        pass  # as a thread that has worked for a while
+
+    def other():
+        thread = threading.Thread(target=lambda: render(1, other=str, texts=["b"]))
+        thread.start()
+        thread.join()
+        return ""
+
+    assert render(1, other=other, texts=["a"]) == "a"
 
 
 @pytest.mark.parametrize("template", ENDLESS + TOO_LARGE)
