@@ -28,7 +28,7 @@ from gramr2.graphs import DecodeGraphs
 from gramr2.model import Decoder, ModelConfig, rope_tables
 from gramr2.requests import Capacity, Chunk, DeviceStep, Limits
 from kernels.choice import Column, Options, choose, uniforms
-from kernels.linear_cpu import laid_out, rows_needed
+from kernels.linear_cpu import Packed, laid_out, rows_needed
 from kernels.packed_attention import Attend
 from kernels.reads import Reads
 
@@ -155,7 +155,11 @@ class Engine:
 
     @torch.inference_mode()
     def _multiple(self, config: ModelConfig) -> int:
-        """Of rows, which a pass is padded to: in these, one layer and the head give each row its own bits."""
+        """Of rows, which a pass is padded to: in these, one layer and the head give each row its own bits.
+
+        It is tried out on the first model of a kind, and one whose weights are zeros would show nothing:
+        without packed matrices a pass has 8 rows at least.
+        """
         numbers_T, per_group = torch.arange(512), config.num_heads // config.num_kv_heads
         options = Options(1.0, 1.0, 0, ids_T := numbers_T % config.vocab_size)
 
@@ -170,7 +174,10 @@ class Engine:
             return choose(self.project(hidden(slice(0, 64))[part]), numbers_T[part] / 512, options)
 
         kind = config, str(self.model.blocks[0]), torch.get_num_threads()
-        return max(rows_needed((*kind, "layer"), hidden, 512), rows_needed((*kind, "head"), outputs, 64))
+        least = 1 if isinstance(self.model.get_submodule("blocks.0.mlp.down"), Packed) else kernels.ROWS
+        return max(
+            least, rows_needed((*kind, "layer"), hidden, 512), rows_needed((*kind, "head"), outputs, 64)
+        )
 
     def _attend(self, places_U: Tensor, reads: list[Reads[Tensor]]) -> Attend:
         def attend(layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:

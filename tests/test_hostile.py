@@ -402,7 +402,7 @@ def test_what_could_not_be_read_is_no_probability(tmp_path, capsys):
 
 # ---------------------------------------------------------------------------------- settings
 
-BAD_NUMBERS = [-1, math.inf, -math.inf, math.nan, HUGE**11, "text", [], None, True]
+BAD_NUMBERS = [-2, math.inf, -math.inf, math.nan, HUGE**11, "text", [], None, True]
 SETTINGS = [(kind, field) for kind in (TrainSettings, SelfTrainSettings, PolicySettings, WorldSettings)
             for field in kind.__dataclass_fields__
             if type(kind.__dataclass_fields__[field].default) in (int, float)]  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 from checkpoints import random_model
 from torch import nn
 
+from gramr2.engine import Engine
 from gramr2.sampler import generate
 from kernels import linear_cpu
 from kernels.linear_cpu import LONG, Packed, rows_needed
@@ -91,3 +92,16 @@ def test_rows_are_padded_as_far_as_it_takes(needed):
     """A library that sums other numbers of rows than multiples of `needed` in another order."""
     x_M = torch.ones(512)
     assert rows_needed(object(), lambda part: x_M[part] * (1 + len(x_M[part]) % needed), 512) == needed
+
+
+def test_a_model_of_zeros_says_nothing_of_the_next_one(monkeypatch):
+    """It is alike in any number of rows, and what a kind of model needs is tried out once."""
+    monkeypatch.setattr(linear_cpu, "_rows", {})
+    zeros = random_model("llama2")
+    with torch.no_grad():
+        for parameter in zeros.parameters():
+            parameter.zero_()
+    for model in zeros, random_model("llama2"):
+        engine = Engine(model)
+        generate(model, [[1, 2, 3]], max_new_tokens=1, progress=False, engine=engine)
+        assert engine.multiple >= linear_cpu.ROWS
