@@ -28,7 +28,7 @@ from gramr2.sampler import Sample, generate
 from gramr2.scoring import logprobs
 from gramr2.selection import SCORES, with_score
 from gramr2.settings import pairs_per_call
-from gramr2.tokenizer import Tokenizer
+from gramr2.tokenizer import Tokenizer, encoding_threads, in_threads
 from gramr2.weights import load
 
 MAX_NEW_TOKENS = 2048
@@ -83,7 +83,9 @@ class Prover:
 
     def _write(self, pairs: Sequence[Pair], k: int, longest: int, **sampling: Any) -> list[list[Proof]]:
         """The k proofs of each pair, without scores; none where the prompt leaves no room for any."""
-        fronts = [self.frame(prompts.prover_prompt(pair, self.template)) for pair in pairs]
+        threads = encoding_threads(self.model.head_weight.device.type)
+        turns = [prompts.prover_prompt(pair, self.template) for pair in pairs]
+        fronts = list(in_threads(self.frame, turns, threads))
         room = [self.model.config.max_positions - len(front) for front in fronts]
         fits = [i for i, tokens in enumerate(room) if tokens > 0]
         asked, lengths = [fronts[i] for i in fits], [min(longest, room[i]) for i in fits]

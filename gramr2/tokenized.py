@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from gramr2.parallel import Ranks
 from gramr2.plan import Plan
 from gramr2.records import Example, Tokens
 from gramr2.seals import check_seals, read_signed, seal, write_signed
+from gramr2.tokenizer import in_threads
 
 ABOUT, NONE = "tokens.json", -1
 Use = tuple[int, int, str]  # row, epoch and letter: what the builder makes an example of
@@ -103,18 +103,17 @@ def _files(uses: list[Use], builder: ExampleBuilder, ranks: Ranks, place: Path) 
 
 
 def _write(path: Path, uses: Sequence[Use], builder: ExampleBuilder, ranks: Ranks) -> None:
-    """A few at a time, since a tokenizer that encodes lets other threads go on."""
     ids: list[np.ndarray] = [np.zeros(0, np.int32)]
     rows, margins, offset = [], [], 0
     threads = max(1, (os.cpu_count() or 1) // ranks.size)
     bar = ranks.bar(len(uses), least=1000, desc="tokenizing", leave=False)
-    with bar, ThreadPoolExecutor(threads) as pool:
-        for example in pool.map(lambda use: builder(*use), uses):
+    with bar:
+        for example in in_threads(lambda use: builder(*use), uses, threads):
             one, *more = example.sequences
             two: Any = more[0] if more else None
             second = (len(two.ids), two.start) if two else (NONE, NONE)
             rows.append((offset, len(one.ids), one.start, *second, *(example.other_letter or (NONE, NONE))))
-            ids += [np.array(each.ids, np.int32) for each in example.sequences]
+            ids += [np.array(sequence.ids, np.int32) for sequence in example.sequences]
             margins.append(example.margin)
             offset += example.length
             bar.update()

@@ -19,10 +19,13 @@ It leaves out: training tokenizers, sentencepiece models without a `tokenizer.js
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import tokenizers
 
@@ -34,6 +37,22 @@ FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "
 FILES += ["generation_config.json", "vocab.json", "merges.txt"]
 Message = Mapping[str, str]  # {"role": …, "content": …}
 SILENT = ("bos", "eos", "pad")
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+def in_threads(make: Callable[[Item], Made], items: Sequence[Item], threads: int) -> Iterator[Made]:
+    """`make` of each item, in order; in threads, since a tokenizer that encodes lets others go on."""
+    if threads == 1:
+        yield from map(make, items)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            yield from pool.map(make, items)
+
+
+def encoding_threads(device: str) -> int:
+    """For prompts that this kind of device waits for. On a CPU the cores have other work."""
+    return min(4, os.cpu_count() or 1) if device == "cuda" else 1
 
 
 class Tokenizer:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 from gramr2 import prompts
@@ -26,7 +27,7 @@ from gramr2.model import Decoder
 from gramr2.records import OTHER, UNDECIDED, Judgment, Pair, Vote
 from gramr2.sampler import Sample, generate
 from gramr2.scoring import logprobs
-from gramr2.tokenizer import Tokenizer
+from gramr2.tokenizer import Tokenizer, encoding_threads, in_threads
 from kernels.choice import noise_seed
 
 
@@ -91,6 +92,14 @@ class Voter:
         ids = self.tokenizer.chat([{"role": "user", "content": content}])
         return Query(f"{pair.id} {order}", order, ids)
 
+    def _queries(self, count: int, pair: Pair) -> list[Query] | InputError:
+        """A pair as it is asked for so many votes, or why it cannot be."""
+        orders = ("AB", "BA")[: 1 + (count > 1)] if pair.response_a != pair.response_b else ()
+        try:
+            return [self.ask(pair, order) for order in orders]
+        except InputError as error:  # a word that the tokenizer does not have; what a template refuses
+            return InputError(f"pair {pair.id}: {error}")
+
     def judgments(
         self, pairs: Sequence[Pair], count: int, seed: int,
         temperature: float, max_new_tokens: int, progress: bool,
@@ -99,14 +108,13 @@ class Voter:
         found: list[list[Vote] | InputError] = []
         asked: list[tuple[Query, list[Vote]]] = []  # with the list that its votes go to
         room = self.model.config.max_positions
-        for pair in pairs:
-            ballot: list[Vote] = []
-            orders = ("AB", "BA")[: 1 + (count > 1)] if pair.response_a != pair.response_b else ()
-            try:
-                queries = [self.ask(pair, order) for order in orders]
-            except InputError as error:  # a word that the tokenizer does not have; what a template refuses
-                found.append(InputError(f"pair {pair.id}: {error}"))
+        threads = encoding_threads(self.model.head_weight.device.type)
+        every = in_threads(partial(self._queries, count), pairs, threads)
+        for pair, queries in zip(pairs, every, strict=True):
+            if isinstance(queries, InputError):
+                found.append(queries)
                 continue
+            ballot: list[Vote] = []
             tokens = max((len(query.ids) for query in queries), default=0)
             if tokens < room:
                 found.append(ballot)
