@@ -29,7 +29,7 @@ from gramr2.model import Decoder, ModelConfig, rope_tables
 from gramr2.requests import Capacity, Chunk, DeviceStep, Limits
 from kernels.choice import Column, Options, choose, uniforms
 from kernels.linear_cpu import Packed, laid_out, rows_needed
-from kernels.packed_attention import Attend
+from kernels.packed_attention import Attend, upload
 from kernels.reads import Reads
 
 MOST_OPTIONS = 8  # ways to choose that graphs are kept for
@@ -192,8 +192,7 @@ class Engine:
         self.keys_LNGPK[:, pages] = self.values_LNGPK[:, pages] = 0
 
     def _upload(self, values: np.ndarray | Sequence) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(values, np.int64))
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.cuda else tensor
+        return upload(np.ascontiguousarray(values, np.int64), self.device)
 
     def _upload_reads(self, reads: Reads[np.ndarray]) -> Reads[Tensor]:
         return Reads(*map(self._upload, reads.arrays()))

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-FUSION = {"enable_fp_fusion": True}  # the default until Triton 3.9, said aloud since 3.10 changes it
+from .tuning import FUSION
 
 
 @triton.jit(do_not_specialize=["rows"])

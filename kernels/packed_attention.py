@@ -13,6 +13,7 @@ G key/value heads, K head size, B sequences of one length L, S = B of all length
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,9 @@ def packed_positions(lengths: Sequence[int], device: torch.device | str) -> Tens
     return upload(torch.cat([torch.arange(0), *map(torch.arange, lengths)]), device)
 
 
-def upload(values: Tensor | Sequence, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor on the device. The host waits neither for the copy nor for what the device has still to do."""
+def upload(values: Any, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of numbers on the device. The host waits neither for the copy, nor for what the device has
+    still to do."""
     tensor, device = torch.as_tensor(values, dtype=dtype), torch.device(device)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 

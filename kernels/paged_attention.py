@@ -32,14 +32,13 @@ import triton
 import triton.language as tl
 
 from .paged_attention_cpu import LOWEST
-from .tuning import choice
+from .tuning import FUSION, choice
 
 MOST_SPLITS = 32  # a row's partial results are merged in one go
 MOST_PARTIALS = 4096  # of all rows of a call: each takes as much memory as its row's result in fp32
 LOG2_E = 1.4426950408889634
 # By Triton's interpreter, on the CPU.
 EMULATED = SimpleNamespace(major=9, multi_processor_count=8, shared_memory_per_multiprocessor=228 << 10)
-FUSION = {"enable_fp_fusion": True}  # the default until Triton 3.9, said aloud since 3.10 changes it
 
 
 @triton.jit(do_not_specialize_on_alignment=["places_ptr"])

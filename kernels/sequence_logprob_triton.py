@@ -22,14 +22,13 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .reference import IGNORE
-from .tuning import choice
+from .tuning import FUSION, choice
 
 CHUNK_BYTES = 1 << 30  # 4,185 rows of 128,256 bf16 logits: each chunk is a pass over W and two over dW
 # Blocks of tokens that run side by side: they share the tiles of W in the L2 cache, while their own
 # rows (16 blocks of 128 rows: 16 MB at width 4096) stay there from tile to tile.
 GROUP = 16
 EMULATED = SimpleNamespace(major=8, multi_processor_count=8)  # by Triton's interpreter, on the CPU
-FUSION = {"enable_fp_fusion": True}  # the default until Triton 3.9, said aloud since 3.10 changes it
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+FUSION = {"enable_fp_fusion": True}  # the default until Triton 3.9, said aloud since 3.10 changes it
 Choices = dict[str, dict[str, int]]  # numbers by name, for each "kernel, shape"
 _tried: Choices | None = None  # what stands in the place of the file while something is tried
 _asked: Choices = {}  # what kernels asked for since then, with their built-in numbers
