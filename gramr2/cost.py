@@ -47,14 +47,15 @@ def matmul_rate(device: torch.device, size: int = 8192, repeats: int = 20) -> fl
 
 
 def memory_per_rank(settings: TrainSettings, config: ModelConfig, ranks: int, half: bool) -> dict[str, float]:
-    """GB on each rank, estimated. A token leaves about 34 D + 8 F bytes in one block in bf16, or, where the
-    compiler chooses what is kept, 14 D + 6 F; and D numbers of a block that is computed again."""
+    """GB on each rank, estimated, with `settings.recompute` blocks computed again. A token leaves about
+    34 D + 8 F bytes in a block in bf16 (14 D + 6 F where the compiler chooses), and D numbers in one computed
+    again."""
     parameters, width, blocks = count_parameters(config), 2 if half else 4, config.num_layers
     head = config.vocab_size * config.hidden_size
     block = (parameters - head * (2 - config.tie_embeddings)) / blocks
     per_width, per_mlp = (14, 6) if settings.compile else (34, 8)
     token = width / 2 * (per_width * config.hidden_size + per_mlp * config.intermediate_size)
-    again = blocks if settings.recompute < 0 else min(settings.recompute, blocks)
+    again = min(settings.recompute, blocks)
     # Of blocks that are computed again, one at a time is whole.
     stored = token * (blocks - again + (again > 0)) + width * config.hidden_size * again
     beside = width * (head * (2 - config.tie_embeddings) + 2 * block)  # gathered of other ranks' parts

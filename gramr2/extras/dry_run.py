@@ -7,12 +7,13 @@ It leaves out: the time, which nothing but a measurement tells (benchmarks/train
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from gramr2.cost import describe, memory_per_rank
+from gramr2.cost import describe, memory_per_rank, recomputed_blocks
 from gramr2.examples import ExampleBuilder
 from gramr2.parallel import Ranks, compute_dtype
 from gramr2.plan import make_plan, read_model_config
@@ -27,6 +28,7 @@ def dry_run(
     config = read_model_config(builder.stage.name, builder.stage.head, settings, model_dir, builder.tokenizer)
     plan = make_plan(builder, settings, Ranks(0, 1, ranks.device))
     half = compute_dtype(settings, ranks.device) == torch.bfloat16
+    settings = dataclasses.replace(settings, recompute=recomputed_blocks(settings, config, ranks))
     parts = memory_per_rank(settings, config, ranks.size, half)
     memory = f"memory   about {sum(parts.values()):.3g} GB on each of {ranks.size} ranks, in GB: "
     memory += ", ".join(f"{name} {value:.3g}" for name, value in parts.items())
