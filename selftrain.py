@@ -75,6 +75,7 @@ def self_train(run: Run, inputs: RunInputs, results: Results | beside.Beside) ->
         # 4. The reward model labels unlabelled pairs by votes; labels it is not sure of are filtered out
         #    (denoise.py).
         judged = run.judge(f"round-{number}-predict", judge, batch, settings.votes)
+        results.weigh_signals(f"round-{number}-signals", prover, judge, judged)
         labelled = run.filter_labels(f"round-{number}-labels", judged, number)
         # 5. The prover writes the rationales, and unreliable ones are filtered out.
         proofs = run.prove(f"round-{number}-prove", prover, labelled)

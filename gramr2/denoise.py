@@ -49,16 +49,24 @@ def agreement(judgment: Judgment, settings: FilterSettings) -> str | None:
 
 def confidence(judgment: Judgment, settings: FilterSettings) -> str | None:
     """Enough of all votes, abstentions included, are for the label."""
-    cast = sum(judgment.votes.values())
-    share = judgment.votes[judgment.label] / cast if judgment.label and cast else 0.0
+    share = share_of_votes(judgment)
     return None if share >= settings.confidence else f"votes below {settings.confidence:g}"
+
+
+def share_of_votes(judgment: Judgment) -> float:
+    """Of all votes those for the label."""
+    cast = sum(judgment.votes.values())
+    return judgment.votes[judgment.label] / cast if judgment.label and cast else 0.0
 
 
 def softmax(judgment: Judgment, settings: FilterSettings) -> str | None:
     """The paper's threshold: the mean softmax of the votes for the label."""
+    return None if mean_softmax(judgment) >= settings.softmax else f"softmax below {settings.softmax:g}"
+
+
+def mean_softmax(judgment: Judgment) -> float:
     sure = [vote.p_a for vote in judgment.details if vote.label == judgment.label and vote.p_a is not None]
-    mean = sum(p if judgment.label == "A" else 1 - p for p in sure) / len(sure) if sure else 0.0
-    return None if mean >= settings.softmax else f"softmax below {settings.softmax:g}"
+    return sum(p if judgment.label == "A" else 1 - p for p in sure) / len(sure) if sure else 0.0
 
 
 LABEL_FILTERS: dict[str, LabelFilter] = {rule.__name__: rule for rule in (agreement, confidence, softmax)}

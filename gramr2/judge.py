@@ -37,9 +37,10 @@ from gramr2.model import Decoder
 from gramr2.rankings import Contest, Duel, Ranking, preference
 from gramr2.records import UNDECIDED, Judgment, Messages, Pair, Vote
 from gramr2.requests import Limits
+from gramr2.scoring import softmax_of
 from gramr2.settings import pairs_per_call
 from gramr2.tokenizer import Tokenizer
-from gramr2.votes import SCALAR, THINK, Format, Voter, softmax_of, too_long
+from gramr2.votes import SCALAR, THINK, Format, Voter, too_long
 from gramr2.weights import fingerprint, load
 from kernels.packed_attention import packed_causal, packed_positions
 

@@ -316,6 +316,10 @@ def parse_rationale(text: str, thinking_open: bool = False) -> Reading:
     return Reading(None, reason) if reason else _checked(Rationale(*parts))
 
 
+def proof_opening(label: str) -> str:
+    return f"This argument justifies the choice of Response {label}."
+
+
 def proof_from_rationale(rationale: Rationale | str, label: str) -> str:
     """z → ẑ: opens by saying what it justifies, takes one response, then the other, compares, concludes.
 
@@ -330,7 +334,7 @@ def proof_from_rationale(rationale: Rationale | str, label: str) -> str:
         feedback = f"First, Response {apart[1]}. {apart[2]}\n\nSecond, Response {apart[3]}. {apart[4]}"
     else:
         feedback = f"The responses in turn: {z.feedback}"
-    opening = f"This argument justifies the choice of Response {label}."
+    opening = proof_opening(label)
     return f"{opening}\n\n{feedback}\n\nComparing the two: {z.comparison}\n\nTherefore: {z.conclusion}"
 
 

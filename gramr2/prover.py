@@ -22,10 +22,10 @@ from gramr2 import prompts
 from gramr2.engine import Engine
 from gramr2.files import InputError
 from gramr2.model import Decoder
-from gramr2.records import Pair, Proof, mark
+from gramr2.records import UNDECIDED, Pair, Proof, mark
 from gramr2.requests import Limits
 from gramr2.sampler import Sample, generate
-from gramr2.scoring import logprobs
+from gramr2.scoring import logprobs, softmax_of
 from gramr2.selection import SCORES, with_score
 from gramr2.settings import pairs_per_call
 from gramr2.tokenizer import Tokenizer, encoding_threads, in_threads
@@ -110,6 +110,23 @@ class Prover:
             reason = "justifies the other label"
         logp_given, ids = float(sum(float(value) for value in sample.logprobs)), tuple(sample.ids)
         return Proof(pair.id, text, logp_given, finish=sample.finish, ineligible=reason, ids=ids)
+
+    def guess(self, pairs: Sequence[Pair]) -> list[float]:
+        """p(A) of each pair, of a prover that is not told the label: by how it would open its proof, the mean
+        over both orders. Who trains it with `hide_label` has a second judge in it."""
+        closing = "\n</think>\n\n" if self.thinking_open else ""
+        openings = [self.tokenizer.encode(closing + prompts.proof_opening(label)) for label in "AB"]
+
+        def first_shown(pair: Pair) -> float:
+            front = self.frame(prompts.prover_prompt(pair, self.template, hide_label=True))
+            rows = [[*front, *opening] for opening in openings]
+            if max(map(len, rows)) > self.model.config.max_positions:
+                return UNDECIDED
+            tails = zip(logprobs(self.model, rows), openings, strict=True)
+            p = softmax_of(*(float(tail[-len(opening) :].double().sum()) for tail, opening in tails))
+            return UNDECIDED if p is None else p
+
+        return [(first_shown(pair) + 1 - first_shown(pair.swapped())) / 2 for pair in pairs]
 
     def second_terms(self, proofs: Sequence[tuple[Pair, Proof]], select_by: str) -> list[float]:
         """The second term of each proof's score: log π(ẑ | empty user turn), equation (5)'s denominator, or

@@ -3,6 +3,8 @@
 Sequences are packed to a token budget, run through the decoder without padding, and their log-probs come
 from the fused projection (kernels/), which never stores the logits of a batch.
 
+Two such values come to a probability by `softmax_of`.
+
 It leaves out: gradients (loss.py) and sampling (sampler.py, which returns the same log-probs as it goes).
 
 Shapes: T tokens of a pack, D model width.
@@ -10,6 +12,7 @@ Shapes: T tokens of a pack, D model width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -66,3 +69,13 @@ def logprobs(model: Decoder, sequences: Sequence[Sequence[int]]) -> list[Tensor]
         for index, part in zip(pack, values.split([n - 1 for n in lengths]), strict=True):
             results[index] = part
     return results
+
+
+def sigmoid(x: float) -> float:
+    """Of the difference of two log-probabilities: the softmax over the two."""
+    return 1 / (1 + math.exp(min(-x, 700)))
+
+
+def softmax_of(a: float, b: float) -> float | None:
+    """The share of A among two log-probabilities, or scores; None where one of them is not finite."""
+    return sigmoid(a - b) if math.isfinite(a) and math.isfinite(b) else None

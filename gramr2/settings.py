@@ -182,6 +182,11 @@ class SelfTrainSettings:
     pool: int = setting(0, "unlabelled pairs per round; 0: an equal share of all of them", low=0)
     test_votes: int = setting(16, "votes of the row voting@N", low=2, high=10**4)
     test_limit: int = setting(0, "only the first N test pairs; 0: all", low=0)
+    signals: int = setting(
+        0,
+        "labels of each round, of known truth, on which it is weighed what knows wrong ones; 0: none",
+        low=0,
+    )
     baselines: bool = setting(True, "also train discriminative, generative and labelled only, 2x steps")
     side_by_side: bool = setting(True, "on a CPU with a core to spare: a second process tests and compares")
 

@@ -14,7 +14,6 @@ It leaves out: what votes come to (records.Judgment), how a verdict is parsed (p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +25,7 @@ from gramr2.files import InputError, need
 from gramr2.model import Decoder
 from gramr2.records import OTHER, UNDECIDED, Judgment, Pair, Vote
 from gramr2.sampler import Sample, generate
-from gramr2.scoring import logprobs
+from gramr2.scoring import logprobs, softmax_of
 from gramr2.tokenizer import Tokenizer, encoding_threads, in_threads
 from kernels.choice import noise_seed
 
@@ -167,6 +166,11 @@ class Voter:
             label, p_a = OTHER[label], None if p_a is None else 1 - p_a
         return Vote(label, query.order, p_a, reason, text, seed, len(sample.ids))
 
+    def reading(self, pair: Pair, rationale: str) -> float | None:
+        """p(A) among {A, B} where the judge is given a rationale, as shown, instead of writing one."""
+        opened = "" if self.thinking_open else "<think>\n"
+        return self._softmax_after(self.ask(pair, "AB").ids, f"{opened}{rationale}\n</think>\n")
+
     def _softmax_at_letter(self, sample: Sample, text: str, start: int) -> float | None:
         """p(A) among {A, B} where the verdict at `start` was sampled in its canonical form."""
         for place in range(len(sample.ids) - 1, -1, -1):
@@ -197,16 +201,6 @@ def _first_difference(a: Sequence[int], b: Sequence[int]) -> int:
     differ = [i for i, (one, two) in enumerate(zip(a, b, strict=False)) if one != two]
     need(len(differ) > 0, "the tokenizer does not tell a verdict for A from one for B; take another model")
     return differ[0]
-
-
-def sigmoid(x: float) -> float:
-    """Of the difference of two log-probabilities: the softmax over the two."""
-    return 1 / (1 + math.exp(min(-x, 700)))
-
-
-def softmax_of(a: float, b: float) -> float | None:
-    """The share of A among two log-probabilities, or scores; None where one of them is not finite."""
-    return sigmoid(a - b) if math.isfinite(a) and math.isfinite(b) else None
 
 
 def too_long(pair: Pair, tokens: int, room: int) -> InputError:

@@ -119,6 +119,11 @@ class Beside:
         self.directory.place_of(name)
         self._later(Job(name, "ask_wrong_labels", (name, prover)))
 
+    def weigh_signals(self, name: str, prover: Path, judge: Path, judged: Path) -> None:
+        if self.results.run.settings.signals:
+            self.directory.place_of(name)
+            self._later(Job(name, "weigh_signals", (name, prover, judge, judged)))
+
     def compare(self, name: str, step: str, stage: str, data: Sequence[Path], times: float = 1) -> None:
         self._later(Job(test_step(name), "compare", (name, step, stage, data, times)))
 

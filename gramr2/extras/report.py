@@ -164,6 +164,18 @@ def ranking(way: str, step: str, row: JsonRow, ranked: list[JsonRow]) -> JsonRow
     return {"step": step, "pair": pair, "strips": strips, "texts": texts, "axis": axis}
 
 
+def signals(run: RunReader, number: int) -> JsonRow:
+    """What each signal knew of a round's wrong labels, if that was weighed."""
+    found = run.done(f"round-{number}-signals")["counts"]
+    kept = [key for each in found.get("signals", {}).values() for key in each if key.startswith("kept")]
+    heads = list(dict.fromkeys(kept))
+    rows = [
+        (name, each["area"], f"{each['low']} – {each['high']}", *(f"{each[key]}%" for key in heads))
+        for name, each in found.get("signals", {}).items()
+    ]
+    return {**found, "heads": [f"{key} wrong" for key in heads], "rows": rows} if rows else {}
+
+
 # ---------------------------------------------------------------------------------- examples
 
 
@@ -239,6 +251,7 @@ def page(run: RunReader) -> str:
         confidence=confidence(run, pairs),
         proofs=proofs(run),
         prover=run.results.get("prover"),
+        signals={f"round {number}": found for number in run.rounds if (found := signals(run, number))},
         examples=examples(run, wanted),
         every=len(pairs),
         outcomes=sorted({pair.outcome for pair in wanted.values()}),

@@ -64,6 +64,14 @@ class Results:
 
         ask_wrong_labels(self.run, name, prover, self.inputs.held_out)
 
+    def weigh_signals(self, name: str, prover: Path, judge: Path, judged: Path) -> None:
+        """What knows that a pseudo-label is wrong, where that is asked for and the truth is known."""
+        from gramr2.extras.signals import weigh_signals
+
+        if self.run.settings.signals:
+            truth = RunReader(self.run.directory.root).truth()
+            weigh_signals(self.run, name, prover, judge, judged, truth)
+
     def write(self, stopped: str = "") -> JsonRow:
         """results.json, also of a run that could not go on, and a pair to try the model on."""
         root = self.run.directory.root
@@ -82,6 +90,11 @@ class Results:
             "data": directory.counts["data"],
             "rows": sorted(self.rows, key=lambda row: ORDER.index(re.split(r"\W", row["name"])[0])),
             "prover": directory.counts.get("wrong-labels"),
+            "signals": {
+                f"round {number}": directory.counts[step]
+                for number in filtered
+                if (step := f"round-{number}-signals") in directory.counts
+            },
             "rounds": [round_counts(reader, number) for number in filtered],
             "stopped": stopped,
             "next": f"python infer.py --pair {directory.root / 'pair.json'}",
@@ -214,6 +227,17 @@ def show(results: JsonRow, root: Path) -> None:
     print(visible("\n".join(lines_of(results, root))))
 
 
+def signal_lines(name: str, found: JsonRow) -> Iterator[str]:
+    """A table: what knows which of a round's labels are wrong."""
+    yield f"\n{name}: which of {found['pairs']} labels are the {found['wrong']} wrong ones?"
+    for number, (signal, each) in enumerate(found["signals"].items()):
+        kept = [key for key in each if key.startswith("kept")]
+        if not number:
+            yield f"{'signal':28}  area   95% interval" + "".join(f"{f'% {key} wrong':>20}" for key in kept)
+        span = f"{each['low']:.3f} – {each['high']:.3f}"
+        yield f"{signal:28} {each['area']:.3f}  {span}" + "".join(f"{each[key]:20.1f}" for key in kept)
+
+
 def lines_of(results: JsonRow, root: Path) -> Iterator[str]:
     names = sorted({name for row in results["rows"] for name in row["by_domain"]})
     domains = names if 1 < len(names) <= 6 else []
@@ -233,6 +257,8 @@ def lines_of(results: JsonRow, root: Path) -> Iterator[str]:
     if results["prover"]:
         asked = (f"{each['passed']} of {each['asked']} {label}" for label, each in results["prover"].items())
         yield f"\nproofs that pass every rule, by the label asked for: {', '.join(asked)}"
+    for name, found in results["signals"].items():
+        yield from signal_lines(name, found)
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in results["seconds"].items())
     yield "\n" + textwrap.fill(f"seconds: {seconds}", 110, break_on_hyphens=False)
     yield f"model:   {os.path.normpath(root / results['model'])}\nsteps:   {root / 'steps'}"
