@@ -91,7 +91,7 @@ def make_run(root: Path, until: str = "end", truth: bool = True) -> Path:
     left = [name for name in NAMES if name not in why]
     test = [replace(pair, label="A") for pair in pairs.values()]
     steps = {
-        "world": {"truth": known if truth else []},
+        "data": {"truth": known if truth else []},
         "test-initial": {"judged": [judged(pair, "AAAA") for pair in test]},
         "round-1-predict": {"judged": predicted},
         "round-1-labels": {"dropped": dropped, "kept": [labelled[name].to_json() for name in left]},

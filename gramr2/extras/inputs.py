@@ -3,7 +3,8 @@
 `prepare` is the run's step `data`. It writes one file of each kind, deals the unlabelled pairs into a batch
 for each round, none of them twice, and puts some labelled pairs by, on which the prover is measured. A pair
 of the test is taken out wherever else it stands; unlabelled pairs that stand among the human or the labelled
-ones, or came before, are left out. A pair is known by what it says: files may number their rows alike.
+ones, or came before, are left out. A pair is known by what it says: files may number their rows alike. Where a truth.jsonl
+beside the unlabelled pairs tells their labels, it is kept for the report.
 
 It leaves out: where the files come from (selftrain.py; extras/datasets.py makes them from published data).
 """
@@ -17,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 
 from gramr2.data import Store, order
-from gramr2.files import InputError, publish_rows, write_rows
+from gramr2.files import InputError, publish_rows, read_rows, write_rows
 from gramr2.prompts import verdict_ids
 from gramr2.records import Pair
 from gramr2.run_directory import RunDirectory
@@ -90,6 +91,10 @@ def split_pairs(
         if pair.content_id not in met["human"]
     )
     write_rows(place / "held_out.jsonl", islice(unproved, HELD_OUT))
+    # Not opened by anything that trains or filters: what a report says of pseudo-labels comes from it.
+    truths = dict.fromkeys(Path(file).with_name("truth.jsonl") for file in sources.unlabelled)
+    rows = (row for path in truths if path.is_file() for row in read_rows(path))
+    write_rows(place / "truth.jsonl", rows)
     deal_rounds(place, settings)
     return dict(counts)
 
