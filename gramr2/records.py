@@ -35,21 +35,24 @@ UNDECIDED = 0.5
 _LETTER = {"1": "A", "2": "B", "a": "A", "b": "B", "one": "A", "two": "B"}
 _CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`)", re.DOTALL)
 _OPEN, _CLOSE, _JOIN = r"[(\[\"'“‘*]", r"[)\]\"'”’*]{1,2}", r"(?:and|or|nor|vs\.?|versus|&)"
-_ARGUMENT = r"(?i:arg(?:[a-z]{1,8}ts?|s)?\.?)"  # as people spell it
+_ARGUMENT = r"(?i:arg(?:[a-z]{1,8}ts?|s?\.?))"  # as people spell it
 _NUMBERED = r"[ \u00a0]+(?:#|(?:no\.?|number) )?"
+# "the best argument one could make" and "an argument one way or the other" count nothing.
+_NUMERAL = r"(?i:one|two)(?! (?:can|could|would|may|might|must|should|of|way)\b(?!')|-)"
 # What the two are called, up to the letter or number: "Response 1", "@Response 2", "resp. A", "@response1",
 # "Output (a)"; and, where they are arguments, "argument 2", "Argument A2", "arg1", "a1".
 _CALLED = {
     "response": rf"@?\b(?P<word>(?i:responses?|resp\.?)){_NUMBERED}|@[Rr]esponse|\bOutput (?=\()",
-    "argument": rf"\b(?P<word>{_ARGUMENT})(?:{_NUMBERED}|[#-]?(?=[12]))(?:[Aa](?=[12]))?|\b[Aa](?=[12])",
+    "argument": rf"(?<!\b[Aa]n )\b(?P<word>{_ARGUMENT})(?:{_NUMBERED}|[#-]?(?=[12]))"
+    r"|\b(?:Arguments? )?[Aa](?=[12])",
 }
-# The letter or number, and a second name with what joins it to the first. "response one would" is no name.
+# The letter or number, and a second name with what joins it to the first.
 _MENTION = {
     noun: re.compile(
         rf"(?:{called})(?P<open>{_OPEN}{{1,2}})?"
-        r"(?P<one>[12ABb]|a(?=[)\]\"'”’*])|(?i:one|two)(?! (?:can|could|would|may|might|must|should|of)\b))"
-        rf"(?(open){_CLOSE}|(?!\w|[.,]\d|/c))"
-        rf"(?:(?P<join>(?:,? {_JOIN} |/)@?)(?P<two>[12AB]|(?i:one|two))(?!\w|[.,]\d))?"
+        rf"(?P<one>[12ABb]|a(?={_CLOSE})|{_NUMERAL})"
+        rf"(?(open){_CLOSE}|(?!\w|[.,]\d|/c|-\w))"
+        rf"(?:(?P<join>(?:,? {_JOIN} |/)@?)(?P<two>[12AB]|{_NUMERAL})(?!\w|[.,]\d))?"
     )
     for noun, called in _CALLED.items()
 }
@@ -65,7 +68,7 @@ _UNMARKED = re.compile(
     r"\b(?i:cells?|columns?|rows?|section|appendix|figure|table|exhibit|level|size|grade)[ :=#$]+A?[12]\b"
     r"(?: (?:and|to) A[12]\b)?|\b(?:the|my) #1\b|(?P<mention>"
     # A letter or a number beside a role, or alone where it stands for somebody.
-    rf"\b{_ROLE}(?:[ _#-]|{_NUMBERED})?[AB12]\b|\b{_ROLE} (?i:one|two)\b|\b(?i:option|number) (?i:one|two)\b"
+    rf"\b{_ROLE}(?:[ _#-]|{_NUMBERED})?[AB12]\b|\b{_ROLE} {_NUMERAL}\b|\b(?i:option|number) (?i:one|two)\b"
     rf"|\b(?i:responses?|assistant|arguments?)\s+(?:is )?{_OPEN}{{0,2}}[AB12]\b|@[AB12]\b|\bR[12]\b"
     rf"|\b{_ROLE} {_OPEN}{{1,2}}[ab]{_CLOSE}|\b[Mm]odel {_OPEN}?[mM]\b|(?<!\w)#[12]\b"
     r"|(?<![\w.:$=+*/(-])[Aa][12](?:['’]?s|is|has|and)?\b(?![:*+/=])"
@@ -94,7 +97,7 @@ def _mark_mention(found: re.Match) -> str:
 def mark(text: str, noun: str = "response") -> str:
     """A text that enters → its stored form: mentions of the two responses become slots, code stays.
 
-    `noun` is what its writer was told that they are: where it is "argument", "A1" is a name.
+    `noun` is what its writer was told that they are: where it is "argument", "A1" and "arg. 2" are names.
     """
     pieces = _CODE.split(text.replace("⟦", "⟦⟦"))
     pieces[::2] = [_MENTION[noun].sub(_mark_mention, piece) for piece in pieces[::2]]

@@ -3,8 +3,8 @@
 `prepare` is the run's step `data`. It writes one file of each kind, deals the unlabelled pairs into a batch
 for each round, none of them twice, and puts some labelled pairs by, on which the prover is measured. A pair
 of the test is taken out wherever else it stands; unlabelled pairs that stand among the human or the labelled
-ones, or came before, are left out. A pair is known by what it says: files may number their rows alike. Where a truth.jsonl
-beside the unlabelled pairs tells their labels, it is kept for the report.
+ones, or came before, are left out. A pair is known by what it says: files may number their rows alike. Their
+labels, where a truth.jsonl beside unlabelled pairs tells them, are kept for the report.
 
 It leaves out: where the files come from (selftrain.py; extras/datasets.py makes them from published data).
 """
