@@ -5,7 +5,7 @@
     python -m gramr2.extras.datasets convincing-arguments UKPConvArg1/ OUT/ --strict --test gay-marriage
         of the corpus' own strict pairs and labels, as it is published, with another debate held out
 
-Sixteen debates with two sides each; about 35 arguments for a side, and every two of them were shown to five
+Sixteen debates with two sides each; 25 to 35 arguments for a side, and every two of them were shown to five
 workers, who chose one ("a1", "a2" or "equal") and wrote why. A pair has the label that enough workers chose
 (`--agree`); ties, and what they do not agree on, are left out and counted. `margin` is the votes for the
 label less those against it.
@@ -22,7 +22,8 @@ those that name both the comparison. A reason that names none, or has a name tha
 
 The longer argument (in characters) wins four times in five, so that `domain` says whether it did. In the
 unlabelled file that would tell the label: there it stands, with the label, in truth.jsonl, which is for
-reporting only. `--more` adds pairs of one side that nobody decided; their truth is null.
+reporting only. `--more` adds pairs of the same debates that were left out; their truth is null. (Pairs that
+nobody compared there are none.)
 
 It leaves out: fetching the archive, and arguments of opposite sides, which nobody compared.
 """
@@ -34,10 +35,9 @@ import tarfile
 import textwrap
 import xml.etree.ElementTree as ElementTree
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import combinations
 from pathlib import Path, PurePath
 
 from gramr2.files import (
@@ -72,14 +72,9 @@ give to the arguments were made one.
 """
 
 
+Votes = tuple[tuple[str | None, str], ...]  # each worker's (letter or None, reason)
+
 # --- the archive -----------------------------------------------------------------------------------------
-
-
-class _Plain(ElementTree.TreeBuilder):
-    """XML without a document type: what declares no entities cannot grow."""
-
-    def doctype(self, *declared: str | None) -> None:
-        raise InputError("declares a document type; the published files have none")
 
 
 @dataclass(frozen=True)
@@ -91,7 +86,7 @@ class Compared:
     stance: str
     id: str
     arguments: tuple[str, str]
-    votes: tuple[tuple[str | None, str], ...]  # (letter or None, reason)
+    votes: Votes
     in_corpus: bool  # has the corpus' own label, which 846 do not
 
     @property
@@ -120,14 +115,14 @@ def files_of(path: Path) -> Iterator[tuple[PurePath, bytes]]:
                 yield file, read_text(file).encode()
         return
     try:
-        with open_file(path) as raw, tarfile.open(fileobj=raw) as archive:
+        with open_file(path) as raw, tarfile.open(fileobj=raw, mode="r:gz") as archive:
             for member in archive:
                 name = PurePath(member.name)
                 if name.parent.name in (FULL, STRICT) and (content := archive.extractfile(member)):
                     need(member.size <= LARGEST, f"{path}: {name} is larger than anything published")
                     yield name, content.read()
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise InputError(f"{path}: broken, or no archive ({error}); fetch it again") from None
+    except (tarfile.TarError, EOFError, zlib.error, OSError):
+        raise InputError(f"{path}: broken, or no .tar.gz; fetch it again") from None
 
 
 def read_corpus(path: Path) -> tuple[list[Compared], dict[str, str]]:
@@ -140,7 +135,7 @@ def read_corpus(path: Path) -> tuple[list[Compared], dict[str, str]]:
                 compared[name.name] = list(_side(name.stem, content))
             elif name.parent.name == STRICT and name.suffix == ".csv":
                 lines = (line.split("\t") for line in content.decode().splitlines() if line[:1] != "#")
-                strict |= {id: _letter(label) or "" for id, label, *_ in lines}
+                strict |= {pair: _letter(label) or "" for pair, label, *_ in lines}
         except (InputError, ValueError, ElementTree.ParseError) as error:
             raise InputError(f"{path}: {name.name}: {error}") from None
     need(bool(compared), f"{path}: holds no {FULL}/*.xml; give UKPConvArg1.tar.gz, or what it unpacks to")
@@ -148,9 +143,10 @@ def read_corpus(path: Path) -> tuple[list[Compared], dict[str, str]]:
 
 
 def _side(stem: str, content: bytes) -> Iterator[Compared]:
-    parser = ElementTree.XMLParser(target=_Plain())
-    parser.feed(content)
-    for number, element in enumerate(parser.close().iter("annotatedArgumentPair"), 1):
+    # What declares no entities cannot grow; nor can it hide that in an encoding of its own.
+    need(b"<!DOCTYPE" not in content, "declares a document type; the published files have none")
+    corpus = ElementTree.fromstring(content, ElementTree.XMLParser(encoding="utf-8"))
+    for number, element in enumerate(corpus.iter("annotatedArgumentPair"), 1):
 
         def text(name: str, of: ElementTree.Element = element, number: int = number) -> str:
             found = of.findtext(name)
@@ -194,10 +190,10 @@ def decided(one: Compared, agree: int, strict: dict[str, str] | None) -> Pair | 
     return "arguments of the same length" if len(a) == len(b) else one.pair(label)
 
 
-def with_rationale(pair: Pair, one: Compared, left_out: Counter[str]) -> Pair | str:
+def with_rationale(pair: Pair, votes: Votes, left_out: Counter[str]) -> Pair | str:
     """The pair with the reasons of those who chose its label as z, or why they do not make one."""
     parts: dict[str, list[str]] = {"A": [], "B": [], "AB": []}
-    for letter, reason in one.votes:
+    for letter, reason in votes:
         stored = mark(" ".join(reason.split()), "argument")
         who = "".join(sorted(named(stored)))
         if letter != pair.label:
@@ -226,10 +222,8 @@ def _sentence(text: str) -> str:
 def split_debates(pairs: dict[str, int], held_out: list[str], seed: int) -> dict[str, list[str]]:
     """Each file's debates: those that are named, then by the seed until a share is full, then the rest."""
     for name in held_out:
-        known = ", ".join(sorted(pairs))
-        need(
-            any(d.startswith(name) for d in pairs), f"--test: no debate begins with {name}; there are {known}"
-        )
+        known = any(debate.startswith(name) for debate in pairs)
+        need(known, f"--test: no debate begins with {name}; there are {', '.join(sorted(pairs))}")
     test = [debate for debate in sorted(pairs) if debate.startswith(tuple(held_out))]
     rest = [debate for debate in sorted(pairs) if debate not in test]
     need(len(rest) >= 3, f"--test: leaves {len(rest)} debates; expected 3 or more, for the other files")
@@ -251,22 +245,6 @@ def placed(pairs: list[Pair], rng: random.Random) -> list[Pair]:
     return [pair if (pair.label or "A") == letter else pair.swapped() for pair, letter in both]
 
 
-def undecided(compared: list[Compared], known: set[str]) -> tuple[list[Pair], int]:
-    """Every two arguments of a side that have no label, and how many of them no worker compared."""
-    sides: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
-    for one in compared:
-        sides[one.debate, one.stance] |= dict.fromkeys(one.arguments)
-    asked = {one.pair(None).id for one in compared}
-    examples = {(one.debate, one.stance): one for one in compared}
-    pairs = {}
-    for side, arguments in sides.items():
-        for two in combinations(arguments, 2):
-            pair = replace(examples[side], arguments=two, id="").pair(None)
-            pairs[pair.id] = pair
-    left = [pair for id, pair in pairs.items() if id not in known]
-    return left, sum(pair.id not in asked for pair in left)
-
-
 # --- the conversion --------------------------------------------------------------------------------------
 
 
@@ -281,46 +259,48 @@ def convert(
     compared, published = read_corpus(path)
     need(bool(published) or not strict, f"{path}: --strict: holds no {STRICT}/*.csv")
     left_out, reasons = Counter[str](), Counter[str]()
-    pairs: dict[str, tuple[Compared, Pair]] = {}
+    pairs: dict[str, Pair] = {}
+    votes = {}
     for one in compared:
         pair = decided(one, agree, published if strict else None)
         if isinstance(pair, str) or pair.id in pairs:
             left_out[pair if isinstance(pair, str) else "duplicate"] += 1
         else:
-            pairs[pair.id] = one, pair
-    split = split_debates(Counter(one.debate for one, _ in pairs.values()), test, seed)
-    files: dict[str, list[Pair]] = {}
-    for name, debates in split.items():
-        there = [(one, pair) for one, pair in pairs.values() if one.debate in debates]
-        files[name] = [pair for _, pair in there]
-        if name == "human":
-            told = [with_rationale(pair, one, reasons) for one, pair in there]
-            files[name] = [pair for pair in told if isinstance(pair, Pair)]
-            left_out.update(f"human: {pair}" for pair in told if isinstance(pair, str))
+            pairs[pair.id], votes[pair.id] = pair, one.votes
+    split = split_debates(Counter(pair.meta["debate"] for pair in pairs.values()), test, seed)
+    files = {
+        name: [pair for pair in pairs.values() if pair.meta["debate"] in split[name]]
+        for name in ("human", "labelled", "unlabelled", "test")
+    }
+    told = [with_rationale(pair, votes[pair.id], reasons) for pair in files["human"]]
+    files["human"] = [pair for pair in told if isinstance(pair, Pair)]
+    left_out.update(f"human: {pair}" for pair in told if isinstance(pair, str))
+    spare = (one for one in compared if one.debate in split["unlabelled"] and len({*one.arguments}) == 2)
+    pool = {pair.id: pair for pair in (one.pair(None) for one in spare) if pair.id not in pairs}
     rng = random.Random(f"pairs {seed}")
-    pool, unasked = undecided([one for one in compared if one.debate in split["unlabelled"]], set(pairs))
-    files["unlabelled"] += rng.sample(pool, min(more, len(pool)))
-    files = {name: placed(files[name], rng) for name in ("human", "labelled", "unlabelled", "test")}
-    added = f"{min(more, len(pool)):,} of them were added (--more)"
+    files["unlabelled"] += rng.sample(list(pool.values()), min(more, len(pool)))
+    files = {name: placed(chosen, rng) for name, chosen in files.items()}
     account = {
         "read": f"{len(compared):,} compared pairs of {len({one.debate for one in compared})} debates",
         **{name: _described(chosen, split[name]) for name, chosen in files.items()},
-        "undecided": f"{len(pool):,} in the unlabelled debates ({unasked:,} compared by nobody); {added}",
+        "undecided": f"{len(pool):,} in the unlabelled debates; {min(more, len(pool)):,} were added (--more)",
         "left out": _listed(left_out),
         "reasons": f"of human pairs, left out: {_listed(reasons)}",
     }
     said = "\n".join(_filled(head, text) for head, text in account.items())
-    with publish_directory(target) as place:
-        for name, chosen in files.items():
-            bare = name == "unlabelled"
-            write_rows(
-                place / f"{name}.jsonl", ((_bare(each) if bare else each).to_json() for each in chosen)
-            )
-        write_rows(place / "truth.jsonl", map(_truth, files["unlabelled"]))
-        options = f"--seed {seed} --test {' '.join(test)} --more {more} "
-        options += "--strict" if strict else f"--agree {agree}"
-        (place / "README.md").write_text(f"{README}{options}\n\n```\n{said}\n```\n", encoding="utf-8")
+    options = f"--seed {seed} --test {' '.join(test)} --more {more} "
+    options += "--strict" if strict else f"--agree {agree}"
+    _publish(target, files, f"{README}{options}\n\n```\n{said}\n```\n")
     return said
+
+
+def _publish(target: Path, files: dict[str, list[Pair]], readme: str) -> None:
+    with publish_directory(target) as place:
+        for name, pairs in files.items():
+            shown = map(_bare, pairs) if name == "unlabelled" else pairs
+            write_rows(place / f"{name}.jsonl", (pair.to_json() for pair in shown))
+        write_rows(place / "truth.jsonl", map(_truth, files["unlabelled"]))
+        (place / "README.md").write_text(readme, encoding="utf-8")
 
 
 def _bare(pair: Pair) -> Pair:
