@@ -158,6 +158,9 @@ def test_a_run_keeps_the_truth_for_its_report_alone(source, tmp_path):
     truth = {row["id"]: row["label"] for row in rows(tmp_path / "out/truth.jsonl")}
     assert RunReader(tmp_path / "run").truth() == truth and set(truth.values()) == {"A", "B"}
     assert {row["id"] for row in rows(step / "unlabelled-1.jsonl")} == set(truth)
+    (tmp_path / "out/truth.jsonl").write_text('{"id": "x", "label": "yes"}\n')
+    with pytest.raises(InputError, match=r'truth.jsonl: row 1: field "label"'):
+        split_pairs(step, SelfTrainSettings(iters=1), sources, SimpleNamespace(unknown_id=None))
 
 
 def test_the_seed_decides_all_and_the_archive_may_be_unpacked(source, tmp_path):

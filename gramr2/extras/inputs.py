@@ -18,7 +18,8 @@ from itertools import islice
 from pathlib import Path
 
 from gramr2.data import Store, order
-from gramr2.files import InputError, publish_rows, read_rows, write_rows
+from gramr2.fields import Fields
+from gramr2.files import InputError, JsonRow, publish_rows, read_rows, write_rows
 from gramr2.prompts import verdict_ids
 from gramr2.records import Pair
 from gramr2.run_directory import RunDirectory
@@ -91,12 +92,18 @@ def split_pairs(
         if pair.content_id not in met["human"]
     )
     write_rows(place / "held_out.jsonl", islice(unproved, HELD_OUT))
-    # Not opened by anything that trains or filters: what a report says of pseudo-labels comes from it.
-    truths = dict.fromkeys(Path(file).with_name("truth.jsonl") for file in sources.unlabelled)
-    rows = (row for path in truths if path.is_file() for row in read_rows(path))
-    write_rows(place / "truth.jsonl", rows)
+    write_rows(place / "truth.jsonl", known_labels(sources))  # nothing that trains or filters opens it
     deal_rounds(place, settings)
     return dict(counts)
+
+
+def known_labels(sources: Sources) -> Iterator[JsonRow]:
+    """The labels that a truth.jsonl beside unlabelled pairs tells, if there is one: {"id", "label"} a row."""
+    for path in dict.fromkeys(Path(file).with_name("truth.jsonl") for file in sources.unlabelled):
+        for number, row in enumerate(read_rows(path) if path.is_file() else (), 1):
+            fields = Fields(row, f"{path}: row {number}: ")
+            label = fields.get("label", str, None, among=("A", "B"))
+            yield {"id": fields.get("id", str), "label": label}
 
 
 def deal_rounds(place: Path, settings: SelfTrainSettings) -> None:
