@@ -409,6 +409,24 @@ def spread(figures):
     return f"{figures['mean']:.1f} [{low}, {high}]"  # a bound beside zero shows on which side it lies
 
 
+@table("names", "names", "python benchmarks/names.py --reasons UKPConvArg1.tar.gz")
+def names(result):
+    counts, total = result["named"], result["reasons"]
+    cells = {
+        name: [f"{counts.get(f'{name}, {sure}', 0):,}" for sure in ("certain", "not certain")]
+        for name in ("both", "one", "none")
+    }
+    lines = [(f"reasons that name {name} of the two", *figures) for name, figures in cells.items()]
+    lines += [
+        (f"{row['format']}: {row['texts']:,} responses, with a false alarm", row["named"], row["not_certain"])
+        for row in result["texts"]
+    ]
+    header = "", "names and no other mention", "with a mention that is not certain"
+    about = f"{total:,} reasons. Of {result['better_than']:,} that say which is better than which, "
+    about += f"{result['as_voted']:,} name first what their writer chose."
+    return f"{about} {where(result['environment'])}\n\n{grid(header, lines)}"
+
+
 @table("toy", "toy", "python benchmarks/toy.py")
 def toy(result):
     lines = []

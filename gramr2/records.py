@@ -32,38 +32,75 @@ UNDECIDED = 0.5
 
 # --- slots -----------------------------------------------------------------------------------------------
 
-_LETTER = {"1": "A", "2": "B", "A": "A", "B": "B"}
+_LETTER = {"1": "A", "2": "B", "a": "A", "b": "B", "one": "A", "two": "B"}
 _CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`)", re.DOTALL)
-# "Response 1", "@Response 2", "response A", "@response1"; and a second name with what joins it to the first.
-_MENTION = re.compile(
-    r"(?:@?\b(?P<word>[Rr]esponses?|RESPONSES?)[ \u00a0]+#?|@[Rr]esponse)(?P<one>[12AB])(?![\w]|[.,]\d)"
-    r"(?:(?P<join>(?:,? (?:and|or|vs\.?|versus|&) |/)@?)(?P<two>[12AB])(?![\w]|[.,]\d))?"
-)
+_OPEN, _CLOSE, _JOIN = r"[(\[\"'“‘*]", r"[)\]\"'”’*]{1,2}", r"(?:and|or|nor|vs\.?|versus|&)"
+_ARGUMENT = r"(?i:arg(?:[a-z]{1,8}ts?|s?\.?))"  # as people spell it
+_NUMBERED = r"[ \u00a0]+(?:#|(?:no\.?|number) )?"
+# "the best argument one could make" and "an argument one way or the other" count nothing.
+_NUMERAL = r"(?i:one|two)(?! (?:can|could|would|may|might|must|should|of|way)\b(?!')|-)"
+# What the two are called, up to the letter or number: "Response 1", "@Response 2", "resp. A", "@response1",
+# "Output (a)"; and, where they are arguments, "argument 2", "Argument A2", "arg1", "a1".
+_CALLED = {
+    "response": rf"@?\b(?P<word>(?i:responses?|resp\.?)){_NUMBERED}|@[Rr]esponse|\bOutput (?=\()",
+    "argument": rf"(?<!\b[Aa]n )\b(?P<word>{_ARGUMENT})(?:{_NUMBERED}|[#-]?(?=[12]))"
+    r"|\b(?:Arguments? )?[Aa](?=[12])",
+}
+# The letter or number, and a second name with what joins it to the first.
+_MENTION = {
+    noun: re.compile(
+        rf"(?:{called})(?P<open>{_OPEN}{{1,2}})?"
+        rf"(?P<one>[12ABb]|a(?={_CLOSE})|{_NUMERAL})"
+        rf"(?(open){_CLOSE}|(?!\w|[.,]\d|/c|-\w))"
+        rf"(?:(?P<join>(?:,? {_JOIN} |/)@?)(?P<two>[12AB]|{_NUMERAL})(?!\w|[.,]\d))?"
+    )
+    for noun, called in _CALLED.items()
+}
 _STORED = re.compile(r"⟦(?:⟦|([AB])⟧)")
+_ROLE = r"(?i:assistant|answer|output|model|completion|reply|chatbot|candidate|speaker|responses?|resp\.?)"
+_ROLE = rf"(?:{_ROLE}|{_ARGUMENT})"
+_SAYS = (
+    r"(?:is|was|has|had|does|doesn['’]?t|did|didn['’]?t|gives|gave|provides|fails|offers|wins|seems|sounds|"
+    r"includes?|lacks?|misses|beats|outperforms?|over|makes|uses|shows|talks|says|states|explains|presents)"
+)
 _UNMARKED = re.compile(
-    r"\b(?i:assistant|answer|output|model|completion|reply|chatbot|responses?|candidate)[ _#-]?[AB12]\b"
-    r"|\b(?i:responses?|assistant)\s+(?:is )?[\"'“”‘’*(\[]{0,2}[AB12]\b|@[AB12]\b|\bR[12]\b"
-    r"|⟦,? ?(?:and|or|vs\.?|versus|&|/) ?[12AB]\b"
-    r"|\b(?i:first|second|1st|2nd) (?i:response|answer|assistant|reply|output|completion|one|is|was|over)\b"
-    r"|(?<![\w'’.-])[AB](?:['’]s|,? (?:is|was|has|had|does|did|gives|provides|fails|offers|wins|seems|over|"
-    r"includes?|lacks?|misses|beats|outperforms?|and [AB]|or [AB])\b)"
-    r"|\b[12] (?:is|was|over|beats|outperforms)\b"
+    # "cell A1", "table 2 is" and "the #1 reason" are none, and stand first so that nothing else finds them.
+    r"\b(?i:cells?|columns?|rows?|section|appendix|figure|table|exhibit|level|size|grade)[ :=#$]+A?[12]\b"
+    r"(?: (?:and|to) A[12]\b)?|\b(?:the|my) #1\b|(?P<mention>"
+    # A letter or a number beside a role, or alone where it stands for somebody.
+    rf"\b{_ROLE}(?:[ _#-]|{_NUMBERED})?[AB12]\b|\b{_ROLE} {_NUMERAL}\b|\b(?i:option|number) (?i:one|two)\b"
+    rf"|\b(?i:responses?|assistant|arguments?)\s+(?:is )?{_OPEN}{{0,2}}[AB12]\b|@[AB12]\b|\bR[12]\b"
+    rf"|\b{_ROLE} {_OPEN}{{1,2}}[ab]{_CLOSE}|\b[Mm]odel {_OPEN}?[mM]\b|(?<!\w)#[12]\b"
+    r"|(?<![\w.:$=+*/(-])[Aa][12](?:['’]?s|is|has|and)?\b(?![:*+/=])"
+    rf"|⟦,? ?(?:{_JOIN}|/) ?{_OPEN}{{0,2}}(?:[12AB]|one|two)\b|\b[12] {_SAYS}\b"
+    rf"|(?<![\w'’.-])[AB](?:['’]s|,? (?:{_SAYS}|and [AB]|or [AB])\b)"
     r"|\b(?i:than|prefer|prefers|choose|chose|pick|over|between|favou?r|both) [AB]\b(?!['’]?\w)"
+    # A place: the first, the latter.
+    rf"|\b(?i:first|second|1st|2nd|last|top|bottom) (?:(?:one|is|was|over)|{_ROLE})\b"
+    rf"|\b[Tt]he (?:first|second|1st|2nd|former|latter)(?:'s\b| {_SAYS}\b|(?=[.,;:!?)]|$))"
+    rf"|\b[Tt]he (?:former|latter) (?:one|{_ROLE})\b)"
 )
 
 
 def _mark_mention(found: re.Match) -> str:
-    one, two = _LETTER[found["one"]], found["two"] and _LETTER[found["two"]]
-    # "Response 1 and 2" may go on with "examples": only the plural is sure. `unmarked` sees what is left.
-    if two and found["two"].isdigit() and not (found["word"] or "").lower().endswith("s"):
-        return f"Response ⟦{one}⟧{found['join']}{found['two']}"
-    return f"Response ⟦{one}⟧" + (f"{found['join'].rstrip('@')}Response ⟦{two}⟧" if two else "")
+    one, two, word = found["one"].lower(), (found["two"] or "").lower(), found["word"] or ""
+    # "in response one …", "the right response (B)": lower-case, these are not sure. `unmarked` sees them.
+    if word.startswith("resp") and (found["open"] or len(one) > 1):
+        return found[0]
+    # "Response 1 and 2" may go on with "examples": only the plural is sure.
+    if two not in ("", "a", "b") and not word.lower().endswith("s"):
+        return f"Response ⟦{_LETTER[one]}⟧{found['join']}{found['two']}"
+    other = f"{found['join'].rstrip('@')}Response ⟦{_LETTER[two]}⟧" if two else ""
+    return f"Response ⟦{_LETTER[one]}⟧{other}"
 
 
-def mark(text: str) -> str:
-    """A text that enters → its stored form: mentions of the two responses become slots, code stays."""
+def mark(text: str, noun: str = "response") -> str:
+    """A text that enters → its stored form: mentions of the two responses become slots, code stays.
+
+    `noun` is what its writer was told that they are: where it is "argument", "A1" and "arg. 2" are names.
+    """
     pieces = _CODE.split(text.replace("⟦", "⟦⟦"))
-    pieces[::2] = [_MENTION.sub(_mark_mention, piece) for piece in pieces[::2]]
+    pieces[::2] = [_MENTION[noun].sub(_mark_mention, piece) for piece in pieces[::2]]
     return "".join(pieces)
 
 
@@ -77,12 +114,18 @@ def swap(slotted: str) -> str:
     return _STORED.sub(lambda found: f"⟦{OTHER[found[1]]}⟧" if found[1] else found[0], slotted)
 
 
+def named(slotted: str) -> set[str]:
+    """The letters of the responses that a text in the stored form names."""
+    return set(_STORED.findall(slotted)) - {""}
+
+
 def unmarked(slotted: str) -> list[str]:
     """Mentions that a swap would miss ("Assistant A", "the first response", "A is better").
 
     A text that has any is used in its own order only.
     """
-    return [found[0] for found in _UNMARKED.finditer(_STORED.sub("⟦", slotted))]
+    found = (each["mention"] for each in _UNMARKED.finditer(_STORED.sub("⟦", slotted)))
+    return list(filter(None, found))
 
 
 def _is_stored(text: str) -> bool:

@@ -41,7 +41,7 @@ LAYERS = [
     ["gramr2.extras"],
     ["train", "selftrain", "infer"],
 ]
-BUDGET = {"core": 5400, "kernels": 1050, "extras": 2800}
+BUDGET = {"core": 5400, "kernels": 1050, "extras": 2830}
 LARGEST = 350  # lines of code of one file of the core
 
 

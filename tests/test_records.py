@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gramr2.files import InputError
-from gramr2.records import Judgment, Pair, Proof, Tokens, Vote, mark, show, swap, unmarked
+from gramr2.records import Judgment, Pair, Proof, Tokens, Vote, mark, named, show, swap, unmarked
 
 PIECES = [
     "Response A", "Response B", "response 1", "@Response 2", "Responses 1 and 2", "⟦", "⟧", "⟦A⟧", "⟦⟦",
@@ -74,7 +74,11 @@ def test_what_is_no_mention_stays(text):
     [("@Response 1 is good", "Response A is good"), ("response 2's list.", "Response B's list."),
      ("Responses 1 and 2 differ", "Response A and Response B differ"), ("Response 2.", "Response B."),
      ("@response1 and @Response 2", "Response A and Response B"), ("Response A/B", "Response A/Response B"),
-     ("Response A, not B12", "Response A, not B12"), ("response 1 and 2 men", "Response A and 2 men")],
+     ("Response A, not B12", "Response A, not B12"), ("response 1 and 2 men", "Response A and 2 men"),
+     ("Response (a) is", "Response A is"), ("Response **1**", "Response A"),
+     ("Response “B” is", "Response B is"), ("Output (b) wins", "Response B wins"),
+     ("Resp. A, resp 2", "Response A, Response B"), ("Response one is", "Response A is"),
+     ("Response #2", "Response B")],
 )  # fmt: skip
 def test_mentions_as_people_write_them(text, shown):
     """HelpSteer3 says "Response 1" and "@Response 2"; a mention that is missed stays behind in a swap."""
@@ -86,9 +90,11 @@ def test_mentions_as_people_write_them(text, shown):
 @pytest.mark.parametrize(
     "text",
     ["Assistant B is", "the first response", "A is better", "I prefer B.", "Answer 2", "B's list",
-     "`Response A` is quoted", "the second one fails", "Response (A) is", "Response **1**",
-     "The better response is B.", "Response 1 and 2 both", "Response “A” is", "@1 is clear", "A outperforms",
-     "1 is better than 2", "the first is shorter", "Response\n1 is"],
+     "`Response A` is quoted", "the second one fails", "the right response (B)", "in response one finds",
+     "The better response is B.", "Response 1 and 2 both", "@1 is clear", "A outperforms",
+     "1 is better than 2", "the first is shorter", "Response\n1 is", "A1 is clear", "argument 2", "arg. one",
+     "the former", "The latter is", "Model M", "assistant (b)", "I prefer #2", "A2s argument",
+     "2 uses facts"],
 )  # fmt: skip
 def test_unmarked_mentions_are_seen(text):
     """A swap would make such a rationale argue for the wrong response."""
@@ -97,10 +103,30 @@ def test_unmarked_mentions_are_seen(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["Response 1 beats @Response 2", "vitamin B", "a better answer", "Option (B) is", "the answer is B"],
-)
+    ["Response 1 beats @Response 2", "vitamin B", "a better answer", "Option (B) is", "the answer is B",
+     "first of all", "section A1 says", "the sum of cells A1 and A2", "=A1+A2", "the #1 reason",
+     "table 2 is long", "one way or another", "the former president", "the second half", "a 2 year old",
+     "he argues one point"],
+)  # fmt: skip
 def test_marked_texts_may_be_swapped(text):
     assert not unmarked(mark(text))
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [("A1 beats a2.", "Response A beats Response B."), ("arg. 2, Arg1", "Response B, Response A"),
+     ("Argument two's tone", "Response B's tone"), ("Argument A2 rambles", "Response B rambles"),
+     ("Arguments 1 and 2 differ", "Response A and Response B differ"), ("arguement #1", "Response A"),
+     # Where a sentence ends with the word, or it has a meaning of its own, it stays.
+     ("no argument. A2 has", "no argument. Response B has"), ("its argument a1", "its argument Response A"),
+     *((same, same) for same in ("an argument one way or the other", "the best argument one could make",
+                                 "argument one-sidedly", "A12, a1b", "(A) a better one"))],
+)  # fmt: skip
+def test_arguments_have_names_of_their_own(text, shown):
+    """People write so; with one name left behind, a swapped reason argues for the other side."""
+    assert show(mark(text, "argument")) == shown
+    assert not unmarked(mark(text, "argument"))
+    assert named(mark(text, "argument")) == set(re.findall("Response ([AB])", shown))
 
 
 def test_rationale_of_a_plain_file_is_marked_once():

@@ -91,7 +91,7 @@ def make_run(root: Path, until: str = "end", truth: bool = True) -> Path:
     left = [name for name in NAMES if name not in why]
     test = [replace(pair, label="A") for pair in pairs.values()]
     steps = {
-        "world": {"truth": known if truth else []},
+        "data": {"truth": known if truth else []},
         "test-initial": {"judged": [judged(pair, "AAAA") for pair in test]},
         "round-1-predict": {"judged": predicted},
         "round-1-labels": {"dropped": dropped, "kept": [labelled[name].to_json() for name in left]},
@@ -169,7 +169,7 @@ def test_confidence_counts_a_disagreement_as_half_right():
 
 
 @pytest.mark.parametrize(
-    "until", ["world", "test-initial", "round-1-predict", "round-1-labels", "round-1-prove"]
+    "until", ["data", "test-initial", "round-1-predict", "round-1-labels", "round-1-prove"]
 )
 def test_an_interrupted_run_has_a_report_that_says_so(tmp_path, until):
     run = make_run(tmp_path, until)
@@ -179,7 +179,7 @@ def test_an_interrupted_run_has_a_report_that_says_so(tmp_path, until):
     assert done.returncode == 0 and done.stdout == f"report: {run / 'report.html'}\n", done.stderr
     text = (run / "report.html").read_text()
     assert "This run is not finished" in text and until in text
-    assert ("No round has been judged yet" in text) == (until in ("world", "test-initial"))
+    assert ("No round has been judged yet" in text) == (until in ("data", "test-initial"))
     assert "kept no pair" not in text and "equation 4: the proof" in text
 
 

@@ -6,6 +6,8 @@
         converts a file, or a directory of files
     python -m gramr2.extras.datasets multipref train.parquet out.jsonl --against judgebench.jsonl
         and removes the pairs that share 13 words in a row, or a shorter question, with a benchmark
+    python -m gramr2.extras.datasets convincing-arguments UKPConvArg1.tar.gz data/arguments/
+        makes all files of a run (convincing_arguments.py; --help after that name says more)
 
 The paper's data: HelpSteer3 has human rationales (they become z, in the parts of prompts.Rationale); six
 sets are labelled without rationales; Stack-Exchange is unlabelled; RM-Bench, JudgeBench and PPE are what it
@@ -33,6 +35,7 @@ import json
 import math
 import random
 import re
+import sys
 import time
 import zlib
 from array import array
@@ -800,10 +803,18 @@ def _parser() -> Parser:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    given = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["convincing-arguments"]:  # makes a directory, and has options of its own
+        from gramr2.extras import convincing_arguments
+
+        convincing_arguments.main(words[1:])
+        return
+    given = _parser().parse_args(words)
     if given.name is None:
-        for name, known in DATASETS.items():
-            print(f"{name:22} {known.published:43} {(known.read.__doc__ or '').splitlines()[0]}")
+        listed = {name: (known.published, known.read.__doc__ or "") for name, known in DATASETS.items()}
+        listed["convincing-arguments"] = "UKPConvArg1.tar.gz", "a directory: labels, human reasons, a test"
+        for name, (published, about) in listed.items():
+            print(f"{name:22} {published:43} {about.splitlines()[0]}")
         return
     if given.name in DATASETS and not (given.target or "").endswith(".jsonl"):
         raise InputError(f"{given.name}: name an input, and an output that ends in .jsonl; see --help")

@@ -3,7 +3,8 @@
 `prepare` is the run's step `data`. It writes one file of each kind, deals the unlabelled pairs into a batch
 for each round, none of them twice, and puts some labelled pairs by, on which the prover is measured. A pair
 of the test is taken out wherever else it stands; unlabelled pairs that stand among the human or the labelled
-ones, or came before, are left out. A pair is known by what it says: files may number their rows alike.
+ones, or came before, are left out. A pair is known by what it says: files may number their rows alike. Their
+labels, where a truth.jsonl beside unlabelled pairs tells them, are kept for the report.
 
 It leaves out: where the files come from (selftrain.py; extras/datasets.py makes them from published data).
 """
@@ -17,7 +18,8 @@ from itertools import islice
 from pathlib import Path
 
 from gramr2.data import Store, order
-from gramr2.files import InputError, publish_rows, write_rows
+from gramr2.fields import Fields
+from gramr2.files import InputError, JsonRow, publish_rows, read_rows, write_rows
 from gramr2.prompts import verdict_ids
 from gramr2.records import Pair
 from gramr2.run_directory import RunDirectory
@@ -90,8 +92,18 @@ def split_pairs(
         if pair.content_id not in met["human"]
     )
     write_rows(place / "held_out.jsonl", islice(unproved, HELD_OUT))
+    write_rows(place / "truth.jsonl", known_labels(sources))  # nothing that trains or filters opens it
     deal_rounds(place, settings)
     return dict(counts)
+
+
+def known_labels(sources: Sources) -> Iterator[JsonRow]:
+    """The labels that a truth.jsonl beside unlabelled pairs tells, if there is one: {"id", "label"} a row."""
+    for path in dict.fromkeys(Path(file).with_name("truth.jsonl") for file in sources.unlabelled):
+        for number, row in enumerate(read_rows(path) if path.is_file() else (), 1):
+            fields = Fields(row, f"{path}: row {number}: ")
+            label = fields.get("label", str, None, among=("A", "B"))
+            yield {"id": fields.get("id", str), "label": label}
 
 
 def deal_rounds(place: Path, settings: SelfTrainSettings) -> None:

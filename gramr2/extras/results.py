@@ -142,8 +142,8 @@ class RunReader:
         return read_record(self.steps[step] / "done.json") if step in self.steps else {"counts": {}}
 
     def truth(self) -> dict[str, str]:
-        """The hidden labels of the unlabelled pairs, by id, where the world has told them."""
-        return {row["id"]: row["label"] for row in self.rows("world", "truth.jsonl")}
+        """The hidden labels of the unlabelled pairs, by id, where a file beside them told."""
+        return {row["id"]: row["label"] for row in self.rows("data", "truth.jsonl")}
 
     def passed(self, number: int) -> int:
         """How many of the funnel's stages a round has behind it."""
