@@ -57,6 +57,7 @@ def self_train(run: Run, inputs: RunInputs, results: Results | beside.Beside) ->
     settings = run.settings
     human = [inputs.human] if settings.mix_human else []
     results.test("backbone", inputs.backbone)
+    results.test_length()
 
     # 1. A preference-proving model learns to justify a given label (equation 4).
     prover = run.train("prover", "prover", [inputs.human], inputs.prover_base)
@@ -149,9 +150,8 @@ def main(argv: Sequence[str], runs: Path = Path("runs")) -> int:
     settings, trainings = resolved(arguments.recipe, given(SelfTrainSettings, arguments))
     sources, recipe = named_sources(arguments), read_recipe(arguments.recipe)
     plan: JsonRow = {"recipe": arguments.recipe.stem, **asdict(settings)}
-    _, sizes = world_table(arguments.recipe)
     plan |= {"from": asdict(sources)} if sources else {"world": recipe["world"]}
-    plan["coherence"] = "the shop's" if "world" in recipe else "of plain text"
+    plan |= world_plan(arguments.recipe)
     plan |= {f"train {stage}": asdict(each) for stage, each in trainings.items()}
     name = arguments.recipe.stem if arguments.name is None else arguments.name
     plain = re.fullmatch(r"[^/\\\x00-\x1f\ud800-\udfff.][^/\\\x00-\x1f\ud800-\udfff]{,99}", name)
@@ -168,7 +168,6 @@ def main(argv: Sequence[str], runs: Path = Path("runs")) -> int:
         open_file(file).close()
 
     from gramr2 import parallel
-    from gramr2.extras.toy_start import toy_inputs
     from gramr2.steps import Run
 
     with parallel.join_ranks(trainings["reward"]) as ranks, ranks.only_writer(root):
@@ -178,11 +177,7 @@ def main(argv: Sequence[str], runs: Path = Path("runs")) -> int:
             ranks.on_rank_0(lambda: directory.forget(arguments.start))
         run = Run(directory, settings, trainings, world_rules(plan))
         try:
-            if sources:
-                inputs = prepare(directory, settings, sources)
-            else:
-                inputs = toy_inputs(directory, sizes, settings, trainings["pretrain"])
-            run_to_the_end(run, inputs)
+            run_to_the_end(run, inputs_of(run, arguments.recipe, sources))
         except StoppedAsAsked as reached:
             directory.say(f"stopped after {reached}, as asked")
         else:
@@ -190,6 +185,21 @@ def main(argv: Sequence[str], runs: Path = Path("runs")) -> int:
                 done = ", ".join(directory.counts)
                 raise InputError(f"--until: no step {arguments.until}; all is done: {done}")
     return 0
+
+
+def world_plan(recipe: Path) -> JsonRow:
+    """What a plan says of the rules that its world brings."""
+    return {"coherence": "the shop's" if "world" in read_recipe(recipe) else "of plain text"}
+
+
+def inputs_of(run: Run, recipe: Path, sources: Sources | None) -> RunInputs:
+    """The steps that lay out what the loop starts from: named files and models, or the recipe's toy world."""
+    from gramr2.extras.toy_start import toy_inputs
+
+    if sources:
+        return prepare(run.directory, run.settings, sources)
+    _, sizes = world_table(recipe)
+    return toy_inputs(run.directory, sizes, run.settings, run.trainings["pretrain"])
 
 
 def run_to_the_end(run: Run, inputs: RunInputs) -> None:

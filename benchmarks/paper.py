@@ -1,12 +1,12 @@
 """The study: what the paper reports and argues, at the toy's scale. Hours on two cores; resumable.
 
-    python benchmarks/paper.py --part arms         every arm of toy.py, which makes the table
+    python benchmarks/paper.py --part arms         every arm of study.py, which makes the table
     python benchmarks/paper.py --part gram         GRAM: pre-training on unlabelled responses, then labels
     python benchmarks/paper.py --part amount       figure 5: accuracy against the amount of synthesized data
     python benchmarks/paper.py --part adaptation   figure 4: units of task data, from four models
     python benchmarks/paper.py --collect           benchmarks/results/paper.json from what is there
 
-Figure 3, best-of-n, is benchmarks/policy.py. Every part works on the runs of toy.py (runs/toy-seeds), which
+Figure 3, best-of-n, is benchmarks/policy.py. Every part works on the runs of study.py (runs/toy-seeds), which
 it makes where they are missing: the prover, the proofs and the judges are theirs.
 
 Two families of tasks stand for figure 4's two domains. *New prices*: a quarter of the shop's goods cost
@@ -29,8 +29,8 @@ from typing import Any
 
 import common
 import numpy as np
-import toy
-from toy import Seed, mean_with_interval
+import study
+from study import Seed, mean_with_interval
 
 from gramr2.data import Store
 from gramr2.extras import toyworld
@@ -50,7 +50,7 @@ Figures = dict[str, np.ndarray]  # row → whether each held-out pair was judged
 
 
 class Bench:
-    """A seed's extra steps, in a directory of their own beside the arms of toy.py."""
+    """A seed's extra steps, in a directory of their own beside the arms of study.py."""
 
     def __init__(self, seed: Seed, part: str, **changes: Any):
         self.seed, self.run = seed, seed.open(part, Run, changes)
@@ -65,7 +65,7 @@ class Bench:
         return Run(self.run.directory, self.run.settings, trainings, {}).train(name, stage, data, start)
 
     def hits(self, name: str, model: Path, pairs: Path) -> np.ndarray:
-        return toy.right(self.run.judge(f"test-{name}", model, pairs, 1))
+        return study.right(self.run.judge(f"test-{name}", model, pairs, 1))
 
     def write(self, name: str, rows: Iterator[dict[str, Any]]) -> Path:
         with self.run.directory.step(name) as step:
@@ -177,7 +177,7 @@ def claims() -> Iterator[tuple[str, str, str]]:
 def collect(seeds: Sequence[Seed]) -> dict[str, Any]:
     """Means over the seeds whose part is whole; a part is asked again, and finds its steps done."""
     result: dict[str, Any] = {"seeds": {}}
-    found = {row: toy.hits_by_seed(seeds, row) for row in ("generative", "fine-tuned")}
+    found = {row: study.hits_by_seed(seeds, row) for row in ("generative", "fine-tuned")}
     for part, work in PARTS.items():
         whole = [seed for seed in seeds if (seed.place / part / "whole").is_file()]
         rows: dict[str, dict[int, np.ndarray]] = {}
@@ -187,7 +187,7 @@ def collect(seeds: Sequence[Seed]) -> dict[str, Any]:
         result[part] = {name: mean_with_interval(list(values.values())) for name, values in rows.items()}
         result["seeds"][part] = [seed.number for seed in whole]
         found |= rows
-    return result | {"differences": toy.differences(found, claims())}
+    return result | {"differences": study.differences(found, claims())}
 
 
 def main() -> int:
@@ -195,7 +195,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--part", nargs="+", choices=["arms", *PARTS], default=["arms", *PARTS])
-    parser.add_argument("--seeds", type=toy.numbers, default=toy.numbers("112-114"), help="[112-114]")
+    parser.add_argument("--seeds", type=study.numbers, default=study.numbers("112-114"), help="[112-114]")
     parser.add_argument("--recipe", type=Path, default=common.ROOT / "recipes/toy.toml")
     parser.add_argument("--collect", action="store_true", help="only make the table of what is there")
     arguments = parser.parse_args()
@@ -205,7 +205,7 @@ def main() -> int:
         return 0
     for seed in seeds:
         wanted = arguments.part
-        toy.run_arms(seed, lambda arm, wanted=wanted: "arms" in wanted or arm == "main")
+        study.run_arms(seed, lambda arm, wanted=wanted: "arms" in wanted or arm == "main")
         for part in (part for part in PARTS if part in wanted):
             PARTS[part](seed)
             (seed.place / part / "whole").touch()

@@ -427,7 +427,7 @@ def names(result):
     return f"{about} {where(result['environment'])}\n\n{grid(header, lines)}"
 
 
-@table("toy", "toy", "python benchmarks/toy.py")
+@table("toy", "toy", "python benchmarks/study.py")
 def toy(result):
     lines = []
     for row, figures in result["accuracy"].items():
@@ -455,7 +455,7 @@ def toy_cuda(result):
     return f"{about}\n\n{grid(('', 'per cent [95% interval]'), lines)}"
 
 
-@table("toy-claims", "toy", "python benchmarks/toy.py")
+@table("toy-claims", "toy", "python benchmarks/study.py")
 def toy_claims(result):
     lines = []
     for each in result["differences"]:
@@ -467,7 +467,7 @@ def toy_claims(result):
     return grid(header, lines)
 
 
-@table("toy-rounds", "toy", "python benchmarks/toy.py")
+@table("toy-rounds", "toy", "python benchmarks/study.py")
 def toy_rounds(result):
     lines = []
     for number, rounds in enumerate(zip(*result["rounds"].values(), strict=True), 1):

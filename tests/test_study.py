@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import toy  # noqa: E402
+import study  # noqa: E402
 
 import selftrain  # noqa: E402
 from gramr2.files import write_rows  # noqa: E402
@@ -23,23 +23,23 @@ def test_a_difference_is_paired_and_counts_the_seeds_it_holds_on():
     rng = np.random.default_rng(0)
     easy = {seed: (rng.random(400) < 0.5).astype(float) for seed in (1, 2, 3)}
     better = {seed: np.where(np.arange(400) % 20 == 0, 1.0, values) for seed, values in easy.items()}
-    figures = toy.compare({"one": better, "other": easy}, "one", "other")
+    figures = study.compare({"one": better, "other": easy}, "one", "other")
     expected = 100 * np.mean([(better[s] - easy[s]).mean() for s in easy])
     assert figures["mean"] == pytest.approx(expected, abs=0.01) and figures["seeds"] == 3
     assert 0 < figures["interval"][0] < figures["mean"] < figures["interval"][1] < 6
     assert figures["above zero"] == 3 and figures["below zero"] == 0
-    turned = toy.compare({"one": easy, "other": better}, "one", "other")
+    turned = study.compare({"one": easy, "other": better}, "one", "other")
     assert turned["mean"] == -figures["mean"] and turned["below zero"] == 3
 
 
 def test_arms_are_compared_on_the_seeds_that_both_have():
     ones = {seed: np.ones(10) for seed in (1, 2)}
-    assert toy.compare({"one": ones, "other": {2: np.zeros(10)}}, "one", "other")["by seed"].keys() == {"2"}
-    assert toy.compare({"one": ones, "other": {}}, "one", "other") is None
+    assert study.compare({"one": ones, "other": {2: np.zeros(10)}}, "one", "other")["by seed"].keys() == {"2"}
+    assert study.compare({"one": ones, "other": {}}, "one", "other") is None
 
 
 def test_the_mean_counts_a_seed_once_however_many_pairs_it_has():
-    figures = toy.mean_with_interval([np.ones(10), np.zeros(1000)])
+    figures = study.mean_with_interval([np.ones(10), np.zeros(1000)])
     assert figures["mean"] == 50 and figures["interval"] == [0, 100]
 
 
@@ -47,18 +47,18 @@ def test_a_seed_begins_its_run_where_the_study_reads_it(tmp_path, monkeypatch):
     """Not by a name with slashes, which the command refuses."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(selftrain, "run_to_the_end", lambda run, inputs: None)
-    seed = toy.Seed(3, ROOT / "recipes/micro.toml")
+    seed = study.Seed(3, ROOT / "recipes/micro.toml")
     seed.main()
     assert seed.step("world").is_dir() and seed.step("world").parents[1] == seed.place / "main"
 
 
 def test_a_claim_names_rows_that_exist():
-    rows = {*toy.MAIN, *toy.LENGTHS, *toy.LOOPS, *toy.SINGLES}
-    assert {row for _, one, other in toy.CLAIMS for row in (one, other)} <= rows
-    for arm, loop in toy.LOOPS.items():
+    rows = {*study.MAIN, *study.LENGTHS, *study.LOOPS, *study.SINGLES}
+    assert {row for _, one, other in study.CLAIMS for row in (one, other)} <= rows
+    for arm, loop in study.LOOPS.items():
         changed = replace(SelfTrainSettings(), **(loop.changes or {}))
         check_names(changed, selftrain.REGISTRIES)  # refused by name where a filter is gone
-        assert any(arm in claim for claim in toy.CLAIMS), f"{arm} is run and compared with nothing"
+        assert any(arm in claim for claim in study.CLAIMS), f"{arm} is run and compared with nothing"
 
 
 def test_the_judges_own_rationale_turns_with_its_pair(tmp_path):
@@ -66,7 +66,7 @@ def test_the_judges_own_rationale_turns_with_its_pair(tmp_path):
     text = "Feedback:\nResponse ⟦A⟧ is right.\n\nComparison:\nx\n\nConclusion:\nResponse ⟦A⟧ is better."
     pair = Pair((("user", "q"),), "yes", "no", label="A")
     row = {"label": "A", "rationale": text, "pair": replace(pair, label=None).to_json()}
-    own = toy.OwnRationales.__new__(toy.OwnRationales)
+    own = study.OwnRationales.__new__(study.OwnRationales)
     for asked, expected in ((pair, text), (pair.swapped(), swap(text))):
         made = own._own(asked, row)
         assert made["pair"]["label"] == asked.label and made["rationale"] == expected

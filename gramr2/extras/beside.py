@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gramr2.extras.inputs import RunInputs
-from gramr2.extras.results import Results, test_step
+from gramr2.extras.results import LONGER, Results, test_step
 from gramr2.files import exit_status, only_writer
 from gramr2.interrupts import stop_on_interrupt
 from gramr2.run_directory import StoppedAsAsked, claim, remove_leftovers, step_paths
@@ -114,6 +114,11 @@ class Beside:
     def test(self, name: str, model: Path, votes: int = 1) -> None:
         self.directory.place_of(test_step(name))  # it gets its number in its turn
         self._later(Job(test_step(name), "test", (name, model, votes)))
+
+    def test_length(self) -> None:
+        if self.results.lengths_differ:
+            self.directory.place_of(test_step(LONGER))
+            self._later(Job(test_step(LONGER), "test_length", ()))
 
     def ask_wrong_labels(self, name: str, prover: Path) -> None:
         self.directory.place_of(name)

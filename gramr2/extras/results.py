@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from gramr2.extras.evaluate import average, by_domain, is_right
 from gramr2.extras.inputs import RunInputs
 from gramr2.fields import Fields
-from gramr2.files import InputError, JsonRow, read_json, read_rows, visible, write_json
+from gramr2.files import InputError, JsonRow, read_json, read_rows, visible, write_json, write_rows
 from gramr2.records import OTHER
 from gramr2.run_directory import read_record, step_paths
 from gramr2.seals import read_signed
@@ -34,7 +34,18 @@ if TYPE_CHECKING:
 
 # The stages that a pair of a round passes, or at one of which it is dropped.
 FUNNEL = ("judged", "agreed", "confident", "wellformed", "kept")
-ORDER = ("backbone", "discriminative", "generative", "initial", "round", "labelled", "fine", "voting")
+LONGER = "longer response"
+ORDER = (
+    "longer",
+    "backbone",
+    "discriminative",
+    "generative",
+    "initial",
+    "round",
+    "labelled",
+    "fine",
+    "voting",
+)
 
 
 # ---------------------------------------------------------------------------------- while a run goes on
@@ -52,6 +63,21 @@ class Results:
         judged = self.run.judge(test_step(name), model, self.inputs.test, votes, self.run.settings.test_limit)
         self.rows.append(self.run.ranks.on_rank_0(lambda: accuracy_row(name, read_rows(judged))))
         self.model = self.model if baseline else model
+
+    @property
+    def lengths_differ(self) -> bool:
+        """Whether the rule has anything to say: the toy's responses are all of one length."""
+        return any(by_length(row) for row in read_rows(self.inputs.test))
+
+    def test_length(self) -> None:
+        """What the rule gets right that the longer response is better: a model should be above it."""
+        if not self.lengths_differ:
+            return
+        with self.run.directory.step(test_step(LONGER)) as step:
+            if step.to_do:
+                step.close(self.run.ranks.on_rank_0(lambda: judge_by_length(self.inputs.test, step.path)))
+        rows = step.path / "judged.jsonl"
+        self.rows.append(self.run.ranks.on_rank_0(lambda: accuracy_row(LONGER, read_rows(rows))))
 
     def compare(self, name: str, step: str, stage: str, data: Sequence[Path], times: float = 1) -> None:
         """A baseline: a model that the step trains from the backbone, and its accuracy under `name`."""
@@ -104,6 +130,18 @@ class Results:
 def test_step(name: str) -> str:
     """The step that tests what is called `name` in the table."""
     return "test-" + name.replace(" ", "-").replace(",", "")
+
+
+def judge_by_length(pairs: Path, place: Path) -> JsonRow:
+    judged = ({"id": row["id"], "label": by_length(row), "pair": row} for row in read_rows(pairs))
+    write_rows(place / "judged.jsonl", judged)
+    return {}
+
+
+def by_length(row: JsonRow) -> str | None:
+    """The longer response of a pair's row, in characters; None: as long as the other."""
+    a, b = len(row["response_a"]), len(row["response_b"])
+    return None if a == b else "A" if a > b else "B"
 
 
 def accuracy_row(name: str, judged: Iterable[JsonRow]) -> JsonRow:

@@ -1,13 +1,14 @@
-"""Every arm of the toy study, over seeds: what each part of the algorithm buys, beside its controls.
+"""Every arm of a study, over seeds: what each part of the algorithm buys, beside its controls.
 
-    python benchmarks/toy.py --seeds 112-121                 one process; several may share the seeds out
-    python benchmarks/toy.py --seeds 112-121 --arms main     the default command's rows alone
-    python benchmarks/toy.py --seeds 112-121 --collect       no runs: the table of what is there
+    python benchmarks/study.py --seeds 112-121              the toy; several processes may share the seeds
+    python benchmarks/study.py --seeds 112-121 --arms main  the default command's rows alone
+    python benchmarks/study.py --seeds 112-121 --collect    no runs: the table of what is there
+    python benchmarks/study.py --recipe recipes/convincing.toml --seeds 0-2 --arms main "single models"
 
-`main` is `python selftrain.py --seed S`, as a user types it (with --recipe: under that recipe). Every other
-arm starts from the same backbone with the same number of optimiser steps and the same schedule, on the same
-world; what it shares with `main` (the prover, the proofs, the first judge) is taken from there. Runs lie
-under runs/toy-seeds/seed-S/ARM and go on after an interruption. The result is benchmarks/results/toy.json.
+`main` is `python selftrain.py --recipe R --seed S`, as a user types it. Every other arm starts from the same
+backbone with the same number of optimiser steps and the same schedule, on the same data; what it shares with
+`main` (the prover, the proofs, the first judge) is taken from there. Runs lie under
+runs/RECIPE-seeds/seed-S/ARM and go on after an interruption. The result is benchmarks/results/RECIPE.json.
 
 Differences are paired: both arms judged the same test pairs. An interval is a bootstrap, 95%, over a seed's
 test pairs; that of a mean draws seeds first, then pairs within each.
@@ -36,16 +37,13 @@ from gramr2.data import Store
 from gramr2.denoise import FILTERS
 from gramr2.extras.evaluate import is_right
 from gramr2.extras.results import Results
-from gramr2.extras.toy_start import toy_inputs
-from gramr2.extras.toyworld import coherent
+from gramr2.extras.toyworld import world_rules
 from gramr2.files import read_json, read_rows, write_json, write_rows
-from gramr2.recipes import read_recipe
 from gramr2.records import Pair
 from gramr2.run_directory import RunDirectory, StoppedAsAsked, step_paths
-from gramr2.settings import SelfTrainSettings, TrainSettings, check_names
+from gramr2.settings import SelfTrainSettings, Sources, TrainSettings, check_names
 from gramr2.steps import NothingKept, Run
 
-RUNS = Path("runs/toy-seeds")
 RESAMPLES = 2000
 
 # ---------------------------------------------------------------------------------- what an arm changes
@@ -150,7 +148,7 @@ class Seed:
 
     @property
     def place(self) -> Path:
-        return RUNS / f"seed-{self.number}"
+        return Path(f"runs/{self.recipe.stem}-seeds/seed-{self.number}")
 
     def main(self) -> None:
         words = ["--recipe", str(self.recipe), "--seed", str(self.number), "--name", "main"]
@@ -167,10 +165,11 @@ class Seed:
         check_names(settings, selftrain.REGISTRIES)
         plan = {"arm": arm, **asdict(settings)} | {name: asdict(each) for name, each in trainings.items()}
         torch.set_num_threads(trainings["reward"].threads)
-        ranks = parallel.Ranks(0, 1, torch.device("cpu"))
+        cuda = trainings["reward"].device != "cpu" and torch.cuda.is_available()
+        ranks = parallel.Ranks(0, 1, torch.device("cuda" if cuda else "cpu"))
         directory = RunDirectory(self.place / _slug(arm), plan, [], ranks, until)
         print(f"seed {self.number}, {arm}", file=sys.stderr)
-        return kind(directory, settings, trainings, {"coherence": coherent})
+        return kind(directory, settings, trainings, world_rules(selftrain.world_plan(self.recipe)))
 
     def loop(self, arm: str, loop: Loop) -> None:
         """The loop of selftrain.py under other settings, with the steps that it shares linked in."""
@@ -182,8 +181,7 @@ class Seed:
             if name == loop.shares:
                 break
         try:
-            world, pretraining = read_recipe(self.recipe)["world"], run.trainings["pretrain"]
-            inputs = toy_inputs(run.directory, world, run.settings, pretraining)
+            inputs = selftrain.inputs_of(run, self.recipe, self.sources)
             selftrain.self_train(run, inputs, Results(run, inputs))
         except StoppedAsAsked:
             pass
@@ -194,15 +192,16 @@ class Seed:
         """Arms of one training each: what true labels would give, and less data than `initial` has."""
         run, main = self.open("single models", Run, {}), self.step
         human, labelled, test = (main("data") / f"{name}.jsonl" for name in ("human", "labelled", "test"))
-        truth = {row["id"]: row["label"] for row in read_rows(main("world") / "truth.jsonl")}
+        truth = {row["id"]: row["label"] for row in read_rows(main("data") / "truth.jsonl")}
 
         with run.directory.step("true-labels") as step:
             true = step.path / "pairs.jsonl"
             if step.to_do:
                 batches = [main("data") / f"unlabelled-{n + 1}.jsonl" for n in range(run.settings.iters)]
                 pairs = [pair for batch in batches for pair in Store(batch, Pair.from_json)]
-                write_rows(true, (replace(pair, label=truth[pair.id]).to_json() for pair in pairs))
-                step.close({"pairs": len(pairs)})
+                known = [replace(pair, label=truth[pair.id]) for pair in pairs if truth.get(pair.id)]
+                write_rows(true, (pair.to_json() for pair in known))
+                step.close({"pairs": len(known)})
         proofs = run.prove("true-prove", main("prover") / "model", true)
         kept = run.filter_rationales("true-rationales", proofs)
         known = main("filter-labelled") / "kept.jsonl"
@@ -224,13 +223,19 @@ class Seed:
             run.judge(f"test-{_slug(name)}", model, data / "test.jsonl", 1)
 
     @property
+    def sources(self) -> Sources | None:
+        return selftrain.named_sources(selftrain.parse(["--recipe", str(self.recipe)]))
+
+    @property
     def human(self) -> list[Path]:
         """The human rationales, where the settings put them into every arm."""
         return [self.step("data") / "human.jsonl"] if self.settings()[0].mix_human else []
 
     @property
     def backbone(self) -> Path:
-        """Shipped and laid into the world, or pre-trained by a step of the run."""
+        """The recipe's; the toy's is shipped and laid into the world, or pre-trained by a step of the run."""
+        if self.sources:
+            return Path(self.sources.backbone)
         shipped = self.step("world") / "backbone/model"
         return shipped if shipped.exists() else self.step("backbone") / "model"
 
@@ -246,13 +251,23 @@ def _slug(name: str) -> str:
 
 # ---------------------------------------------------------------------------------- comparing
 
-MAIN = ("backbone", "discriminative", "generative", "initial", "round 1", "round 2", "round 3")
+MAIN = (
+    "longer response",
+    "backbone",
+    "discriminative",
+    "generative",
+    "initial",
+    "round 1",
+    "round 2",
+    "round 3",
+)
 MAIN += ("labelled only, 2x steps", "fine-tuned", "voting@16")
 SINGLES = ("true labels on the pool", "generative, true labels on the pool")
 SINGLES += ("labelled, without the human rationales", "human rationales alone")
 LENGTHS = {"labelled only, 0.5x steps": 0.5, "labelled only, 1.5x steps": 1.5}
 # What the paper says or argues, as a difference that should be above zero.
 CLAIMS = [
+    ("the first judge beats the rule that the longer response wins", "initial", "longer response"),
     ("self-training gains over its start, same steps", "round 3", "initial"),
     ("and over the labelled pairs trained twice as long", "round 3", "labelled only, 2x steps"),
     ("and half as long", "round 3", "labelled only, 0.5x steps"),
@@ -293,20 +308,15 @@ def judged(seed: Seed, row: str) -> Path:
     return seed.step(f"test-{_slug(row)}", arm) / "judged.jsonl"
 
 
-def right(judged: Path) -> np.ndarray:
-    """1 for each pair that was judged right, else 0."""
-    return np.array([is_right(each) for each in read_rows(judged)], dtype=float)
+def right(judged: Path, domain: str | None = None) -> np.ndarray:
+    """1 for each pair (of a domain) that was judged right, else 0."""
+    rows = (each for each in read_rows(judged) if domain in (None, each["pair"].get("domain")))
+    return np.array([is_right(each) for each in rows], dtype=float)
 
 
-def hits(seed: Seed, row: str) -> np.ndarray | None:
-    path = judged(seed, row)
-    if not (path.parent / "done.json").is_file():
-        return None
-    return right(path)
-
-
-def hits_by_seed(seeds: Sequence[Seed], row: str) -> dict[int, np.ndarray]:
-    return {seed.number: values for seed in seeds if (values := hits(seed, row)) is not None}
+def hits_by_seed(seeds: Sequence[Seed], row: str, domain: str | None = None) -> dict[int, np.ndarray]:
+    paths = {seed.number: judged(seed, row) for seed in seeds}
+    return {n: right(path, domain) for n, path in paths.items() if (path.parent / "done.json").is_file()}
 
 
 def interval(drawn: np.ndarray) -> list[float]:
@@ -358,6 +368,7 @@ def collect(seeds: Sequence[Seed]) -> dict[str, Any]:
     settings, trainings = seeds[0].settings()
     torch.set_num_threads(trainings["reward"].threads)  # which the result's environment names
     results = [read_json(path) for s in seeds if (path := s.place / "main/results.json").is_file()]
+    domains = sorted({domain for each in results for row in each["rows"] for domain in row["by_domain"]})
     return {
         "settings": {"self-training": asdict(settings), "judge": asdict(trainings["reward"])},
         "seeds": sorted({seed for values in found.values() for seed in values}),
@@ -367,8 +378,17 @@ def collect(seeds: Sequence[Seed]) -> dict[str, Any]:
             for row, values in found.items()
             if values
         },
+        "by domain": {
+            domain: {
+                row: mean_with_interval(list(values.values()))
+                for row in rows
+                if (values := hits_by_seed(seeds, row, domain))
+            }
+            for domain in domains[: len(domains) * (len(domains) > 1)]
+        },
         "differences": differences(found, CLAIMS),
         "rounds": {str(each["seed"]): each["rounds"] for each in results},
+        "signals": {str(each["seed"]): each["signals"] for each in results if each.get("signals")},
         "seconds": {str(each["seed"]): round(sum(each["seconds"].values())) for each in results},
     }
 
@@ -403,7 +423,7 @@ def main() -> int:
     parser.add_argument("--arms", nargs="+", choices=arms, default=arms, metavar="ARM", help="; ".join(arms))
     parser.add_argument("--recipe", type=Path, default=common.ROOT / "recipes/toy.toml")
     parser.add_argument("--collect", action="store_true", help="only make the table of what is there")
-    parser.add_argument("--out", type=Path, help="JSON of the table [benchmarks/results/toy.json]")
+    parser.add_argument("--out", type=Path, help="JSON of the table [benchmarks/results/RECIPE.json]")
     arguments = parser.parse_args()
     seeds = [Seed(number, arguments.recipe.resolve()) for number in arguments.seeds]
     if not arguments.collect:
@@ -414,7 +434,7 @@ def main() -> int:
     if arguments.out:
         write_json(arguments.out, result)
     else:
-        common.write_result("toy", result)
+        common.write_result(arguments.recipe.stem, result)
     for row, figures in result["accuracy"].items():
         print(f"{row:42} {figures['mean']:6.2f} {figures['interval']} {list(figures['by seed'].values())}")
     for each in result["differences"]:
