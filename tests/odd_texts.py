@@ -11,8 +11,8 @@ SCRIPTS = [
 BLANKS = [
     "", " ", "\n", "\t", "  ", " \n ", "\r\n", "\n\n\n\n", " " * 81, "\t" * 17, "\n" * 33, "a\u00a0b",
     "\u3000x", "x \u200b\u200d\ufeff y", " leading", "trailing ", "two  blanks", "\n\n  a\n\t b \n",
-    "a\r\nb\rc", "\x00\x01\x1b[0m", "\u2028\u2029\x85\x0b\x0c", "\ufeffstart", "- a\n  - b\n    - c\n",
-    "x" + " " * 200 + "y", "\ufffd\ufffe",
+    "a\r\nb\rc", "\x00\x01\x1b[0m", "\u2028\u2029\x85\x0b\x0c", "\ufeffstart", "a\x04b\x1dc", "\U00040000",
+    "- a\n  - b\n    - c\n", "x" + " " * 200 + "y", "\ufffd\ufffe",
 ]  # fmt: skip
 NUMBERS = [
     "0", "007", "1234567890", "3.14159", "-1e-05", "1,000,000.00", "1 2 3", "a1b2c3", "12:30",
