@@ -192,9 +192,8 @@ class Tokenizer:
         """Bytes that a byte-level vocabulary lacks: its library would drop them, and not say so."""
         if "ByteLevel" not in repr(self._fast.pre_tokenizer):
             return b""
-        letters = sorted(
-            pre_tokenizers.ByteLevel.alphabet()
-        )  # of Latin-1 for themselves, then for the others
+        # A byte's letter: its own in Latin-1 where that can be seen; the others have the next ones, in order.
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
         plain = [ord(letter) for letter in letters if ord(letter) < 256]
         order = [*plain, *sorted({*range(256)}.difference(plain))]
         known = self._fast.get_vocab()
