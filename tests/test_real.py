@@ -119,9 +119,9 @@ def test_logits_equal_transformers_and_make_sense_of_text(model, tokenizer, thei
         rows, logits_TV.split(lengths), gramr2.logprobs(model, rows), strict=True
     ):
         expected_NV = their_logits(their_model, ids)
-        assert (logits_NV - expected_NV).abs().max() < 1e-3
+        assert (logits_NV - expected_NV).abs().max() < 3e-4
         expected = expected_NV[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-        assert (log_p - expected).abs().max() < 1e-3
+        assert (log_p - expected).abs().max() < 3e-4
         means.append(float(log_p.mean()))
     assert means[0] > -1.5 and min(means) > -6  # every model of English has read this licence; by chance: -11
 
