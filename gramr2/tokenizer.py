@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import tokenizers
+from tokenizers import pre_tokenizers
 
 from gramr2.chat_templates import compile_template
 from gramr2.fields import Fields
@@ -163,6 +164,10 @@ class Tokenizer:
             found = tokenizer.encode(text, add_special_tokens=False)
         except TypeError:
             raise InputError("text that is not Unicode (half of a surrogate pair)") from None
+        said = text.encode()
+        if len(said.translate(None, self._unspelled)) < len(said):
+            lost = next(letter for letter in text if {*letter.encode()} & {*self._unspelled})
+            raise InputError(f"the tokenizer cannot spell {lost!r}; leave it out")
         # In a frame special tokens are the template's own: of most, there is nothing to look at one by one.
         never = {self.unknown_id} if tokenizer is self._frame else self._never
         if never.isdisjoint(found.ids):
@@ -181,6 +186,18 @@ class Tokenizer:
     def _never(self) -> set[int | None]:
         """Ids that no text has: special ones, and what stands for a word that is unknown."""
         return {*self.special.values(), self.unknown_id}
+
+    @cached_property
+    def _unspelled(self) -> bytes:
+        """Bytes that a byte-level vocabulary lacks: its library would drop them, and not say so."""
+        if "ByteLevel" not in repr(self._fast.pre_tokenizer):
+            return b""
+        # A byte's letter: its own in Latin-1 where that can be seen; the others have the next ones, in order.
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        plain = [ord(letter) for letter in letters if ord(letter) < 256]
+        order = [*plain, *sorted({*range(256)}.difference(plain))]
+        known = self._fast.get_vocab()
+        return bytes(byte for letter, byte in zip(letters, order, strict=True) if letter not in known)
 
     def encode_document(self, text: str) -> list[int]:
         """Ids of a text that stands by itself: with BOS where the tokenizer has one, and exactly one."""

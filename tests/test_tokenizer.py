@@ -78,6 +78,20 @@ def test_special_tokens_spelled_in_a_message_stay_text(tmp_path, kind):
     assert not specials & set(ours.encode(ours.render(harmless)))  # nor is a spelled frame one
 
 
+def test_a_byte_that_the_vocabulary_lacks_is_refused_and_not_dropped(tmp_path):
+    """SmolLM2's lacks eight that a text may have: "yes\\x04" had the ids of "yes"."""
+    files = tokenizer_files("qwen2")
+    fields = json.loads(files["tokenizer.json"])
+    for letter in (chr(256 + 4), "ñ"):  # how a byte-level vocabulary writes the bytes 04 and F1
+        del fields["model"]["vocab"][letter]
+    ours = Tokenizer({**files, "tokenizer.json": json.dumps(fields).encode()})
+    assert ours.decode(ours.encode("yes ñ")) == "yes ñ"  # which is C3 B1
+    for text, said in (("yes\x04", r"'\\x04'"), ("a \U00040000", r"'\\U00040000'")):
+        for make in (ours.encode, lambda text: ours.chat([{"role": "user", "content": text}])):
+            with pytest.raises(InputError, match=f"cannot spell {said}; leave it out"):
+                make(text)
+
+
 def test_a_template_that_raises_or_does_not_parse_is_one_line(tmp_path):
     ours, _ = pair(tmp_path, "llama3")
     with pytest.raises(InputError, match="refuses the messages: no such role: tool"):
