@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -155,8 +156,9 @@ class _Meter(tqdm):
     may, the cache's use, and errors if there are any. Below another bar, it goes when it is done."""
 
     def __init__(self, request: Request, pool: PagePool, progress: bool):
-        # It moves from the first tokens on, which may be minutes before a sample ends.
-        moves = {"miniters": 0, "mininterval": 0.5, "dynamic_ncols": True}
+        # It moves from the first tokens on, which may be minutes before a sample ends; in a log, seldom.
+        seconds = 0.5 if sys.stderr.isatty() else 10
+        moves = {"miniters": 0, "mininterval": seconds, "dynamic_ncols": True}
         total = request.n * len(request.prompts)
         super().__init__(total=total, unit="sample", leave=None, disable=not progress, **moves)
         self.request, self.page_pool, self.tokens, self.errors = request, pool, 0, 0

@@ -92,18 +92,17 @@ class Judge:
             print(f"warning: not calibrated: the calibration is for {fitted}, of its judge", file=sys.stderr)
 
     def how_to_draw(self, settings: JudgeSettings) -> JsonRow:
-        """As the command line says, or else the checkpoint; and says what that costs at most."""
-        tokenizer, model = self.model.tokenizer, self.model.model
-        parameters = sum(each.numel() for each in model.parameters())
-        drawn: JsonRow = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
-        drawn["max_new_tokens"] = SHORT_ANSWER if parameters < SMALL else LONG_ANSWER
-        own = {} if self.model.format.parse is None else tokenizer.sampling
-        if settings.greedy:
-            own = {name: own[name] for name in own if name == "max_new_tokens"}
-            drawn["temperature"] = 0.0
-        own = {name: own[name] for name in own if name not in settings.drawn}
-        drawn |= own | settings.drawn
-        if self.model.format.parse is not None:
+        """As the command line says, or else the checkpoint, or else we; and says so, with the most that it
+        costs."""
+        writes, model = self.model.format.parse is not None, self.model.model
+        is_small = sum(each.numel() for each in model.parameters()) < SMALL
+        usual: JsonRow = {"temperature": float(not settings.greedy), "top_p": 1.0, "top_k": 0}
+        usual["max_new_tokens"] = SHORT_ANSWER if writes and is_small else LONG_ANSWER
+        asked = ("max_new_tokens",) if settings.greedy else tuple(usual)
+        own = self.model.tokenizer.sampling if writes else {}
+        own = {name: own[name] for name in asked if name in own and name not in settings.drawn}
+        drawn = usual | own | settings.drawn
+        if writes:
             how = "temperature {temperature:g}, top-p {top_p:g}, top-k {top_k}".format_map(drawn)
             how = how if drawn["temperature"] else "greedy"
             how += f" ({', '.join(own)}: the checkpoint's generation_config.json)" if own else ""
