@@ -224,7 +224,8 @@ class Tokenizer:
     def _template(self):
         source = self.files.get("chat_template.jinja", b"").decode("utf-8", "replace")
         if not source and isinstance(self._config.row.get("chat_template"), list):
-            named = map(Fields, self._config.get("chat_template", tuple[dict, ...]))
+            templates = self._config.get("chat_template", tuple[dict, ...])
+            named = [Fields(each, f"{self._config.where}chat_template: ") for each in templates]
             by_name = {each.get("name", str): each.get("template", str) for each in named}
             source = by_name.get("default", "")  # the conversation's, of several
         elif not source:
@@ -242,8 +243,9 @@ class Tokenizer:
                 variables[name] = text
         turns = [dict(message) for message in messages]
         variables |= {"messages": turns, "add_generation_prompt": add_generation_prompt}
+        template = self._template
         try:
-            text = self._template(sum(len(text) for turn in turns for text in turn.values()), **variables)
+            text = template(sum(len(text) for turn in turns for text in turn.values()), **variables)
             text.encode()  # half a character is none
             return text
         except Exception as error:  # a template may raise anything
