@@ -12,9 +12,9 @@
 A pair file: {"question": "…", "response_a": "…", "response_b": "…"}, or "messages" instead of "question"; a
 list file has "responses" instead (--json counts them from 0). Without --model the newest run of selftrain.py
 under runs/ judges. One vote is greedy and in the given order; an even number of votes is sampled, half of
-them with the responses exchanged. A benchmark takes votes per order: 1 is greedy in both. Benchmarks:
-rm-bench, judgebench, ppe, helpsteer3, pairs. Exit status: 0 done, 2 bad input, 130 interrupted, 141 its
-reader left.
+them with the responses exchanged: as the flags say, or the checkpoint's generation_config.json, or at
+temperature 1. A benchmark takes votes per order: 1 is greedy in both. Benchmarks: rm-bench, judgebench, ppe,
+helpsteer3, pairs. Exit status: 0 done, 2 bad input, 130 interrupted, 141 its reader left.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from gramr2.fields import Fields, typed
 from gramr2.files import InputError, Parser, need, read_json, run_command, visible
 from gramr2.rankings import METHODS
 from gramr2.records import Messages, Pair, messages_of
-from gramr2.settings import SEEDS
+from gramr2.settings import SAMPLING, SEEDS
 
 VOTES = {"pair": 16, "rank": 4, "pairs": 4, "bench": 1}  # 16 is what the paper's best figures use
 
@@ -64,7 +64,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     votes = "1, or an even number [16; 4 for --pairs and --rank; 1 for --bench]"
     add("--votes", type=int, metavar="N", help=votes)
     add("--seed", type=int, default=0, metavar="S", help="the same seed gives the same votes [0]")
-    add("--max-new-tokens", type=int, default=4096, metavar="N", help="longest answer [4096]")
+    own = "checkpoint's, or"
+    add("--temperature", type=float, metavar="T", help=f"of sampled votes; 0: the likeliest token [{own} 1]")
+    add("--top-p", type=float, metavar="P", help=f"draw from the likeliest tokens of this share [{own} 1]")
+    add("--top-k", type=int, metavar="K", help=f"draw from the K likeliest tokens; 0: all [{own} 0]")
+    longest = (
+        f"longest answer [{own} 4096; 1024 below a billion parameters; what the context leaves, at most]"
+    )
+    add("--max-new-tokens", type=int, metavar="N", help=longest)
+    add("--limit", type=int, metavar="N", help="only the first N rows of --pairs or --bench")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="[cuda where there is one]")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="[bfloat16 on cuda]")
     add("--json", action="store_true", help="nothing but JSON on standard output")
@@ -84,28 +92,35 @@ def main(argv: Sequence[str]) -> int:
         kind = next(name for name in VOTES if getattr(given, name) is not None)
         if (kind in ("pairs", "bench")) != (given.out is not None):
             raise InputError("--out OUT.jsonl goes with --pairs and with --bench, which both need it")
+        need(given.limit is None or kind in ("pairs", "bench"), "--limit goes with --pairs and with --bench")
         settings = judge_settings(kind, given)
         if kind == "pair":
             judge_pair(given.pair, settings, given.json)
         elif kind == "rank":
             judge_list(given.rank, given.method, settings, given.json)
         elif kind == "pairs":
-            judge_file(given.pairs, given.out, settings, given.json)
+            judge_file(given.pairs, given.out, settings, given.limit, given.json)
         else:
-            judge_benchmark(given.bench[0], Path(given.bench[1]), given.out, settings, given.json)
+            name, path = given.bench
+            judge_benchmark(name, Path(path), given.out, settings, given.limit, given.json)
     return 0
 
 
 def judge_settings(kind: str, given: argparse.Namespace) -> JudgeSettings:
     votes = typed(VOTES[kind] if given.votes is None else given.votes, int, "--votes", high=10**4)
     typed(given.seed, int, "--seed", **SEEDS)
-    typed(given.max_new_tokens, int, "--max-new-tokens", low=1, high=10**7)
+    typed(given.limit, int | None, "--limit", low=1, high=10**12)
+    said = {name: (getattr(given, name), *SAMPLING[name]) for name in SAMPLING}
+    drawn = {
+        name: typed(value, kind, f"--{name.replace('_', '-')}", **limits)
+        for name, (value, kind, limits) in said.items() if value is not None
+    }  # fmt: skip
     if votes < 1 or (votes > 1 and votes % 2 and kind != "bench"):
         raise InputError(f"--votes {votes}: expected 1, or an even number (half in each order)")
-    temperature = float(votes > 1)
+    greedy = votes == 1
     votes *= 2 if kind == "bench" else 1  # given for each order
     where = given.model, given.prompt, given.format, given.device, given.dtype
-    return JudgeSettings(*where, votes, temperature, given.seed, given.max_new_tokens)
+    return JudgeSettings(*where, votes, given.seed, greedy, drawn)
 
 
 # ---------------------------------------------------------------------------------- one pair, one list, many
@@ -124,24 +139,26 @@ def judge_pair(path: Path, settings: JudgeSettings, as_json: bool) -> None:
 def judge_list(path: Path, method: str, settings: JudgeSettings, as_json: bool) -> None:
     question, responses = read_one(path, as_list)
     judge = Judge(settings)
-    ranking = judge.model.rank(question, responses, method, **judge.sampling, progress=False)
+    ranking = judge.model.rank(question, responses, method, **judge.sampling)
     if as_json:
         names = ("best", "order", "comparisons", "rounds", "undecided", "overruled")
         print(json.dumps({name: getattr(ranking, name) for name in names}))
     else:
-        print("\n".join(ranking_lines(ranking, responses)))
+        print("\n".join(ranking_lines(ranking, responses, judge.model.format.name)))
 
 
-def judge_file(path: Path, out: Path, settings: JudgeSettings, as_json: bool) -> None:
-    counts = judge_into(out, settings, Store(path, Pair.from_json), path)
+def judge_file(path: Path, out: Path, settings: JudgeSettings, limit: int | None, as_json: bool) -> None:
+    counts = judge_into(out, settings, Store(path, Pair.from_json), path, limit)
     line = "{judged} judged ({unread} of them unreadable), {before} were there before, {failed} failed: {out}"
     if counts["forged"]:
         line += "\n{forged} hold a line of the judge's own prompt, and may speak in its name"
     print(json.dumps(counts) if as_json else line.format(**counts, out=out))
 
 
-def judge_benchmark(name: str, path: Path, out: Path, settings: JudgeSettings, as_json: bool) -> None:
-    judge_into(out, settings, list(evaluate.read_benchmark(name, path)), path)
+def judge_benchmark(
+    name: str, path: Path, out: Path, settings: JudgeSettings, limit: int | None, as_json: bool
+) -> None:
+    judge_into(out, settings, list(evaluate.read_benchmark(name, path)), path, limit)
     print_score(name, [out], as_json)
 
 

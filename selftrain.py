@@ -118,14 +118,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def resolved(recipe: Path, overrides: dict[str, Any]) -> tuple[SelfTrainSettings, dict[str, TrainSettings]]:
-    """The settings of the loop, and those of each stage, which share its seed."""
+def resolved(
+    recipe: Path, overrides: dict[str, Any], sources: Sources | None = None
+) -> tuple[SelfTrainSettings, dict[str, TrainSettings]]:
+    """The settings of the loop, and those of each stage, which share its seed; what they leave open, as suits
+    the models and data of `sources`, but for the toy's backbone."""
     settings = resolve(SelfTrainSettings, recipe, ["selftrain"], overrides)
     check_names(settings, REGISTRIES)
-    seed = {"seed": settings.seed}
-    return settings, {
-        name: resolve(TrainSettings, recipe, ["train", *stage.tables], seed) for name, stage in STAGES.items()
-    }
+    trainings, seed = {}, {"seed": settings.seed}
+    for name, stage in STAGES.items():
+        model, data = None, getattr(sources, stage.data, ())
+        if sources and "world" not in read_recipe(recipe):
+            model = getattr(sources, stage.start) or sources.backbone
+        trainings[name] = resolve(TrainSettings, recipe, ["train", *stage.tables], seed, model, data)
+    return settings, trainings
 
 
 def named_sources(arguments: argparse.Namespace) -> Sources | None:
@@ -147,8 +153,8 @@ def named_sources(arguments: argparse.Namespace) -> Sources | None:
 def main(argv: Sequence[str], runs: Path = Path("runs")) -> int:
     """The command. `runs` is where runs stand: those of a study have a directory of their own."""
     arguments = parse(argv)
-    settings, trainings = resolved(arguments.recipe, given(SelfTrainSettings, arguments))
     sources, recipe = named_sources(arguments), read_recipe(arguments.recipe)
+    settings, trainings = resolved(arguments.recipe, given(SelfTrainSettings, arguments), sources)
     plan: JsonRow = {"recipe": arguments.recipe.stem, **asdict(settings)}
     plan |= {"from": asdict(sources)} if sources else {"world": recipe["world"]}
     plan |= world_plan(arguments.recipe)

@@ -37,7 +37,7 @@ from gramr2.recipes import read_recipe, resolve
 from gramr2.settings import Sources, TrainSettings, add_flags, given
 from gramr2.stages import STAGES
 
-HERE = Path(__file__).resolve().parent
+TOY = Path(__file__).resolve().parent / "recipes/toy.toml"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -45,7 +45,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     lines.append(f"    {'policy':16}a model's own answers, as a judge rewards them")
     parser = Parser("train.py", description="\n".join([str(__doc__), "Stages:", *lines]))
     parser.add_argument("--stage", required=True, choices=(*STAGES, "policy"), help="what to train")
-    parser.add_argument("--recipe", type=Path, default=HERE / "recipes/toy.toml", help="settings [toy]")
+    suits = "settings [toy; with --model, as suits the model and its data]"
+    parser.add_argument("--recipe", type=Path, metavar="FILE", help=suits)
     parser.add_argument(
         "--data", type=Path, nargs="+", action="extend", metavar="FILE", help="JSONL [the recipe's]"
     )
@@ -59,13 +60,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> int:
     arguments = parse(argv)
-    stage, recipe = arguments.stage, arguments.recipe
-    kind = PolicySettings if stage == "policy" else TrainSettings
-    tables = ("train.policy",) if stage == "policy" else STAGES[stage].tables
-    settings = resolve(kind, recipe, ["train", *tables], given(PolicySettings, arguments))
+    stage, settings, sources = arguments.stage, *resolved(arguments)
     if arguments.judge and stage != "policy":
         raise InputError(f"--judge goes with the stage policy, not with {stage}")
-    sources = resolve(Sources, recipe, ["models", "data"], {})
 
     from gramr2 import fit, parallel  # torch takes its seconds only once the arguments are good
     from gramr2.extras import dry_run, policy_start, toy_start
@@ -75,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
         if isinstance(settings, PolicySettings):
             policy_start.command(arguments, settings, sources, out, ranks)
         else:
-            if read_recipe(recipe).get("world") and not (data and model):
+            if read_recipe(arguments.recipe).get("world") and not (data and model):
                 model = toy_start.make_toy(arguments, sources, ranks)
             model = model or Path(named(sources, STAGES[stage].start, "--model"))
             data = data or [Path(path) for path in named(sources, STAGES[stage].data, "--data")]
@@ -86,6 +83,27 @@ def main(argv: Sequence[str]) -> int:
         if ranks.is_first and not arguments.dry_run:
             print(f"model: {out / 'model'}")
     return 0
+
+
+def resolved(arguments: argparse.Namespace) -> tuple[TrainSettings, Sources]:
+    """The settings, and where model and data stand. Only the toy takes the toy's settings."""
+    stage, chosen = arguments.stage, arguments.recipe
+    if chosen is None and arguments.model is None:
+        chosen = TOY
+    arguments.recipe = chosen or TOY  # its files, where none are named
+    sources = resolve(Sources, arguments.recipe, ["models", "data"], {})
+    kind = PolicySettings if stage == "policy" else TrainSettings
+    start, files = (
+        ("backbone", "unlabelled") if stage == "policy" else (STAGES[stage].start, STAGES[stage].data)
+    )
+    tables = ("train.policy",) if stage == "policy" else STAGES[stage].tables
+    model, data = arguments.model, arguments.data or getattr(sources, files)
+    if chosen and "world" in read_recipe(chosen):
+        model = None
+    elif model is None:
+        model = getattr(sources, start) or sources.backbone
+    flags = given(PolicySettings, arguments)
+    return resolve(kind, chosen, ["train", *tables], flags, model, data), sources
 
 
 def named(sources: Sources, field: str, flag: str):

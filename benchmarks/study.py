@@ -157,7 +157,7 @@ class Seed:
             raise SystemExit(f"seed {self.number}: the default command failed")
 
     def settings(self) -> tuple[SelfTrainSettings, dict[str, TrainSettings]]:
-        return selftrain.resolved(self.recipe, {"seed": self.number})
+        return selftrain.resolved(self.recipe, {"seed": self.number}, self.sources)
 
     def open(self, arm: str, kind: type[Run], changes: dict[str, Any], until: str | None = None) -> Run:
         settings, trainings = self.settings()

@@ -15,9 +15,13 @@ from gramr2.examples import ExampleBuilder
 from gramr2.model import Decoder, ModelConfig
 from gramr2.parallel import Ranks, compute_dtype
 from gramr2.plan import Plan
+from gramr2.recipes import suited_lr
 from gramr2.records import Example
 from gramr2.requests import free_bytes
 from gramr2.settings import TrainSettings
+
+# A model of more parameters has been trained on text; more epochs than that, of any examples, are questioned.
+PRETRAINED, MANY_EPOCHS = 10_000_000, 10
 
 
 def step_flops(config: ModelConfig, examples: Sequence[Example]) -> float:
@@ -90,15 +94,27 @@ def count_parameters(config: ModelConfig) -> int:
 
 def describe(plan: Plan, builder: ExampleBuilder, model_dir: Path, config: ModelConfig) -> list[str]:
     """The first lines of a run: what it trains, on what, with how many tokens and parameters."""
-    stage, epochs = builder.stage, plan.examples / len(plan.kept)
-    per_step = plan.lengths.mean() * min(plan.batch_size, plan.examples)
+    stage, settings, epochs = builder.stage, builder.settings, plan.examples / len(plan.kept)
+    per_step, parameters = plan.lengths.mean() * min(plan.batch_size, plan.examples), count_parameters(config)
     lines = [
         f"{stage.name} ({stage.equation})",
-        f"model    {model_dir}: {count_parameters(config):,} parameters",
+        f"model    {model_dir}: {parameters:,} parameters",
         f"data     {builder.names}: {len(plan.kept):,} examples, {plan.lengths.sum():,} tokens, "
         f"{plan.units.sum():,} {'pairs' if stage.head == 'scalar' else 'target tokens'}",
         f"steps    {plan.steps:,} of {plan.batch_size} examples, about {per_step:,.0f} tokens each "
         f"({epochs:.4g} epochs)",
+        f"lr       {settings.lr:g} at its peak, after {settings.warmup:.0%} of the steps; examples of up to "
+        f"{settings.max_length:,} tokens",
     ]
+    if parameters > PRETRAINED and epochs > MANY_EPOCHS:
+        lines.append(
+            f"warning: {plan.steps:,} steps make {epochs:.4g} epochs of these {len(plan.kept):,} examples, "
+            f"which will be learnt by heart; --epochs 3 --steps 0 makes {3 * plan.steps / epochs:,.0f} steps"
+        )
+    if settings.lr > 10 * suited_lr(parameters):
+        lines.append(
+            f"warning: lr {settings.lr:g} would undo what a model of this size knows; about "
+            f"{suited_lr(parameters):g} suits it (--lr, or lr in [train])"
+        )
     lines += [f"dropped  {count:,}: {reason}" for reason, count in sorted(plan.dropped.items())]
     return lines + builder.notes

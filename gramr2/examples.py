@@ -18,7 +18,7 @@ from gramr2 import prompts
 from gramr2.data import Store
 from gramr2.files import InputError
 from gramr2.records import Example
-from gramr2.settings import TrainSettings
+from gramr2.settings import PROMPTS, TrainSettings
 from gramr2.stages import STAGES, Draws, Frame, Unusable
 from gramr2.tokenizer import Tokenizer
 
@@ -40,10 +40,12 @@ class ExampleBuilder:
         self.tokenizer = Tokenizer.load(model_dir, date=settings.date)
         template, self.notes = "", []
         if self.stage.template:
-            template, note = prompts.template_for(model_dir, kind=self.stage.template)
-            self.notes = [note] if note.startswith("warning") else []
-            if self.stage.own_prompt and template == prompts.JUDGE_PROMPT:
-                template = self.stage.own_prompt
+            kind, size = self.stage.template, settings.prompt
+            ours = prompts.own_template(kind, size)
+            template, note = prompts.template_for(model_dir, kind=kind, ours=ours)
+            self.notes = [f"{note} ({size})"] if note.startswith("warning") else []
+            if self.stage.own_prompt and template in [prompts.own_template(kind, each) for each in PROMPTS]:
+                template = prompts.own_template(self.stage.own_prompt, size)
         self.frame = Frame(self.tokenizer, template, settings)
 
     def record(self, i: int) -> Any:
@@ -54,12 +56,9 @@ class ExampleBuilder:
         """Example i in its own order, with nothing hidden: what decides whether it is used at all."""
         record = self.record(i)
         try:
-            example = self.stage.example(record, self.frame, Draws())
+            return self.stage.example(record, self.frame, Draws())
         except InputError as error:  # a text that has no ids, or that the chat template refuses
             raise Unusable(str(error)) from None
-        if example.length > self.settings.max_length:
-            raise Unusable("longer than max_length")
-        return example
 
     def key(self, i: int, epoch: int, letter: str) -> tuple:
         """What such an example is made of; with the same key it is the same."""

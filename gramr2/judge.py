@@ -109,8 +109,8 @@ class RewardModel:
 
     def judge_many(
         self, pairs: Iterable[Pair], votes: int = 4, seed: int = 0, *,
-        temperature: float | None = None, max_new_tokens: int = MAX_NEW_TOKENS,
-        progress: bool = True, per_call: int | None = 0,
+        temperature: float | None = None, top_p: float = 1.0, top_k: int = 0,
+        max_new_tokens: int = MAX_NEW_TOKENS, progress: bool = True, per_call: int | None = 0,
     ) -> Iterator[tuple[Pair, Judgment | InputError]]:  # fmt: skip
         """(pair, judgment) in the pairs' order; a pair that cannot be judged comes with the reason.
 
@@ -123,27 +123,30 @@ class RewardModel:
             temperature = float(votes > 1)
         if self.format.parse is None:  # the letters' distribution is known without drawing from it
             votes, temperature, max_new_tokens = 2, 0.0, 1
-        calibrated = self.calibrates(votes, temperature)
+        calibrated = self.calibrates(votes, temperature, top_p, top_k)
+        sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "progress": progress}
         pairs = iter(pairs)
         if per_call == 0:
             per_call = pairs_per_call(self.model.head_weight.device.type)
         while together := list(islice(pairs, per_call)):
             if self.voter:
-                judged = self.voter.judgments(together, votes, seed, temperature, max_new_tokens, progress)
+                judged = self.voter.judgments(together, votes, seed, max_new_tokens, **sampling)
             else:
                 judged = [self._compare_scores(pair) for pair in together]
             for pair, judgment in zip(together, judged, strict=True):
                 yield pair, self._calibrated(judgment) if calibrated else judgment
 
-    def calibrates(self, votes: int, temperature: float) -> bool:
+    def calibrates(self, votes: int, temperature: float, top_p: float = 1.0, top_k: int = 0) -> bool:
         """Whether the directory's calibration is for such votes of this judge, with these weights and this
         prompt: others are distributed in another way."""
-        fitted = self.calibration.get("votes")
-        if self.calibration.get("judge") != f"{self.weights} {self.prompt_hash}":
+        fitted = self.calibration
+        if fitted.get("judge") != f"{self.weights} {self.prompt_hash}":
             return False
         if self.format.parse is None:  # nothing is sampled
-            return fitted == (2 if self.voter else 0)
-        return (fitted, self.calibration.get("greedy")) == (votes, not temperature)
+            return fitted["votes"] == (2 if self.voter else 0)
+        if (fitted["votes"], fitted["greedy"]) != (votes, not temperature):
+            return False
+        return fitted["greedy"] or fitted["drawn"] == (temperature, top_p, top_k)
 
     def _calibrated(self, judgment: Judgment | InputError) -> Judgment | InputError:
         if isinstance(judgment, InputError) or judgment.p_a == UNDECIDED:
@@ -279,6 +282,7 @@ def read_calibration(path: Path) -> JsonRow:
     """A map of probabilities to frequencies: it rises, from 0 to 1, and says whose it is."""
     fields = Fields(read_json(path), f"{path}: ")
     found = {"votes": fields.get("votes", int, low=0), "greedy": fields.get("greedy", bool)}
+    found["drawn"] = fields.get("drawn", tuple[float, ...], (1.0, 1.0, 0.0))  # temperature, top_p, top_k
     found |= {name: fields.get(name, tuple[float, ...], low=0, high=1) for name in ("p", "calibrated")}
     p, calibrated = map(list, (found["p"], found["calibrated"]))
     rises = len(p) == len(calibrated) > 0 and p == sorted(p) and calibrated == sorted(calibrated)

@@ -97,6 +97,11 @@ def make_plan(builder: ExampleBuilder, settings: TrainSettings, ranks: Ranks) ->
     parts = ranks.on_all_ranks(measure)
     dropped: Counter[str] = sum((part[1] for part in parts), Counter())
     rows = np.array(sorted(row for part in parts for row in part[0]), dtype=np.int64).reshape(-1, 3)
+    is_long = rows[:, 1] > settings.max_length
+    if is_long.any():
+        most = f"the longest has {rows[is_long, 1].max():,} tokens"
+        dropped[f"longer than max_length {settings.max_length:,} ({most})"] = int(is_long.sum())
+        rows = rows[~is_long]
     if not len(rows):
         stage, reasons = builder.stage.name, ", ".join(f"{n} {reason}" for reason, n in dropped.items())
         raise InputError(

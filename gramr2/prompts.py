@@ -35,9 +35,13 @@ from gramr2.records import Pair
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def own_template(kind: str) -> str:
-    """This project's own prompt; an editor's newline at the end is not a part of it."""
-    return read_text(TEMPLATES / f"{kind}_prompt.txt").removesuffix("\n")
+def own_template(kind: str, size: str = "long") -> str:
+    """This project's own prompt; an editor's newline at the end is not a part of it.
+
+    The short ones are for models whose examples are as long as the long ones' rules.
+    """
+    name = f"{kind}_prompt" if size == "long" else f"{kind}_{size}_prompt"
+    return read_text(TEMPLATES / f"{name}.txt").removesuffix("\n")
 
 
 JUDGE_PROMPT, LABEL_PROMPT, PROVER_PROMPT = (own_template(kind) for kind in ("judge", "label", "prover"))
@@ -76,6 +80,23 @@ def prover_prompt(pair: Pair, template: str = PROVER_PROMPT, hide_label: bool = 
     if pair.label is None and not hide_label:
         raise InputError(f"pair {pair.id}: no label to prove")
     return _filled(check_template(template, "prover"), pair, HIDDEN_LABEL if hide_label else pair.label)
+
+
+ECHO = 8  # words: a proof's frame alone makes seven in a row
+
+
+def echoes(text: str, template: str) -> str | None:
+    """The first run of `ECHO` words that stands in a prompt's own words as well; None where there is none.
+
+    Such a text repeats the form that it was to fill in. Case, marks and line breaks do not count.
+    """
+
+    def runs(text: str) -> list[str]:
+        words = re.findall(r"\w+", text.casefold())
+        return [" ".join(words[start : start + ECHO]) for start in range(len(words) - ECHO + 1)]
+
+    asked = {run for piece in _PLACEHOLDER.split(template)[::2] for run in runs(piece)}
+    return next((run for run in runs(text) if run in asked), None)
 
 
 def forged(pair: Pair, template: str = JUDGE_PROMPT) -> tuple[str, ...]:

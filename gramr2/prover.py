@@ -3,8 +3,8 @@
 A prover π_ψ reads s and the label l and writes ẑ, the proof form of a rationale (equation 3). For each pair k
 proofs are sampled at a non-zero temperature from one prefill. The sampler gives the numerator of equation (5)
 as it goes; one packed pass over all eligible proofs gives the denominator, or the second term of whatever
-score was asked for (selection.py). Unfinished and malformed proofs, and those that justify the other label,
-are not eligible.
+score was asked for (selection.py). Unfinished and malformed proofs, those that justify the other label, and
+those that repeat the prompt's form instead of filling it in (which equation 5 would like) are not eligible.
 
 It leaves out: which proof is picked (selection.py), the rules that its rationale must still pass
 (denoise.py), and training (fit.py).
@@ -108,6 +108,8 @@ class Prover:
             reason = f"malformed: {reading.reason}"
         elif reading.label != pair.label:
             reason = "justifies the other label"
+        elif prompts.echoes(text, self.template):
+            reason = "repeats the prompt's own words"
         logp_given, ids = float(sum(float(value) for value in sample.logprobs)), tuple(sample.ids)
         return Proof(pair.id, text, logp_given, finish=sample.finish, ineligible=reason, ids=ids)
 

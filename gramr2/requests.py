@@ -159,12 +159,12 @@ class Request:
         need(len(ids) > 0, f"prompt {index} is empty; it needs at least one id")
         for token in (min(ids), max(ids)):
             need(0 <= token <= last, f"prompt {index} holds id {token}; the vocabulary has 0 to {last}")
-        new, of = self._new_tokens(index), f"max_new_tokens of prompt {index}"
+        new, of = self.new_tokens(index), f"max_new_tokens of prompt {index}"
         need(len(new) == self.n, f"{of} has {len(new)} entries for n = {self.n} samples")
         need(min(new) >= 1, f"{of} is {min(new)}; it must be at least 1")
         return max(new)
 
-    def _new_tokens(self, index: int) -> list[int]:
+    def new_tokens(self, index: int) -> list[int]:
         """How many tokens each sample of a prompt may get."""
         value = self.max_new_tokens if isinstance(self.max_new_tokens, int) else self.max_new_tokens[index]
         return [value] * self.n if isinstance(value, int) else list(value)
@@ -178,7 +178,7 @@ class Request:
             key = f"{digest}/{seen[digest]}" if self.keys is None else self.keys[index]
             seen[digest] += 1
             seeds = [noise_seed(self.seed, key, number) for number in range(self.n)]
-            yield Prompt(index, ids, self._new_tokens(index), seeds)
+            yield Prompt(index, ids, self.new_tokens(index), seeds)
 
     def ends_text(self, ids: list[int]) -> bool:
         """Whether the last id ends a stop text. A token is rarely less than a character."""

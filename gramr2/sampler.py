@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -101,9 +102,7 @@ def _loop(request: Request, scheduler: Scheduler, engine: Engine, progress: bool
     call = engine.begin(scheduler.capacity, request.options)
     lag = 1 if engine.graphs else 0  # steps that the host is behind the device
     in_flight: deque[tuple[DeviceStep, Callable[[], np.ndarray]]] = deque()
-    counts: Counter[str] = Counter()
-    total = request.n * len(request.prompts)
-    with tqdm(total=total, unit="sample", disable=not progress, dynamic_ncols=True) as bar:
+    with _Meter(request, scheduler.pool, progress) as meter:
         while scheduler.busy:
             if in_flight and scheduler.must_preempt:
                 most = 0  # what is in flight may finish samples, and must not lose its pages
@@ -118,9 +117,9 @@ def _loop(request: Request, scheduler: Scheduler, engine: Engine, progress: bool
                 most = lag if wait else 0
             while len(in_flight) > most:
                 step, wait = in_flight.popleft()
-                for finished in _collect(request, scheduler, step, wait()):
-                    _show(bar, finished[2], scheduler.pool, counts)
-                    yield finished
+                done = _collect(request, scheduler, step, wait())
+                meter.show(len(step.samples), done)
+                yield from done
 
 
 def _collect(
@@ -152,12 +151,34 @@ def _collect(
     return finished
 
 
-def _show(bar: tqdm, sample: Sample, pool: PagePool, counts: Counter) -> None:
-    """A bar of samples on stderr, with tokens per second, the cache's use, and errors if there are any."""
-    counts["tokens"] += len(sample.ids)
-    counts["errors"] += sample.finish == "error"
-    rate = counts["tokens"] / max(1e-9, time.time() - bar.start_t) if not bar.disable else 0
-    errors = f", {counts['errors']} with errors" if counts["errors"] else ""
-    use = pool.used / pool.num_pages
-    bar.set_postfix_str(f"{rate:,.0f} tokens/s, cache {use:.0%}{errors}", refresh=False)
-    bar.update()
+class _Meter(tqdm):
+    """A bar of samples on stderr: tokens per second, what it takes if each sample gets all the tokens that it
+    may, the cache's use, and errors if there are any. Below another bar, it goes when it is done."""
+
+    def __init__(self, request: Request, pool: PagePool, progress: bool):
+        # It moves from the first tokens on, which may be minutes before a sample ends; in a log, seldom.
+        seconds = 0.5 if sys.stderr.isatty() else 10
+        moves = {"miniters": 0, "mininterval": seconds, "dynamic_ncols": True}
+        total = request.n * len(request.prompts)
+        super().__init__(total=total, unit="sample", leave=None, disable=not progress, **moves)
+        self.request, self.page_pool, self.tokens, self.errors = request, pool, 0, 0
+        if progress:
+            self.left = sum(sum(request.new_tokens(prompt)) for prompt in range(len(request.prompts)))
+
+    def show(self, tokens: int, done: list[Finished]) -> None:
+        if self.disable:
+            return
+        if not self.tokens:
+            self.began = time.time()  # prompts are another kind of work
+        self.tokens += tokens
+        self.left -= tokens
+        for prompt, number, sample in done:
+            self.left -= self.request.new_tokens(prompt)[number] - len(sample.ids)
+            self.errors += sample.finish == "error"
+        rate = self.tokens / max(1e-3, time.time() - self.began)
+        text = f"{rate:,.0f} tokens/s, cache {self.page_pool.used / self.page_pool.num_pages:.0%}"
+        if self.left > 0 and self.tokens > tokens > 0:
+            text += f", at most {self.format_interval(self.left / rate)} more"
+        errors = f", {self.errors} with errors" if self.errors else ""
+        self.set_postfix_str(text + errors, refresh=False)
+        self.update(len(done))

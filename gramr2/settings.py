@@ -27,6 +27,7 @@ from gramr2.files import InputError
 # Settings that a run may be continued under with other values: they change how, not what, it computes.
 FREE = {"device", "dtype", "threads", "fsdp_size", "recompute", "compile", "token_budget"}
 FREE |= {"save_steps", "save_minutes", "side_by_side", "running"}
+PROMPTS = ("long", "short")
 DTYPES = ("auto", "float32", "bfloat16")
 PAIRS_PER_CALL = 64  # pairs of one generate call: enough to fill a batch, little to do again after a kill
 PAIRS_ON_CUDA = 512  # there a batch is wider (requests.running_on_cuda), and the work is sooner done again
@@ -34,6 +35,13 @@ PAIRS_ON_CUDA = 512  # there a batch is wider (requests.running_on_cuda), and th
 
 SEEDS: dict[str, Any] = {"low": 0, "high": 2**63 - 1}
 SHARE: dict[str, Any] = {"low": 0, "high": 1}
+# How answers are drawn, by the names that a generation_config.json has for it.
+SAMPLING: dict[str, tuple[Any, dict[str, Any]]] = {
+    "temperature": (float, {"low": 0, "high": 100}),
+    "top_p": (float, {"above": 0, "high": 1}),
+    "top_k": (int, {"low": 0, "high": 10**9}),
+    "max_new_tokens": (int, {"low": 1, "high": 10**7}),
+}
 
 
 def pairs_per_call(device: str) -> int:
@@ -56,6 +64,8 @@ def check_limits(settings: Any) -> None:
 @dataclass(frozen=True)
 class TrainSettings:
     """One training stage. The objective is the stage's; what is here holds for all, or names its stage."""
+
+    lr_share = 1.0  # of the rate that suits a model (recipes.suited_lr)
 
     batch_size: int = setting(16, "examples per optimizer step, over all ranks together", low=1, high=10**6)
     epochs: float = setting(1.0, "how often each example is seen; a fraction is allowed", low=0, high=10**6)
@@ -83,6 +93,12 @@ class TrainSettings:
     beta2: float = setting(0.95, "AdamW: memory of its square", low=0, below=1)
     clip: float = setting(1.0, "largest norm of the gradient; 0 leaves it as it is", low=0)
 
+    prompt: str = setting(
+        "long",
+        "which of this project's prompts a model gets that brings none: long, or short (a third of it, for "
+        "small models)",
+        among=PROMPTS,
+    )
     label_smoothing: float = setting(
         0.0, "generative, as GRAM: the wrong letter's share of the target", **SHARE
     )

@@ -137,7 +137,7 @@ class Stage:
     tables: tuple[str, ...]  # of a recipe, in the order in which they lie over [train]
     template: str | None = None  # which prompt is shown: "judge", "prover", or none
     hides: bool = False  # whether `Draws` say what an example does not show
-    own_prompt: str | None = None  # takes the place of this project's prompt, which asks for a rationale
+    own_prompt: str = ""  # this project's prompt for it (prompts.own_template), where that is another
     objective: str = "likelihood"  # what is minimised: a name of loss.OBJECTIVES
     head: str = "vocabulary"  # or "scalar"
     start: str = "backbone"  # the model that it begins from: a field of settings.Sources
@@ -161,7 +161,7 @@ STAGES = {
     ),
     "generative": Stage(
         "generative", "equation 1: the label alone", label_example,
-        data="labelled", tables=("train.generative",), template="judge", own_prompt=prompts.LABEL_PROMPT,
+        data="labelled", tables=("train.generative",), template="judge", own_prompt="label",
         objective="label likelihood",
     ),
     "discriminative": Stage(

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from gramr2 import denoise, fit, parallel
 from gramr2.data import Store
 from gramr2.denoise import RationaleFilter
-from gramr2.files import InputError, JsonRow, publish_rows
+from gramr2.files import InputError, JsonRow, publish_rows, read_rows
 from gramr2.judge import RewardModel
 from gramr2.prover import Prover, as_rationale
 from gramr2.records import Judgment, Pair
@@ -183,10 +183,21 @@ class Run:
                 step.close(self.ranks.on_rank_0(lambda: split_kept_and_dropped(step)))
         counts = self.directory.counts[name]
         if not counts["kept"]:
-            most = max(counts["dropped"].items(), key=lambda item: item[1], default=("nothing came in", 0))
+            most, count = max(
+                counts["dropped"].items(), key=lambda each: each[1], default=("nothing came in", 0)
+            )
+            dropped = (row["reason"] for row in read_rows(step.path / "dropped.jsonl"))
+            reasons = Counter(reason for reason in dropped if reason.startswith(most))
+            why = f"“{reasons.most_common(1)[0][0]}”" if reasons else most
+            remedy = "loosen that filter, or switch it off (--without)"
+            if "no readable vote" in why or "no label" in why:
+                remedy = (
+                    "train the judge longer ([train.reward] in the recipe), for it does not write verdicts "
+                )
+                remedy += "yet, or give its answers more room (--judge-tokens)"
             raise NothingKept(
-                f"{name}: none of {counts['in']} pairs was kept; most were dropped by {most[0]} ({most[1]}); "
-                "the model before is the last. Loosen that filter, or switch it off (--without), in a new run"
+                f"{name}: none of {counts['in']} pairs was kept; most were dropped by {most} ({count}), as "
+                f"{why}; the model before is the last. In a new run, {remedy}"
             )
         return step.path / "kept.jsonl"
 

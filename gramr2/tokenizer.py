@@ -19,6 +19,7 @@ It leaves out: training tokenizers, sentencepiece models without a `tokenizer.js
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from tokenizers import pre_tokenizers
 from gramr2.chat_templates import compile_template
 from gramr2.fields import Fields
 from gramr2.files import InputError, need, open_file, parse_json, read_json
+from gramr2.settings import SAMPLING
 
 FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
 FILES += ["generation_config.json", "vocab.json", "merges.txt"]
@@ -71,12 +73,17 @@ class Tokenizer:
         self._config = self._fields("tokenizer_config.json")
         self._generation = self._fields("generation_config.json")
         self._specials = self._fields("special_tokens_map.json")
+        self._model = self._fields("config.json")
 
     @classmethod
     def load(cls, directory: str | Path, date: str | None = None) -> Tokenizer:
         """`date` ("2026-01-31") pins what a template prints as today."""
+        need(Path(directory).is_dir(), f"{directory}: no such model directory; download or train one first")
         present = [name for name in FILES if (Path(directory) / name).exists()]
         need("tokenizer.json" in present, f"{directory}: holds no tokenizer.json")
+        # Without its configuration, the model's says which tokens begin and end a text.
+        if "tokenizer_config.json" not in present and (Path(directory) / "config.json").exists():
+            present.append("config.json")
         files = {}
         for name in present:
             if name.endswith(".json") and name != "tokenizer.json":  # which its library reads
@@ -105,7 +112,8 @@ class Tokenizer:
                 return fields.object(name).get("content", str)
             if text := fields.get(name, str, ""):
                 return text
-        return None
+        ids = self._model.get(f"{name}_id", tuple[int, ...], (), low=0)
+        return self._fast.id_to_token(ids[0]) if ids else None
 
     @cached_property
     def bos_id(self) -> int | None:
@@ -199,10 +207,28 @@ class Tokenizer:
         known = self._fast.get_vocab()
         return bytes(byte for letter, byte in zip(letters, order, strict=True) if letter not in known)
 
+    @cached_property
+    def _document_start(self) -> list[int]:
+        """What the tokenizer puts before a text that stands by itself: BOS, or nothing. Its configuration
+        says so, or else the post-processor in tokenizer.json."""
+        if (add := self._config.get("add_bos_token", bool | None, None)) is not None:
+            return [self.bos_id] if add and self.bos_id is not None else []
+        probe = self._frame.encode("a", add_special_tokens=True)
+        added = zip(probe.ids, probe.special_tokens_mask, strict=True)
+        return [i for i, _ in itertools.takewhile(lambda each: each[1], added)]
+
     def encode_document(self, text: str) -> list[int]:
-        """Ids of a text that stands by itself: with BOS where the tokenizer has one, and exactly one."""
-        ids, add = self.encode(text), self._config.get("add_bos_token", bool, True)
-        return ids if self.bos_id is None or not add else [self.bos_id, *ids]
+        """Ids of a text that stands by itself, begun as the tokenizer begins one."""
+        return [*self._document_start, *self.encode(text)]
+
+    @cached_property
+    def sampling(self) -> dict[str, float]:
+        """How the checkpoint wants to be sampled, where its generation_config.json says so."""
+        if not self._generation.get("do_sample", bool, True):
+            return {}
+        read = self._generation.get
+        found = {name: read(name, kind | None, None, **limits) for name, (kind, limits) in SAMPLING.items()}
+        return {name: value for name, value in found.items() if value is not None}
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """What ids say: without those of beginning, end and filling. Others are words, as <filename> is."""
@@ -215,12 +241,14 @@ class Tokenizer:
     def _template(self):
         source = self.files.get("chat_template.jinja", b"").decode("utf-8", "replace")
         if not source and isinstance(self._config.row.get("chat_template"), list):
-            named = map(Fields, self._config.get("chat_template", tuple[dict, ...]))
+            templates = self._config.get("chat_template", tuple[dict, ...])
+            named = [Fields(each, f"{self._config.where}chat_template: ") for each in templates]
             by_name = {each.get("name", str): each.get("template", str) for each in named}
             source = by_name.get("default", "")  # the conversation's, of several
         elif not source:
             source = self._config.get("chat_template", str, "")
-        need(source != "", f"{self.where}: no chat template (chat_template.jinja, tokenizer_config.json)")
+        lacks = f"{self.where}: no chat template; copy the checkpoint's chat_template.jinja, or the "
+        need(source != "", f"{lacks}tokenizer_config.json that holds it, into the directory")
         try:
             return compile_template(source, self.date)
         except Exception as error:  # jinja2's syntax errors have several bases
@@ -232,8 +260,9 @@ class Tokenizer:
                 variables[name] = text
         turns = [dict(message) for message in messages]
         variables |= {"messages": turns, "add_generation_prompt": add_generation_prompt}
+        template = self._template
         try:
-            text = self._template(sum(len(text) for turn in turns for text in turn.values()), **variables)
+            text = template(sum(len(text) for turn in turns for text in turn.values()), **variables)
             text.encode()  # half a character is none
             return text
         except Exception as error:  # a template may raise anything

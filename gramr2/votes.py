@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gramr2 import prompts
 from gramr2.engine import Engine
@@ -101,9 +101,12 @@ class Voter:
 
     def judgments(
         self, pairs: Sequence[Pair], count: int, seed: int,
-        temperature: float, max_new_tokens: int, progress: bool,
+        max_new_tokens: int, **sampling: Any,
     ) -> list[Judgment | InputError]:  # fmt: skip
-        """Each pair by `count` votes, all from one generate call; by none on identical responses."""
+        """Each pair by `count` votes, all from one generate call; by none on identical responses.
+
+        `sampling` goes to it: temperature, top_p, top_k, progress.
+        """
         found: list[list[Vote] | InputError] = []
         asked: list[tuple[Query, list[Vote]]] = []  # with the list that its votes go to
         room = self.model.config.max_positions
@@ -125,12 +128,11 @@ class Voter:
             [query.ids for query, _ in asked],
             n=max(1, count // 2),
             max_new_tokens=[min(max_new_tokens, room - len(query.ids)) for query, _ in asked],
-            temperature=temperature,
             watch=self.letters,
             seed=seed,
             keys=[query.key for query, _ in asked],
-            progress=progress,
             engine=self.engine,
+            **sampling,
         )
         for (query, ballot), samples in zip(asked, answers, strict=True):
             for number, sample in enumerate(samples):

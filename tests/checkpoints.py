@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from gramr2 import weights
 from gramr2.model import Decoder, Llama3Rope, ModelConfig
@@ -114,6 +114,9 @@ def tokenizer_files(kind: str, vocab_size: int = 300, corpus: list[str] = CORPUS
     )
     fast.train_from_iterator(corpus, trainer)
     fast.add_special_tokens([*filter(None, (bos, eos)), *others])
+    if bos:  # as published: a text that stands by itself begins with it
+        begun = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, fast.token_to_id(bos))])
+        fast.post_processor = begun
     config = {"bos_token": bos, "eos_token": eos, "chat_template": template}
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     generation = {"eos_token_id": [fast.token_to_id(others[-1]), fast.token_to_id(eos)]}

@@ -1,5 +1,6 @@
 """What each stage trains on: prompts and targets, in either order, with and without the condition."""
 
+import shutil
 from collections import Counter
 
 import pytest
@@ -48,6 +49,18 @@ def test_the_discriminative_stage_reads_both_answers_to_their_last_token(world):
     chosen, rejected = (pair.response_a, pair.response_b)[:: 1 if pair.label == "A" else -1]
     assert said[0].endswith(chosen + "<|eot_id|>") and said[1].endswith(rejected + "<|eot_id|>")
     assert better.start == len(better.ids) and builder(0, 0, "A").units == 1
+
+
+def test_a_short_prompt_is_taken_where_the_model_brings_none(world):
+    """A setting must not take a prompt from a checkpoint that was trained on it."""
+    bare = world[0].parent / "bare"
+    shutil.copytree(world[0], bare, ignore=shutil.ignore_patterns("*_prompt.txt"))
+    for stage, kind in ("reward", "judge"), ("generative", "label"), ("prover", "prover"):
+        for size in "long", "short":
+            template = builder_of(stage, (bare, world[1]), prompt=size).frame.template
+            assert template == prompts.own_template(kind, size)
+    own = (world[0] / "judge_prompt.txt").read_text()
+    assert builder_of("reward", world, prompt="short").frame.template == own
 
 
 def test_pretraining_reads_text_whole_and_responses_after_their_prompt(world, tmp_path):

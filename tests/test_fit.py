@@ -302,7 +302,8 @@ def test_long_rows_are_dropped_and_counted(world, tmp_path):
     lengths = sorted(builder_of("reward", world).plain(i).length for i in range(48))
     limit = lengths[30]
     figures = train(tmp_path / "out", world, steps=1, max_length=limit)
-    assert figures["dropped"] == {"longer than max_length": sum(n > limit for n in lengths)}
+    reason = f"longer than max_length {limit} (the longest has {lengths[-1]} tokens)"
+    assert figures["dropped"] == {reason: sum(n > limit for n in lengths)}
 
 
 @pytest.mark.parametrize(
@@ -314,7 +315,7 @@ def test_long_rows_are_dropped_and_counted(world, tmp_path):
         ("pretrain", [{"words": "x"}], 'neither "text" nor "prompt" and "response"'),
         ("reward", [{"question": "q", "response_a": "a", "label": "A"}], 'row 1: no field "response_b"'),
         ("reward", [{"question": "q " * 900, "response_a": "a", "response_b": "b", "label": "A",
-                     "rationale": next(sums(1))["rationale"]}], "longer than max_length"),
+                     "rationale": next(sums(1))["rationale"]}], "longer than max_length 700 (the longest"),
     ],
 )  # fmt: skip
 def test_data_that_cannot_be_trained_on_is_said_in_one_line_before_training(

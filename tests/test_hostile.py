@@ -558,11 +558,12 @@ def test_no_votes_for_a_side_never_make_it_the_better_one():
 
 
 def test_a_ranking_without_a_readable_vote_names_no_winner(model, tmp_path, capsys):
-    """And says why nothing could be read, and how it ends."""
+    """And says why nothing could be read, what one wrote, and what to do."""
     (tmp_path / "b.json").write_text(json.dumps({"question": "q", "responses": ["x", "y", "z"]}))
     words = ["--rank", tmp_path / "b.json", "--model", model, "--max-new-tokens", 4, "--votes", 1]
     status, out, _ = run(capsys, *words)
-    assert status == 0 and "No winner" in out and "unreadable: cut at the length limit; one ends" in out
+    assert status == 0 and "No winner" in out and "unreadable: cut at the length limit; one reads" in out
+    assert "--format label" in out
     assert json.loads(run(capsys, *words, "--json")[1])["best"] is None
 
 

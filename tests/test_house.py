@@ -41,7 +41,7 @@ LAYERS = [
     ["gramr2.extras"],
     ["train", "selftrain", "infer"],
 ]
-BUDGET = {"core": 5400, "kernels": 1050, "extras": 2830}
+BUDGET = {"core": 5650, "kernels": 1050, "extras": 3100}
 LARGEST = 350  # lines of code of one file of the core
 
 
@@ -225,7 +225,8 @@ COMMANDS = {
     "selftrain.py": ["--iters", "--recipe", "--human", "--labelled", "--unlabelled", "--test", "--name",
                      "--seed", "--from", "--until", "--dry-run"],
     "infer.py": ["--pair", "--rank", "--pairs", "--bench", "--score", "--out", "--model", "--prompt",
-                 "--votes", "--seed", "--max-new-tokens", "--json"],
+                 "--votes", "--seed", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--limit",
+                 "--json"],
 }  # fmt: skip
 
 

@@ -96,6 +96,9 @@ def test_a_bad_pair_is_one_line_and_status_2(name, model, tmp_path, capsys):
         (["--pairs", "a.json", "--out", "a.json/b", "--model", "MODEL", "--format", "label"], "a.json"),
         (["--pairs", "a.json", "--out", "5.jsonl", "--model", "MODEL", "--format", "label"], "row 1"),
         (["--score", "ppe", "a.json"], 'no field "scores"'),
+        (["--pair", "a.json", "--model", "nowhere"], "nowhere: no such model directory"),
+        (["--pair", "a.json", "--model", "MODEL", "--top-p", "0"], "--top-p"),
+        (["--pair", "a.json", "--model", "MODEL", "--limit", "3"], "--limit goes with"),
         (["--nosuch"], "--help"),
         (["--calibrate", "a.json", "--model", "."], "not a model directory"),
         (["--calibrate", "a.json", "--model", "MODEL"], 'no field "pair"'),
@@ -117,9 +120,60 @@ def test_bad_words_are_one_line_and_status_2(words, expected, model, tmp_path, c
 def test_no_preference_is_told_from_an_answer_that_cannot_be_read():
     pair = Pair((("user", "q"),), "one", "two")
     known = {"label": None, "p_a": 0.5, "orders_agree": None, "rationale": None, "details": (), "forged": ()}
+    known["judge"] = {"format": "think"}
     for votes, said in (((0, 0, 0), "scores are equal"), ((1, 1, 0), "tied"), ((0, 0, 2), "could be read")):
         judgment = known | {"votes": dict(zip(("A", "B", "none"), votes, strict=True))}
         assert said in judgment_text(pair, judgment).splitlines()[0]
+
+
+def test_where_nothing_could_be_read_it_says_why_with_an_example_and_what_to_do(model, tmp_path, capsys):
+    """In a terminal, and in a line no longer than a screen holds: a model may write anything."""
+    pair = Pair((("user", "q"),), "one", "two")
+    texts = ["I am\nnot a judge" + " at all" * 400 + "\x1b[2J", "The second."]
+    details = [{"label": None, "reason": "no answer", "text": text} for text in texts]
+    row = {"label": None, "p_a": 0.5, "orders_agree": None, "rationale": None, "forged": ()}
+    row |= {"votes": {"A": 0, "B": 0, "none": 2}, "details": details, "judge": {"format": "think"}}
+    said = judgment_text(pair, row)
+    assert "2 unreadable: no answer; one reads “I am not a judge at all" in said and "\x1b" not in said
+    assert max(map(len, said.splitlines())) < 250
+    assert "--format label" in said and "train.py --stage reward" in said
+    one_read = row | {"details": [*details, {"label": "A", "reason": "", "text": ""}]}
+    assert "What to do" not in judgment_text(pair, one_read)
+    source, out = (
+        write(tmp_path / "in.jsonl", [{"question": "q", "response_a": "x", "response_b": "y"}] * 3),
+        tmp_path / "o",
+    )
+    words = ("--pairs", source, "--model", model, "--out", out, "--max-new-tokens", 3, "--limit", 2)
+    status, _, err = run(capsys, *words)
+    assert status == 0 and len(read(out)) == 2
+    assert "no answer could be read" in err and "4 unreadable: cut at the length limit" in err
+
+
+def test_votes_are_drawn_as_the_flags_say_or_else_the_checkpoint(tmp_path, capsys):
+    """What the checkpoint's authors found to work is the default, and each row says how it was drawn."""
+    place = make_checkpoint(tmp_path / "model", "qwen3", max_positions=600)
+    (place / "judge_prompt.txt").write_text(PROMPT)
+    path = place / "generation_config.json"
+    own = json.loads(path.read_text())
+    write(tmp_path / "a.json", [pair(1)])
+
+    def drawn(*words, **config):
+        path.write_text(json.dumps(own | config))
+        status, out, err = run(capsys, "--pair", tmp_path / "a.json", "--model", place, "--json", *words)
+        assert status == 0
+        judge = json.loads(out)["judge"]
+        return [judge.get(name) for name in ("temperature", "top_p", "top_k", "max_new_tokens")], err
+
+    cut = ("--max-new-tokens", 2)
+    assert drawn(*cut)[0] == [1.0, None, None, 2]  # as ever
+    found, err = drawn(*cut, temperature=0.7, top_p=0.8, top_k=20)
+    assert found == [0.7, 0.8, 20, 2]
+    assert "16 x 2 tokens at most" in err and "(temperature, top_p, top_k: the checkpoint's" in err
+    assert drawn(*cut, "--top-k", 5, "--temperature", 2, temperature=0.7, top_p=0.8)[0] == [2.0, 0.8, 5, 2]
+    assert drawn(*cut, "--votes", 1, temperature=0.7, top_p=0.8)[0] == [0.0, None, None, 2]
+    assert drawn(*cut, temperature=0.7, do_sample=False)[0] == [1.0, None, None, 2]
+    assert drawn("--votes", 1, max_new_tokens=3)[0][3] == 3
+    assert drawn("--votes", 1)[0][3] == 1024  # a small model's answers are short, or have no end
 
 
 def test_identical_responses_are_said_to_be_so(model, tmp_path, capsys):

@@ -60,11 +60,13 @@ def test_the_comparisons_of_a_policy_step_are_one_batch_for_the_sampler(monkeypa
 
 def test_a_calibration_maps_p_for_its_number_of_votes_and_leaves_one_half(monkeypatch):
     judge = planted(monkeypatch, lambda question, a, b, draw: {"good": 0.9, "bad": 0.1}.get(a, 0.8))
-    judge.calibration = {"votes": 4, "greedy": False, "p": [0.1, 0.9], "calibrated": [0.3, 0.7]}
+    judge.calibration = {"votes": 4, "greedy": False, "drawn": (1.0, 1.0, 0)}
+    judge.calibration |= {"p": [0.1, 0.9], "calibrated": [0.3, 0.7]}
     judge.calibration["judge"] = f"{judge.weights} {judge.prompt_hash}"
     assert judge.judge("q", "good", "bad", votes=4).p_a == pytest.approx(0.7)
     assert judge.judge("q", "bad", "good", votes=4).p_a == pytest.approx(0.3)
     assert judge.judge("q", "good", "bad", votes=2).p_a == pytest.approx(0.9)
+    assert not judge.calibrates(4, 0.7) and not judge.calibrates(4, 1.0, top_p=0.8)  # drawn in another way
     judge.calibration["calibrated"] = [0.31, 0.71]  # not symmetric: would move one half
     assert judge.judge("q", "x", "y", votes=4).p_a == 0.5
 

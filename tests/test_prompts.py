@@ -15,9 +15,11 @@ from gramr2.files import InputError
 from gramr2.prompts import (
     LABEL_PROMPT,
     Rationale,
+    echoes,
     judge_prompt,
     judge_target,
     label_target,
+    own_template,
     parse_rationale,
     parse_verdict,
     proof_from_rationale,
@@ -62,11 +64,55 @@ labels = st.sampled_from("AB")
 @pytest.mark.parametrize(
     "name, rendered",
     [("judge_prompt", judge_prompt(HOSTILE)), ("label_prompt", judge_prompt(HOSTILE, LABEL_PROMPT)),
-     ("prover_prompt", prover_prompt(HOSTILE)), ("judge_prompt_conversation", judge_prompt(CHAT))],
+     ("prover_prompt", prover_prompt(HOSTILE)),
+     ("judge_short_prompt", judge_prompt(HOSTILE, own_template("judge", "short"))),
+     ("label_short_prompt", judge_prompt(HOSTILE, own_template("label", "short"))),
+     ("prover_short_prompt", prover_prompt(HOSTILE, own_template("prover", "short"))),
+     ("judge_prompt_conversation", judge_prompt(CHAT))],
 )  # fmt: skip
 def test_golden_renders(name, rendered):
     """A trained model expects its prompt byte for byte: a change of wording orphans every checkpoint."""
     assert rendered.encode() == (GOLDEN / f"{name}.txt").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["judge", "label", "prover"])
+def test_the_short_prompts_are_short_and_show_the_same_form(kind):
+    """What a small model is to write must be read by the same parsers."""
+    long, short = (own_template(kind, size) for size in ("long", "short"))
+    assert len(short) < 0.4 * len(long)
+    begins = (
+        "<",
+        "Feedback:",
+        "Comparison:",
+        "Conclusion:",
+        "This argument",
+        "First, ",
+        "Second, ",
+        "Therefore",
+    )
+    form = [[line for line in each.splitlines() if line.startswith(begins)] for each in (long, short)]
+    assert [line.split()[0] for line in form[0]] == [line.split()[0] for line in form[1]] != []
+
+
+@pytest.mark.parametrize("size", ["long", "short"])
+def test_a_copy_of_the_prompts_form_is_an_echo_and_a_proof_is_none(size):
+    """By equation 5 a copy of the form was the best proof that a barely trained prover wrote (-0.03)."""
+    template = own_template("prover", size)
+    form = (
+        template[template.index("This argument") :].partition("\n\n[")[0].replace("Response X", "Response A")
+    )
+    reading = prompts.rationale_from_proof(form)
+    assert reading.label == "A" and reading.rationale  # well-formed as can be
+    assert echoes(form, template) and echoes(form.upper().replace("\n\n", " "), template)
+    said = Rationale(
+        "Response A: It does well.\nResponse B: It fails badly.",
+        "They differ in what matters.",
+        "Response A is the better response.",
+    )
+    real = proof_from_rationale(said, "A")
+    assert echoes(real, template) is None
+    # What the data say is no wording of the prompt's, and may be quoted.
+    assert echoes("one two three four five six seven eight", "{question} {response_a}") is None
 
 
 def test_targets_put_the_letter_between_newlines():

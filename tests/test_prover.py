@@ -225,6 +225,22 @@ def test_what_is_no_proof_of_the_label_is_not_eligible_and_says_why(monkeypatch)
     assert select(proofs[:6]) is None
 
 
+def test_a_proof_that_repeats_the_form_of_its_prompt_is_not_eligible(monkeypatch):
+    """A barely trained prover is sure of the form, and equation 5 picks what it is sure of."""
+    form = proof_of("A", "what it does well and what it does badly")
+    prover = scripted(
+        monkeypatch,
+        lambda question, label, number: (proof_of("A"), form)[number],
+        lambda text, n: [-0.01 if text == form else -1.0] * n,
+    )
+    (proofs,) = prove(prover, pair(), k=2)
+    assert select(proofs).text == form  # of a prompt that does not say so, it is a proof
+    prover.template = f"Write: Response A: what it does well and what it does badly. {TEMPLATE}"
+    (proofs,) = prove(prover, pair(), k=2)
+    assert [proof.ineligible for proof in proofs] == [None, "repeats the prompt's own words"]
+    assert select(proofs).text == proof_of("A")
+
+
 def test_no_eligible_proof_at_all_is_no_error(monkeypatch):
     prover = scripted(monkeypatch, lambda *_: "nothing")
     assert [select(proofs) for proofs in prove(prover, pair(), pair("r"), k=3)] == [None, None]

@@ -205,6 +205,16 @@ def test_logits_that_are_not_finite_end_that_sample_alone(value, capsys):
     assert "with errors" in capsys.readouterr().err
 
 
+def test_the_bar_moves_before_a_sample_ends_and_says_how_long_it_may_take(capsys, monkeypatch):
+    """Sixteen answers of thousands of tokens printed nothing for twenty minutes."""
+    clock = iter(range(10**6))
+    monkeypatch.setattr("tqdm.std.time", lambda: float(next(clock)))  # a second at each look
+    model = random_model("llama3")
+    generate(model, [[1, 2, 3]], n=2, max_new_tokens=[[40, 40]], stop_ids=())
+    begun = capsys.readouterr().err.split("1/2")[0].split("2/2")[0]
+    assert "0/2" in begun and "tokens/s" in begun and "more" in begun and "at most" in begun
+
+
 def test_samples_come_as_they_finish():
     model = random_model("llama2")
     limits = Limits(running=4)

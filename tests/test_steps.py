@@ -71,5 +71,12 @@ def test_what_was_filtered_does_not_depend_on_the_shards(run, tmp_path, monkeypa
 
 def test_filters_that_keep_nothing_end_the_loop_and_name_the_filter(run, tmp_path):
     source = write(tmp_path / "judged.jsonl", [judged(0, "AB")])
-    with pytest.raises(NothingKept, match="agreement"):
+    with pytest.raises(NothingKept, match=r"agreement .*orders disagree.*loosen that filter"):
+        run.filter_labels("labels", source, 1)
+
+
+def test_a_loop_whose_judge_writes_no_verdict_is_told_to_train_it(run, tmp_path):
+    """To loosen a filter would not help: nothing could be read."""
+    source = write(tmp_path / "judged.jsonl", [judged(0, "--"), judged(1, "----"), judged(2, "AB")])
+    with pytest.raises(NothingKept, match=r"no readable vote.*train the judge longer"):
         run.filter_labels("labels", source, 1)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import tokenizers
 from checkpoints import KINDS, tokenizer_files
 
 from gramr2.files import InputError
@@ -51,6 +52,44 @@ def test_exactly_one_bos(tmp_path):
     assert ours.encode_document("<|begin_of_text|>a text").count(ours.bos_id) == 1
     without, _ = pair(tmp_path, "qwen3")
     assert without.bos_id is None and without.encode_document("a") == without.encode("a")
+
+
+@pytest.mark.parametrize("single", [None, "$A", "<|begin_of_text|> $A", "<|begin_of_text|> $A <|eot_id|>"])
+@pytest.mark.parametrize("said", [{}, {"add_bos_token": True}, {"add_bos_token": False}], ids=str)
+def test_a_document_begins_as_the_tokenizer_begins_one(tmp_path, single, said):
+    """SmolLM2 names a BOS that begins no text, its turns' first token; LLaMA-3 begins every text with its
+    own. What is put behind a text is no part of its beginning."""
+    files = tokenizer_files("llama3")
+    tokenizer = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+    special = [(each, tokenizer.token_to_id(each)) for each in ("<|begin_of_text|>", "<|eot_id|>")]
+    kind = tokenizers.processors
+    of_bytes = kind.ByteLevel(trim_offsets=False)
+    begun = kind.TemplateProcessing(single=single, special_tokens=special) if single else of_bytes
+    tokenizer.post_processor = begun
+    config = json.loads(files["tokenizer_config.json"]) | said
+    ours = Tokenizer({"tokenizer.json": tokenizer.to_str().encode(),
+                      "tokenizer_config.json": json.dumps(config).encode()})  # fmt: skip
+    adds = said.get("add_bos_token", "<|begin" in (single or ""))
+    assert ours.encode_document("a text") == [ours.bos_id] * adds + ours.encode("a text")
+
+
+def test_without_its_configuration_a_tokenizer_ends_a_turn_as_the_model_says(tmp_path):
+    """Copied without tokenizer_config.json, a model is still usable: its config.json names its eos."""
+    files = tokenizer_files("qwen3")
+    config = json.loads(files.pop("tokenizer_config.json"))
+    files["chat_template.jinja"] = config["chat_template"].encode()
+    end = Tokenizer(files).id_of("<|im_end|>")
+    del files["generation_config.json"]
+    files["config.json"] = json.dumps({"eos_token_id": end}).encode()
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    ours = Tokenizer.load(tmp_path)
+    assert ours.stop_ids == (end,) and ours.example([("user", "q")], "a")[0][-1] == end
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(
+        InputError, match=r"^\S+: no chat template; copy the checkpoint's chat_template\.jinja"
+    ):
+        Tokenizer.load(tmp_path).chat(SINGLE)
 
 
 @pytest.mark.parametrize("kind", KINDS)

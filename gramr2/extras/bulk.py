@@ -22,20 +22,24 @@ from pathlib import Path
 from tqdm import tqdm
 
 from gramr2.data import Store
+from gramr2.extras.printing import unread_lines
 from gramr2.extras.row_log import RowLog, read_log
-from gramr2.files import InputError, JsonRow, need, only_writer, write_rows
+from gramr2.files import InputError, JsonRow, need, only_writer, visible, write_rows
 from gramr2.rankings import Ranking
 from gramr2.records import Judgment, Pair, nothing_read
 from gramr2.run_directory import finished_runs, model_of
 from gramr2.settings import pairs_per_call
 
 ROW = b'{"id": '  # what a judged row begins with
+SMALL, SHORT_ANSWER, LONG_ANSWER = 10**9, 1024, 4096  # a model of fewer parameters; most tokens of an answer
+NEUTRAL = (("top_p", 1.0), ("top_k", 0))  # go without saying
 Item = Pair | JsonRow  # of bulk work: a pair, or one of a benchmark's lists
 
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """What the command line says of the judge. No model: the newest run's."""
+    """What the command line says of the judge. No model: the newest run's. `drawn`: how answers are to be
+    drawn (settings.SAMPLING), where it says so."""
 
     model: Path | None
     prompt: Path | None
@@ -43,9 +47,9 @@ class JudgeSettings:
     device: str
     dtype: str
     votes: int
-    temperature: float
     seed: int
-    max_new_tokens: int
+    greedy: bool  # where nothing else is said
+    drawn: JsonRow
 
 
 def newest_model() -> Path:
@@ -74,15 +78,38 @@ class Judge:
         format = None if settings.format is None else format_named(settings.format)
         self.model = RewardModel.load(directory, device, dtype, settings.prompt, format)
         self.model.keep_engine()
-        names = ("votes", "seed", "max_new_tokens", "temperature")
-        self.sampling: JsonRow = {name: getattr(settings, name) for name in names}
-        calibrated = self.model.calibrates(settings.votes, settings.temperature)
-        self.judged_with = {"model": str(directory), "format": self.model.format.name, **self.sampling}
+        drawn = self.how_to_draw(settings)
+        self.sampling: JsonRow = {"votes": settings.votes, "seed": settings.seed, **drawn}
+        calibrated = self.model.calibrates(
+            settings.votes, drawn["temperature"], drawn["top_p"], drawn["top_k"]
+        )
+        stated = {name: value for name, value in self.sampling.items() if (name, value) not in NEUTRAL}
+        self.judged_with = {"model": str(directory), "format": self.model.format.name, **stated}
         self.judged_with |= {"prompt": self.model.prompt_hash}
         self.judged_with["calibrated"] = calibrated and self.model.calibration_hash
         if self.model.calibration and not calibrated:
-            fitted = "{votes} votes, greedy: {greedy}".format_map(self.model.calibration)
+            fitted = "{votes} votes, greedy: {greedy}, drawn: {drawn}".format_map(self.model.calibration)
             print(f"warning: not calibrated: the calibration is for {fitted}, of its judge", file=sys.stderr)
+
+    def how_to_draw(self, settings: JudgeSettings) -> JsonRow:
+        """As the command line says, or else the checkpoint, or else we; and says so, with the most that it
+        costs."""
+        writes, model = self.model.format.parse is not None, self.model.model
+        is_small = sum(each.numel() for each in model.parameters()) < SMALL
+        usual: JsonRow = {"temperature": float(not settings.greedy), "top_p": 1.0, "top_k": 0}
+        usual["max_new_tokens"] = SHORT_ANSWER if writes and is_small else LONG_ANSWER
+        asked = ("max_new_tokens",) if settings.greedy else tuple(usual)
+        own = self.model.tokenizer.sampling if writes else {}
+        own = {name: own[name] for name in asked if name in own and name not in settings.drawn}
+        drawn = usual | own | settings.drawn
+        if writes:
+            how = "temperature {temperature:g}, top-p {top_p:g}, top-k {top_k}".format_map(drawn)
+            how = how if drawn["temperature"] else "greedy"
+            how += f" ({', '.join(own)}: the checkpoint's generation_config.json)" if own else ""
+            most = min(drawn["max_new_tokens"], model.config.max_positions)
+            cost = f"{settings.votes} x {most:,} tokens at most, less where the prompt leaves less room"
+            print(f"votes: each pair takes {cost}; {how}", file=sys.stderr)
+        return drawn
 
     def sign_rows(self) -> None:
         """Rows say from now on which weights they are of: a file of them may meet others under one name."""
@@ -93,11 +120,11 @@ class Judge:
     def rows(self, items: Sequence[Item]) -> Iterator[JsonRow]:
         """The row of each pair, or of each of a benchmark's lists: a failure is a row with the reason."""
         pairs = [item for item in items if isinstance(item, Pair)]
-        for pair, judgment in self.model.judge_many(pairs, **self.sampling, progress=False):
+        for pair, judgment in self.model.judge_many(pairs, **self.sampling):
             yield {"id": pair.id, "pair": pair.to_json()} | self.outcome(judgment)
         lists = [item for item in items if not isinstance(item, Pair)]
         contests = [(item["question"], item["responses"]) for item in lists]
-        rankings = self.model.contests(contests, "linear", False, **self.sampling, progress=False)
+        rankings = self.model.contests(contests, "linear", False, **self.sampling)
         for item, ranking in zip(lists, rankings, strict=True):
             yield {"id": item["id"], "scores": item["scores"]} | self.outcome(ranking)
 
@@ -107,12 +134,16 @@ class Judge:
         return found.to_json() | {"judge": self.judged_with}
 
 
-def judge_into(out: Path, settings: JudgeSettings, source: Store | list[Item], path: Path) -> dict[str, int]:
+def judge_into(
+    out: Path, settings: JudgeSettings, source: Store | list[Item], path: Path, limit: int | None = None
+) -> dict[str, int]:
     """Appends rows call by call. What succeeded before stays, what failed is tried again.
 
-    `path` is where `source` was read from. Nothing judged is an error, and not an empty result.
+    `path` is where `source` was read from; `limit`: only so many of its first rows. Nothing judged is an
+    error, and not an empty result.
     """
     need(len(source) > 0, f"{path}: holds no row")
+    size = min(len(source), limit or len(source))
     need(not (out.exists() and out.samefile(path)), f"{out}: is what is to be judged; give another --out")
     with only_writer(out):
         for _ in judged_rows(out):  # before the model, which takes its time
@@ -121,26 +152,32 @@ def judge_into(out: Path, settings: JudgeSettings, source: Store | list[Item], p
         judge.sign_rows()
         done = keep_finished(out, judge.judged_with)
         unreadable: list[JsonRow] = []
-        waiting = pending(source, done, unreadable)
+        waiting = pending(source, size, done, unreadable)
         per_call = pairs_per_call(judge.model.model.head_weight.device.type)
         counts = {"judged": 0, "before": done.total(), "failed": 0, "unread": 0, "forged": 0}
-        with RowLog(out, ROW) as log, tqdm(total=len(source), unit="pair", disable=None) as bar:
+        unread: list[JsonRow] = []  # the votes of one pair of which none could be read
+        with RowLog(out, ROW) as log, tqdm(total=size, unit="pair") as bar:
             bar.update(done.total())
             while together := list(islice(waiting, per_call)):
                 rows = list(judge.rows(together))
                 for row in rows:
                     log.write(row)
                     counts["failed" if "error" in row else "judged"] += 1
-                    counts["unread"] += "votes" in row and nothing_read(row["votes"])
+                    if "votes" in row and nothing_read(row["votes"]):
+                        counts["unread"] += 1
+                        unread = unread or row["details"]
                     counts["forged"] += bool(row.get("forged"))
                 log.sync()
                 bar.update(len(rows))
             for row in unreadable:
                 log.write(row | {"judge": judge.judged_with})
     counts["failed"] += len(unreadable)
+    if counts["unread"] == counts["judged"] > 0:
+        print("warning: no answer could be read; the first pair's:", file=sys.stderr)
+        print(*map(visible, unread_lines(unread, judge.model.format.name)), sep="\n", file=sys.stderr)
     if not counts["judged"] + counts["before"]:
         reason = next(row["error"] for row in judged_rows(out) if "error" in row)
-        raise InputError(f"{path}: none of {len(source)} rows could be judged; the first: {reason}")
+        raise InputError(f"{path}: none of {size} rows could be judged; the first: {reason}")
     return counts
 
 
@@ -162,7 +199,8 @@ def keep_finished(path: Path, judged_with: JsonRow) -> Counter[bytes]:
             failed = True
             continue
         was = row["judge"]
-        other = [f"{k} {was.get(k)}, now {now}" for k, now in judged_with.items() if was.get(k) != now]
+        differ = [name for name in {**was, **judged_with} if was.get(name) != judged_with.get(name)]
+        other = [f"{name} {was.get(name)}, now {judged_with.get(name)}" for name in differ]
         if other:
             raise InputError(f"{path}: row {number} was judged with {'; '.join(other)}; give another --out")
         if "pair" in row:
@@ -173,10 +211,13 @@ def keep_finished(path: Path, judged_with: JsonRow) -> Counter[bytes]:
     return done
 
 
-def pending(source: Store | list[Item], done: Counter[bytes], unreadable: list[JsonRow]) -> Iterator[Item]:
-    """What is still to be judged, as often as it stands there; `unreadable` is given what is no pair."""
+def pending(
+    source: Store | list[Item], size: int, done: Counter[bytes], unreadable: list[JsonRow]
+) -> Iterator[Item]:
+    """What of the first `size` is still to be judged, as often as it stands there; `unreadable` is given what
+    is no pair."""
     met: Counter[bytes] = Counter()
-    for place in range(len(source)):
+    for place in range(size):
         try:
             item = source[place]
             key = key_of(item)

@@ -314,10 +314,11 @@ def fit_calibrator(rows: Iterable[JsonRow]) -> JsonRow:
         while len(blocks) > 1 and blocks[-2][0] * blocks[-1][2] >= blocks[-1][0] * blocks[-2][2]:
             last = blocks.pop()
             blocks[-1] = [one + two for one, two in zip(blocks[-1], last, strict=True)]
-    least = 1 / (len(rows) + 2)
+    least, judge = 1 / (len(rows) + 2), _settings(rows[0])
     return {
         "votes": votes.pop(),
-        "greedy": not _settings(rows[0]).get("temperature"),
+        "greedy": not judge.get("temperature"),
+        "drawn": [judge.get("temperature", 1.0), judge.get("top_p", 1.0), judge.get("top_k", 0)],
         "pairs": len(rows),
         "p": [total / count for _, total, count in blocks],
         "calibrated": [min(max(truths / count, least), 1 - least) for truths, _, count in blocks],

@@ -16,6 +16,8 @@ REWARDS = ("pairwise", "tournament", "scalar")  # see policy.py
 class PolicySettings(TrainSettings):
     """A stage whose examples the model draws itself. batch_size counts rollouts."""
 
+    lr_share = 0.2
+
     group: int = setting(
         8, "policy: rollouts of each prompt; their rewards are compared with each other", low=2, high=10**4
     )

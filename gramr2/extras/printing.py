@@ -12,7 +12,12 @@ from gramr2.files import JsonRow, visible
 from gramr2.rankings import Ranking
 from gramr2.records import UNDECIDED, Pair, show
 
-ENDING = 60  # characters of an unreadable answer that are shown
+EXCERPT = 150  # characters of an unreadable answer that are shown
+UNTRAINED = (
+    "  What to do: ask for the letter alone, which any model can give (--format label); give answers\n"
+    "  that were cut more room (--max-new-tokens); or train the model to judge:\n"
+    "  python train.py --stage reward --model DIR --data PAIRS-WITH-RATIONALES.jsonl"
+)
 
 
 def judgment_text(pair: Pair, judgment: JsonRow) -> str:
@@ -29,7 +34,7 @@ def judgment_text(pair: Pair, judgment: JsonRow) -> str:
         lines = [f"Response {label} is better (probability {sure:.2f})"]
     if sum(votes.values()):
         lines.append(f"votes: {votes['A']} for A, {votes['B']} for B, {votes['none']} unreadable")
-    lines += unread_lines(judgment["details"])
+    lines += unread_lines(judgment["details"], judgment["judge"]["format"])
     lines += forged_lines([judgment["forged"]])
     if judgment["rationale"]:
         lines += ["", show(judgment["rationale"])]
@@ -41,18 +46,27 @@ def forged_lines(forged: Iterable[Sequence[str]]) -> Iterator[str]:
         yield f"warning: {where}: holds a line of the judge's own prompt, and may speak in its name"
 
 
-def unread_lines(votes: Sequence[JsonRow]) -> Iterator[str]:
-    """Why votes could not be read, how often, and how one of each kind ends."""
+def unread_lines(votes: Sequence[JsonRow], format: str) -> Iterator[str]:
+    """Why votes could not be read, how often, and one of each kind; and what to do where none could."""
     unread: dict[str, list[str]] = {}
     for vote in votes:
         if vote["label"] is None:
             unread.setdefault(vote["reason"], []).append(vote["text"])
     for reason, texts in unread.items():
-        end = " ".join(texts[0].split())[-ENDING:]
-        yield f"  {len(texts)} unreadable: {reason}" + (f'; one ends "…{end}"' if end else "")
+        text = excerpt(texts[0])
+        yield f"  {len(texts)} unreadable: {reason}" + (f"; one reads “{text}”" if text else "")
+    if unread and format != "label" and all(vote["label"] is None for vote in votes):
+        yield UNTRAINED
 
 
-def ranking_lines(ranking: Ranking, responses: Sequence[str]) -> Iterator[str]:
+def excerpt(text: str) -> str:
+    """On one line, and without its middle where it is long."""
+    line = " ".join(text.split())
+    half = EXCERPT // 2
+    return line if len(line) <= EXCERPT else f"{line[:half].rstrip()} […] {line[-half:].lstrip()}"
+
+
+def ranking_lines(ranking: Ranking, responses: Sequence[str], format: str) -> Iterator[str]:
     if ranking.best is None:
         yield "No winner: no comparison came to a verdict. The responses stand in the order given."
     else:
@@ -62,6 +76,7 @@ def ranking_lines(ranking: Ranking, responses: Sequence[str]) -> Iterator[str]:
     counts = f"{ranking.comparisons} comparisons in {ranking.rounds} batches, {ranking.undecided}"
     yield f"{counts} without a preference"
     yield from forged_lines(each.forged for each in ranking.answers.values())
-    yield from unread_lines([asdict(vote) for each in ranking.answers.values() for vote in each.details])
+    votes = (asdict(vote) for each in ranking.answers.values() for vote in each.details)
+    yield from map(visible, unread_lines(list(votes), format))
     for i, j, p in ranking.overruled:
         yield f"intransitive: {i + 1} was preferred to {j + 1} (p {p:.2f}), which surer answers overrule"
