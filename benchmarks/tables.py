@@ -442,6 +442,39 @@ def toy(result):
     return f"{about}{where(result['environment'])}\n\n{grid(header, lines)}"
 
 
+@table("signals", "signals", "python benchmarks/signals.py")
+def signals(result):
+    """A table for each data set: what knows a wrong label, best first."""
+    parts = []
+    for name, found in result["data"].items():
+        lines = []
+        for signal, each in sorted(found["signals"].items(), key=lambda item: -item[1]["area"]):
+            seeds = each["by seed"].values()
+            spans = ", ".join(f"{seed['area']:.2f} [{seed['low']:.2f}, {seed['high']:.2f}]" for seed in seeds)
+            kept = [sum(seed[f"kept at {share}%"] for seed in seeds) / len(seeds) for share in (5, 10)]
+            lines.append((signal, f"{each['area']:.3f}", spans, *(f"{share:.0f}%" for share in kept)))
+        of = ", ".join(f"seed {seed}: {wrong} of {pairs}" for seed, (pairs, wrong) in found["pairs"].items())
+        header = "signal", "area", "by seed [95% interval]", "kept at 5% wrong", "at 10%"
+        parts.append(f"*{name}*; wrong labels, {of}. {where(found['environment'])}\n\n{grid(header, lines)}")
+    return "\n\n".join(parts)
+
+
+def by_domain(result):
+    """A study's rows with their accuracy in each domain."""
+    domains = result["by domain"]
+    lines = [
+        (row, spread(figures), *(spread(domains[name][row]) for name in domains), figures["seeds"])
+        for row, figures in result["accuracy"].items()
+    ]
+    about = f"Seeds {', '.join(map(str, result['seeds']))}; per cent of the held-out pairs. "
+    return f"{about}{where(result['environment'])}\n\n{grid(('', 'all', *domains, 'seeds'), lines)}"
+
+
+CONVINCING = "python benchmarks/study.py --recipe recipes/convincing"
+table("convincing", "convincing", f"{CONVINCING}.toml --seeds 0-2", THERE)(by_domain)
+table("convincing-cpu", "convincing-cpu", f"{CONVINCING}-cpu.toml --seeds 0")(by_domain)
+
+
 @table("toy-cuda", "toy_cuda", "python selftrain.py --iters 3", THERE)
 def toy_cuda(result):
     lines = [

@@ -196,6 +196,7 @@ class SelfTrainSettings:
     keep_candidates: bool = setting(False, "write down all k proofs of every pair, not of a few alone")
     mix_human: bool = setting(False, "every judge also trains on the human rationales, in every arm alike")
     pool: int = setting(0, "unlabelled pairs per round; 0: an equal share of all of them", low=0)
+    limit: int = setting(0, "only the first N human pairs, and as many labelled ones; 0: all", low=0)
     test_votes: int = setting(16, "votes of the row voting@N", low=2, high=10**4)
     test_limit: int = setting(0, "only the first N test pairs; 0: all", low=0)
     signals: int = setting(

@@ -72,6 +72,8 @@ def split_pairs(
         others = met if name == "unlabelled" else ["test"]
         with publish_rows(place / f"{name}.jsonl") as write:
             for pair in (pair for file in getattr(sources, name) for pair in checked_pairs(file, tokenizer)):
+                if counts[name] == (settings.limit or None) and name in ("human", "labelled"):
+                    break
                 content = pair.content_id
                 if owners.setdefault(pair.id, content) != content:
                     pair = replace(pair, id=content)
