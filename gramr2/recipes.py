@@ -67,7 +67,9 @@ def resolve(
     if model and open_ones:
         suits = suited(Path(model), data)
         suits["lr"] *= getattr(cls, "lr_share", 1.0)
-        suits["max_length"] = min(suits["max_length"], merged.get("token_budget", suits["max_length"]))
+        suits["max_length"] = min(
+            suits["max_length"], max(1, merged.get("token_budget", suits["max_length"]))
+        )
         merged |= {name: suits[name] for name in open_ones}
     return cls(**merged)
 

@@ -117,14 +117,14 @@ class Judge:
 
         self.judged_with["weights"] = self.model.weights or fingerprint(self.judged_with["model"])
 
-    def rows(self, items: Sequence[Item]) -> Iterator[JsonRow]:
+    def rows(self, items: Sequence[Item], progress: bool = True) -> Iterator[JsonRow]:
         """The row of each pair, or of each of a benchmark's lists: a failure is a row with the reason."""
         pairs = [item for item in items if isinstance(item, Pair)]
-        for pair, judgment in self.model.judge_many(pairs, **self.sampling):
+        for pair, judgment in self.model.judge_many(pairs, **self.sampling, progress=progress):
             yield {"id": pair.id, "pair": pair.to_json()} | self.outcome(judgment)
         lists = [item for item in items if not isinstance(item, Pair)]
         contests = [(item["question"], item["responses"]) for item in lists]
-        rankings = self.model.contests(contests, "linear", False, **self.sampling)
+        rankings = self.model.contests(contests, "linear", False, **self.sampling, progress=progress)
         for item, ranking in zip(lists, rankings, strict=True):
             yield {"id": item["id"], "scores": item["scores"]} | self.outcome(ranking)
 
@@ -159,7 +159,8 @@ def judge_into(
         with RowLog(out, ROW) as log, tqdm(total=size, unit="pair") as bar:
             bar.update(done.total())
             while together := list(islice(waiting, per_call)):
-                rows = list(judge.rows(together))
+                # A bar below a bar moves the cursor, which is for terminals alone.
+                rows = list(judge.rows(together, progress=sys.stderr.isatty()))
                 for row in rows:
                     log.write(row)
                     counts["failed" if "error" in row else "judged"] += 1
