@@ -64,10 +64,12 @@ class RewardModel:
     def load(
         cls, directory: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32",
         prompt: str | Path | None = None, format: Format | None = None, date: str | None = None,
+        ours: str | None = None,
     ) -> RewardModel:  # fmt: skip
         """`prompt`: a template file in place of the checkpoint's own. `format`: None takes the model's kind.
 
-        `date` pins what a chat template prints as today.
+        `ours`: a template for a checkpoint that brings none; None is the format's. `date` pins what a chat
+        template prints as today.
         """
         model, tokenizer = load(directory, device, dtype, date)
         has_head = model.config.num_labels > 0
@@ -77,7 +79,7 @@ class RewardModel:
             raise InputError(f"{directory}: has {head}, and cannot be read as {format.name}")
         template = format.prompt
         if format.endings:
-            template, note = prompts.template_for(directory, prompt, ours=format.prompt)
+            template, note = prompts.template_for(directory, prompt, ours=ours or format.prompt)
             if note.startswith("warning"):
                 print(note, file=sys.stderr)
         judge = cls(model, tokenizer, template, format)

@@ -43,10 +43,18 @@ class Prover:
         self.thinking_open = tokenizer.opens_thinking
 
     @classmethod
-    def load(cls, directory: str | Path, device="cpu", dtype="float32", date: str | None = None) -> Prover:
-        """`date` pins what a chat template prints as today."""
+    def load(
+        cls,
+        directory: str | Path,
+        device="cpu",
+        dtype="float32",
+        date: str | None = None,
+        ours: str | None = None,
+    ) -> Prover:
+        """`ours`: a template for a checkpoint that brings none; None is this project's long one. `date` pins
+        what a chat template prints as today."""
         model, tokenizer = load(directory, device, dtype, date)
-        template, note = prompts.template_for(directory, kind="prover")
+        template, note = prompts.template_for(directory, kind="prover", ours=ours)
         if note.startswith("warning"):
             print(note, file=sys.stderr)
         return cls(model, tokenizer, template)

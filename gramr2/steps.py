@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gramr2 import denoise, fit, parallel
+from gramr2 import denoise, fit, parallel, prompts
 from gramr2.data import Store
 from gramr2.denoise import RationaleFilter
 from gramr2.files import InputError, JsonRow, publish_rows, read_rows
@@ -64,7 +64,8 @@ class Run:
         gc.collect()  # FSDP holds its modules in circles: one trained before may still be there
         with contextlib.redirect_stderr(sys.stderr if self.ranks.is_first else io.StringIO()):
             dtype = parallel.compute_dtype(settings, device)
-            model = kind.load(directory, device, dtype, date=settings.date)
+            ours = prompts.own_template("prover" if kind is Prover else "judge", settings.prompt)
+            model = kind.load(directory, device, dtype, date=settings.date, ours=ours)
         model.keep_engine(Limits(running=self.settings.running or None))
         return model
 

@@ -6,13 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import make_checkpoint
 
 from gramr2 import run_directory
 from gramr2.files import read_rows
+from gramr2.judge import RewardModel
 from gramr2.parallel import Ranks
+from gramr2.prompts import own_template
+from gramr2.prover import Prover
 from gramr2.records import Judgment, Pair, Vote
 from gramr2.run_directory import RunDirectory
-from gramr2.settings import SelfTrainSettings
+from gramr2.settings import SelfTrainSettings, TrainSettings
 from gramr2.steps import NothingKept, Run
 
 
@@ -80,3 +84,11 @@ def test_a_loop_whose_judge_writes_no_verdict_is_told_to_train_it(run, tmp_path)
     source = write(tmp_path / "judged.jsonl", [judged(0, "--"), judged(1, "----"), judged(2, "AB")])
     with pytest.raises(NothingKept, match=r"no readable vote.*train the judge longer"):
         run.filter_labels("labels", source, 1)
+
+
+def test_the_backbone_is_asked_with_the_prompt_that_its_judges_are_trained_with(tmp_path, run):
+    """It brings none; asked with a longer one than they, it would be another baseline."""
+    make_checkpoint(tmp_path / "backbone", "llama3")
+    run.trainings = {"reward": TrainSettings(prompt="short", device="cpu")}
+    judge, prover = (run.load(kind, tmp_path / "backbone") for kind in (RewardModel, Prover))
+    assert [judge.template, prover.template] == [own_template(each, "short") for each in ("judge", "prover")]
