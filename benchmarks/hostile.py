@@ -648,7 +648,11 @@ def setting_cases() -> Cases:
             if kind not in (int, float, tuple[float, ...]):
                 continue
             flag, says = f"--{name.replace('_', '-')}", name.replace("_", "[_-]")
-            bad: dict[str, Any] = {each: [f"{flag}={each}"] for each in ("-1", "inf", "nan", "text")}
+            limits = cls.__dataclass_fields__[name].metadata["limits"]
+            below = "? -1" if limits.get("low") == -1 else "-1"
+            bad: dict[str, Any] = {
+                each: [f"{flag}={each.removeprefix('? ')}"] for each in (below, "inf", "nan", "text")
+            }
             bad["10**30" if kind is int else "? 10**30"] = [f"{flag}={BIG}"]
             yield from many(f"settings: {command} {flag}=", words, start, "", bad, files, says=says)
             loose = "[1]" if name == "confidence" else ""
