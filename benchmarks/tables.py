@@ -459,6 +459,15 @@ def signals(result):
     return "\n\n".join(parts)
 
 
+@table("length", "length", "python benchmarks/length.py")
+def length(result):
+    lines = [
+        (name, f"{each['value']:.1f} [{each['low']:.1f}, {each['high']:.1f}]", f"{each['n']:,}")
+        for name, each in result["data"].items()
+    ]
+    return grid(("", "the longer response is the better one, % [95% interval]", "pairs"), lines)
+
+
 def by_domain(result):
     """A study's rows with their accuracy in each domain."""
     domains = result["by domain"]
