@@ -90,9 +90,15 @@ class Engine:
         places = [parameter.data_ptr() for parameter in model.parameters()]
         self.graphs = self.graphs if places == self.places_seen else None
         self.places_seen = places
-        self.model, self.project = laid_out(model, model.embed if model.head is None else model.head)
-        exact = self.device.type == "cpu" and model.head_weight.dtype == torch.float32
-        self.multiple = self._multiple(model.config) if exact else kernels.ROWS
+        head = model.embed if model.head is None else model.head
+        self.model, self.project = laid_out(model, head)
+        self.multiple = kernels.ROWS
+        if self.device.type == "cpu" and model.head_weight.dtype == torch.float32:
+            multiple = self._multiple(model.config)
+            if not multiple:  # MKL, with AVX2 alone, rounds some small shapes in too many ways
+                self.model, self.project = laid_out(model, head, pack_small=True)
+                multiple = self._multiple(model.config)
+            self.multiple = multiple or kernels.ROWS
 
     def _make_pool(self) -> None:
         config, capacity = self.decoder.config, self.capacity
@@ -154,8 +160,9 @@ class Engine:
         self.model(self._upload(ids_T), self._upload(positions_T), attend)
 
     @torch.inference_mode()
-    def _multiple(self, config: ModelConfig) -> int:
+    def _multiple(self, config: ModelConfig) -> int | None:
         """Of rows, which a pass is padded to: in these, one layer and the head give each row its own bits.
+        None: in no number that was tried.
 
         It is tried out on the first model of a kind, and one whose weights are zeros would show nothing:
         without packed matrices a pass has 8 rows at least.
@@ -175,9 +182,8 @@ class Engine:
 
         kind = config, str(self.model.blocks[0]), torch.get_num_threads()
         least = 1 if isinstance(self.model.get_submodule("blocks.0.mlp.down"), Packed) else kernels.ROWS
-        return max(
-            least, rows_needed((*kind, "layer"), hidden, 512), rows_needed((*kind, "head"), outputs, 64)
-        )
+        layer, last = rows_needed((*kind, "layer"), hidden, 512), rows_needed((*kind, "head"), outputs, 64)
+        return max(least, layer, last) if layer and last else None
 
     def _attend(self, places_U: Tensor, reads: list[Reads[Tensor]]) -> Attend:
         def attend(layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Matrices laid out for the few rows of a decode step on a CPU, in fp32, and what rows then need.
 
-Small matrices are copied column by column (`column_major`): they cost less than a call of another library.
-Larger ones are `Packed` into oneDNN's blocks, those of the same input as one. The copy costs as much memory
-as the matrices, and as much time as a few tokens; so it is kept while the model lives, and what has changed
-in the model since is packed again by the next `laid_out`.
+Small matrices are copied column by column (`column_major`): they cost less than a call of another library,
+where MKL's rounding allows it. Larger ones are `Packed` into oneDNN's blocks, those of the same input as one.
+The copy costs as much memory as the matrices, and as much time as a few tokens; so it is kept while the model
+lives, and what has changed in the model since is packed again by the next `laid_out`.
 
 What a row gives must not depend on the rows beside it, so a pass may have to be padded. How far is a matter
 of the libraries and of the processor, and `rows_needed` tries it out: packed matrices need no padding on
@@ -32,21 +32,26 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 CANDIDATES = 1, 2, 4, 8, 16, 32, 64  # rows that a pass may be padded to a multiple of
 
 _kept: WeakKeyDictionary[nn.Module, tuple[Any, Packed]] = WeakKeyDictionary()
-_rows: dict[Hashable, int] = {}
+_rows: dict[Hashable, int | None] = {}
 
 
-def laid_out(model: AnyModule, head: nn.Module) -> tuple[AnyModule, Callable[[Tensor], Tensor]]:
+def laid_out(
+    model: AnyModule, head: nn.Module, pack_small: bool = False
+) -> tuple[AnyModule, Callable[[Tensor], Tensor]]:
     """-> (the same function as `model`, hidden -> logits), with the weights as they are now.
 
-    `head`: a linear layer, or the embedding whose weight is also the head's. Who keeps the result asks again
-    at each call: a model that is trained between calls changes its weights in place.
+    `head`: a linear layer, or the embedding whose weight is also the head's. `pack_small`: small matrices
+    too. Who keeps the result asks again at each call: a model that is trained between calls changes its
+    weights in place.
     """
     weight_VD, size = head.get_parameter("weight"), sum(p.nbytes for p in model.parameters())
     cpu = weight_VD.device.type == "cpu" and weight_VD.dtype == torch.float32
     if not cpu or not torch.backends.mkldnn.is_available():
         return model, lambda hidden_RD: nn.functional.linear(hidden_RD, weight_VD)
-    if not SMALL <= size < LARGE:
-        return column_major(model) if size < SMALL else model, Packed(head)
+    if size >= LARGE:
+        return model, Packed(head)
+    if size < SMALL and not pack_small:
+        return column_major(model), Packed(head)
     if model not in _kept:
         _kept[model] = packed(model, head), Packed(head)
     for part in _kept[model]:
@@ -129,8 +134,9 @@ def fingerprint(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.data_ptr(), version, int(bits.sum())
 
 
-def rows_needed(kind: Hashable, results: Callable[[slice], Tensor], many: int) -> int:
-    """The fewest rows, in multiples of which `results` gives each row the bits that it has among many.
+def rows_needed(kind: Hashable, results: Callable[[slice], Tensor], many: int) -> int | None:
+    """The fewest rows, in multiples of which `results` gives each row the bits that it has among many; None
+    where no candidate does.
 
     It is tried out once for a kind: the shapes, their layout, and the number of threads.
     """
@@ -142,5 +148,5 @@ def rows_needed(kind: Hashable, results: Callable[[slice], Tensor], many: int) -
         parts = [slice(0, rows * n) for n in (1, 2, 3, 5)] + [slice(7, 7 + rows)]
         return all(results(part).equal(all_M[part]) for part in parts if part.stop <= many)
 
-    _rows[kind] = next((rows for rows in CANDIDATES if alike(rows)), ROWS)
+    _rows[kind] = next((rows for rows in CANDIDATES if alike(rows)), None)
     return _rows[kind]

@@ -20,7 +20,8 @@ keys; Z query heads of the whole batch (T * H), V what all items have together.
 """
 
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from functools import lru_cache
+from itertools import accumulate, groupby, repeat
 
 import torch
 from torch import Tensor
@@ -31,7 +32,10 @@ from .reference import write_kv as write_kv  # it is as fast as it is plain
 
 KEYS = 128  # keys of a cut of the sum: MKL adds up to 192 products in one order, however many zeros follow
 ROWS = 8  # rows are padded to a multiple: a matmul of fewer takes another kernel, which rounds differently
+ROWS_AT_ONCE = 16
 LOWEST = -1e30  # a log-sum-exp of nothing; finite, so that a difference of two of them is 0 and not NaN
+
+_fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ def attend_pages(q_THK: Tensor, keys_NGPK: Tensor, values_NGPK: Tensor, reads: l
     (tokens, heads, _), groups = q_THK.shape, keys_NGPK.shape[1]
     # Neighbours with as many query rows are computed as one; their layout is kept with the last of them.
     some = [batch for batch in reads if batch.pages_IM.numel()]
-    alike = groupby(some, lambda batch: -(-batch.rows_IJ.shape[1] * (heads // groups) // ROWS))
+    unit = _unit(keys_NGPK.shape[3])
+    alike = groupby(some, lambda batch: -(-batch.rows_IJ.shape[1] * (heads // groups) // unit))
     layouts = [_kept_layout(list(group), tokens, heads, keys_NGPK) for _, group in alike]
     if not layouts:
         return torch.zeros_like(q_THK)
@@ -86,12 +91,33 @@ def _attend(q_ZK, keys_NGPK, values_NGPK, layout, o_SZK, lse_SZ):
 def _softmax_part(q_UGRK, k_UGWK, v_UGWK, mask_U1RW):
     """Attention over the keys of each cut -> (its result, log-sum-exp of its scores)."""
     if q_UGRK.device.type == "cpu":
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return fused(q_UGRK, k_UGWK, v_UGWK, attn_mask=mask_U1RW)
+        if any_number_of_rows(q_UGRK.shape[3]):
+            return _fused(q_UGRK, k_UGWK, v_UGWK, attn_mask=mask_U1RW)
+        masks = repeat(None) if mask_U1RW is None else mask_U1RW.split(ROWS_AT_ONCE, 2)
+        rows = zip(q_UGRK.split(ROWS_AT_ONCE, 2), masks, strict=False)
+        parts = [_fused(q_UGrK, k_UGWK, v_UGWK, attn_mask=mask_U1rW) for q_UGrK, mask_U1rW in rows]
+        return [torch.cat(each, 2) for each in zip(*parts, strict=True)]
     score_UGRW = q_UGRK @ k_UGWK.transpose(2, 3) * q_UGRK.shape[3] ** -0.5
     if mask_U1RW is not None:
         score_UGRW += mask_U1RW
     return score_UGRW.softmax(3) @ v_UGWK, score_UGRW.logsumexp(3)
+
+
+@lru_cache
+def any_number_of_rows(size: int) -> bool:
+    """Whether a row has the same bits in any multiple of ROWS. With AVX2 alone MKL chooses a kernel by their
+    number, and may round by a row's place in it; but not in 16.
+    """
+    draw = torch.Generator().manual_seed(0)
+    q_11RK = torch.randn(1, 1, 192, size, generator=draw)
+    k_11WK, v_11WK = torch.randn(2, 1, 1, KEYS, size, generator=draw)
+    whole_11RK = _fused(q_11RK, k_11WK, v_11WK)[0]
+    fewer = [slice(0, rows) for rows in (8, 16, 24, 40, 64)] + [slice(8, 24)]
+    return all(_fused(q_11RK[:, :, each], k_11WK, v_11WK)[0].equal(whole_11RK[:, :, each]) for each in fewer)
+
+
+def _unit(size):
+    return ROWS if any_number_of_rows(size) else ROWS_AT_ONCE
 
 
 def _merge(o_SZK, lse_SZ):
@@ -139,7 +165,7 @@ def _part(reads, tokens, heads, keys_NGPK):
     rows_IJ = rows_IJ.masked_fill(rows_IJ < 0, tokens)  # a row more, for what is nobody's
     head_G1h = torch.arange(heads, device=rows_IJ.device).view(groups, 1, -1)
     there_IGR = (rows_IJ[:, None, :, None] * heads + head_G1h).flatten(2)
-    padding = 0, -there_IGR.shape[2] % ROWS
+    padding = 0, -there_IGR.shape[2] % _unit(keys_NGPK.shape[3])
     there_IGR = pad(there_IGR, padding, value=tokens * heads)
 
     per_cut = min(KEYS // page, pages)
