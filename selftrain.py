@@ -130,7 +130,8 @@ def resolved(
         model, data = None, getattr(sources, stage.data, ())
         if sources and "world" not in read_recipe(recipe):
             model = getattr(sources, stage.start) or sources.backbone
-        trainings[name] = resolve(TrainSettings, recipe, ["train", *stage.tables], seed, model, data)
+        tables = ["train", *stage.tables]
+        trainings[name] = resolve(TrainSettings, recipe, tables, seed, model, data, settings.limit)
     return settings, trainings
 
 

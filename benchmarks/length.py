@@ -1,12 +1,12 @@
 """How often the longer response is the better one: the rule that a trained judge has to beat.
 
-    python -m gramr2.extras.datasets convincing-arguments UKPConvArg1.tar.gz OUT --strict
-    python benchmarks/length.py "UKPConvArg1, strict pairs" OUT/human.jsonl OUT/labelled.jsonl \\
-        OUT/unlabelled.jsonl OUT/test.jsonl
+    python benchmarks/length.py "UKPConvArg1, strict pairs" UKPConvArg1.tar.gz
+    python -m gramr2.extras.datasets rm-bench total_dataset.json rm-bench.jsonl
+    python benchmarks/length.py "RM-Bench" rm-bench.jsonl
 
-Length is in characters; pairs of one length, and without a label, are left out. The label of an unlabelled
-pair is taken from the truth.jsonl beside its file. The result is benchmarks/results/length.json; what it has
-under other names stays there.
+Length is in characters; a pair of one length counts as wrong, and one without a label not at all. The label
+of an unlabelled pair is taken from the truth.jsonl beside its file; of the archive itself, all strict pairs
+are taken. The result is benchmarks/results/length.json; what it has under other names stays there.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import common
 
+from gramr2.extras.convincing_arguments import read_corpus
 from gramr2.extras.evaluate import average
 from gramr2.extras.results import by_length
 from gramr2.files import read_rows
@@ -25,11 +26,16 @@ from gramr2.files import read_rows
 def hits(files: list[Path]) -> list[bool]:
     found = []
     for file in files:
+        if file.name.endswith(".tar.gz"):
+            compared, strict = read_corpus(file)
+            both = ((one.arguments, strict[one.id]) for one in compared if strict.get(one.id))
+            found += [by_length({"response_a": a, "response_b": b}) == label for (a, b), label in both]
+            continue
         beside = file.with_name("truth.jsonl")
         truth = {row["id"]: row["label"] for row in read_rows(beside)} if beside.is_file() else {}
         for row in read_rows(file):
             label, longer = row.get("label") or truth.get(row["id"]), by_length(row)
-            if label and longer:
+            if label:
                 found.append(label == longer)
     return found
 
@@ -39,7 +45,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", help="of the data set, for the table")
-    parser.add_argument("files", nargs="+", type=Path, help="pair files")
+    parser.add_argument("files", nargs="+", type=Path, help="pair files, or the archive")
     arguments = parser.parse_args()
     path = common.RESULTS / "length.json"
     known = json.loads(path.read_text(encoding="utf-8"))["data"] if path.exists() else {}

@@ -115,7 +115,7 @@ class Loop:
     shares: str
     run: type[Run] = Run
     changes: dict[str, Any] | None = None
-    until: str = "test-round-3"
+    until: str = ""  # the test of the last round
 
 
 LABELS, RULES = FILTERS[:3], FILTERS[3:]
@@ -161,7 +161,7 @@ class Seed:
 
     def open(self, arm: str, kind: type[Run], changes: dict[str, Any], until: str | None = None) -> Run:
         settings, trainings = self.settings()
-        settings = replace(settings, **changes)
+        settings = replace(settings, signals=0, **changes)  # `main` has weighed them
         check_names(settings, selftrain.REGISTRIES)
         plan = {"arm": arm, **asdict(settings)} | {name: asdict(each) for name, each in trainings.items()}
         torch.set_num_threads(trainings["reward"].threads)
@@ -171,9 +171,12 @@ class Seed:
         print(f"seed {self.number}, {arm}", file=sys.stderr)
         return kind(directory, settings, trainings, world_rules(selftrain.world_plan(self.recipe)))
 
+    def end_of(self, loop: Loop) -> str:
+        return loop.until or f"test-round-{self.settings()[0].iters}"
+
     def loop(self, arm: str, loop: Loop) -> None:
         """The loop of selftrain.py under other settings, with the steps that it shares linked in."""
-        run = self.open(arm, loop.run, loop.changes or {}, loop.until)
+        run = self.open(arm, loop.run, loop.changes or {}, self.end_of(loop))
         for name, step in step_paths(self.place / "main").items():
             there = run.directory.root / "steps" / step.name
             if not there.exists():
@@ -300,11 +303,9 @@ CLAIMS = [
 
 def judged(seed: Seed, row: str) -> Path:
     """The judged test pairs behind a row of the table."""
-    if row in MAIN:
-        return seed.step(f"test-{_slug(row)}") / "judged.jsonl"
     if row in LOOPS:
-        return seed.step(LOOPS[row].until, row) / "judged.jsonl"
-    arm = "other lengths" if row in LENGTHS else "single models"
+        return seed.step(seed.end_of(LOOPS[row]), row) / "judged.jsonl"
+    arm = "other lengths" if row in LENGTHS else "single models" if row in SINGLES else "main"
     return seed.step(f"test-{_slug(row)}", arm) / "judged.jsonl"
 
 
@@ -363,9 +364,9 @@ def differences(
 
 
 def collect(seeds: Sequence[Seed]) -> dict[str, Any]:
-    rows = (*MAIN, *LENGTHS, *LOOPS, *SINGLES)
-    found = {row: hits_by_seed(seeds, row) for row in rows}
     settings, trainings = seeds[0].settings()
+    rows = (*MAIN[:-1], f"voting@{settings.test_votes}", *LENGTHS, *LOOPS, *SINGLES)
+    found = {row: hits_by_seed(seeds, row) for row in rows}
     torch.set_num_threads(trainings["reward"].threads)  # which the result's environment names
     results = [read_json(path) for s in seeds if (path := s.place / "main/results.json").is_file()]
     domains = sorted({domain for each in results for row in each["rows"] for domain in row["by_domain"]})

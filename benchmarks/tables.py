@@ -451,10 +451,10 @@ def signals(result):
         for signal, each in sorted(found["signals"].items(), key=lambda item: -item[1]["area"]):
             seeds = each["by seed"].values()
             spans = ", ".join(f"{seed['area']:.2f} [{seed['low']:.2f}, {seed['high']:.2f}]" for seed in seeds)
-            kept = [sum(seed[f"kept at {share}%"] for seed in seeds) / len(seeds) for share in (5, 10)]
-            lines.append((signal, f"{each['area']:.3f}", spans, *(f"{share:.0f}%" for share in kept)))
+            kept = (", ".join(f"{seed[f'kept at {errors}%']:.0f}" for seed in seeds) for errors in (5, 10))
+            lines.append((signal, f"{each['area']:.3f}", spans, *kept))
         of = ", ".join(f"seed {seed}: {wrong} of {pairs}" for seed, (pairs, wrong) in found["pairs"].items())
-        header = "signal", "area", "by seed [95% interval]", "kept at 5% wrong", "at 10%"
+        header = "signal", "area", "by seed [95% interval]", "% kept at 5% wrong", "at 10%"
         parts.append(f"*{name}*; wrong labels, {of}. {where(found['environment'])}\n\n{grid(header, lines)}")
     return "\n\n".join(parts)
 

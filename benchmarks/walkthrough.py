@@ -141,7 +141,7 @@ class Walk:
         yield f"The pair has no label. It was dealt to round {self.found.round}, and to no other."
         yield row_block(self.row("data", batch))
         if self.found.truth:
-            truth = self.file("world", "truth.jsonl")
+            truth = self.file("data", "truth.jsonl")
             yield (
                 f"This world was made, so the truth is known: {self.found.truth} is better. It stands in "
                 f"{truth}, which reports read, and nothing that trains or filters."
@@ -367,7 +367,7 @@ def choose(run: RunReader, wanted: str | None) -> JudgedPair:
     """The pair that was asked for; or a kept one, rightly labelled, on which the votes differ,
     if there is one.
     """
-    truth = {row["id"]: row["label"] for row in run.rows("world", "truth.jsonl")}
+    truth = {row["id"]: row["label"] for row in run.rows("data", "truth.jsonl")}
     best = None
     for number in run.rounds:
         found = {pair.id: pair for pair in read_round(run, number, truth)}

@@ -109,7 +109,8 @@ def describe(plan: Plan, builder: ExampleBuilder, model_dir: Path, config: Model
     if parameters > PRETRAINED and epochs > MANY_EPOCHS:
         lines.append(
             f"warning: {plan.steps:,} steps make {epochs:.4g} epochs of these {len(plan.kept):,} examples, "
-            f"which will be learnt by heart; --epochs 3 --steps 0 makes {3 * plan.steps / epochs:,.0f} steps"
+            "which will be learnt by heart; steps = 0 and epochs = 3 in [train], or as flags of train.py, "
+            f"make {3 * plan.steps / epochs:,.0f} steps"
         )
     if settings.lr > 10 * suited_lr(parameters):
         lines.append(

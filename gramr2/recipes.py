@@ -48,11 +48,12 @@ def read_recipe(path: str | Path) -> dict[str, dict[str, Any]]:
 
 def resolve(
     cls: type[Settings], recipe: str | Path | None, tables: Sequence[str], overrides: dict[str, Any],
-    model: str | Path | None = None, data: Sequence[str | Path] = (),
+    model: str | Path | None = None, data: Sequence[str | Path] = (), limit: int | None = None,
 ) -> Settings:  # fmt: skip
     """Defaults, then the recipe's tables in this order, then what the command line says.
 
-    With `model`, the one that is trained: what neither says of `SUITED` is as suits that and the data.
+    With `model`, the one that is trained: what neither says of `SUITED` is as suits that and the data, of
+    which `limit` rows are taken.
     """
     found = read_recipe(recipe) if recipe is not None else {}
     layers = [(f"{recipe} [{name}]", found.get(name, {})) for name in tables]
@@ -65,11 +66,8 @@ def resolve(
             merged[name] = typed(value, kinds[name], f"{where} {name}")
     open_ones = SUITED.difference(merged, ["epochs"] if merged.get("steps") else [])
     if model and open_ones:
-        suits = suited(Path(model), data)
+        suits = suited(Path(model), data, limit or merged.get("limit"))
         suits["lr"] *= getattr(cls, "lr_share", 1.0)
-        suits["max_length"] = min(
-            suits["max_length"], max(1, merged.get("token_budget", suits["max_length"]))
-        )
         merged |= {name: suits[name] for name in open_ones}
     return cls(**merged)
 
@@ -87,13 +85,14 @@ def suited_lr(parameters: float) -> float:
     return float(f"{1e-5 * (3e9 / parameters) ** 0.75:.0e}")
 
 
-def suited(model: Path, data: Sequence[str | Path]) -> dict[str, Any]:
+def suited(model: Path, data: Sequence[str | Path], limit: int | None = None) -> dict[str, Any]:
     """`SUITED` for a model's size, and for how many rows its data have. Needs neither weights nor torch."""
     need(model.is_dir(), f"{model}: no such model directory; download or train one first")
     config = Fields(read_json(model / "config.json"), f"{model / 'config.json'}: ")
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings")
     words, width, blocks, inner, room = (config.get(name, int, low=1) for name in names)
     rows = sum(sum(1 for _ in open_file(path)) for path in data if Path(path).is_file())
+    rows = min(rows, limit or rows)
     epochs = 3.0 if rows < FEW else 1.0
     batch = min(64, max(8, int(rows * epochs) // UPDATES))
     return {

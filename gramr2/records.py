@@ -71,7 +71,7 @@ _UNMARKED = re.compile(
     rf"\b{_ROLE}(?:[ _#-]|{_NUMBERED})?[AB12]\b|\b{_ROLE} {_NUMERAL}\b|\b(?i:option|number) (?i:one|two)\b"
     rf"|\b(?i:responses?|assistant|arguments?)\s+(?:is )?{_OPEN}{{0,2}}[AB12]\b|@[AB12]\b|\bR[12]\b"
     rf"|\b{_ROLE} {_OPEN}{{1,2}}[ab]{_CLOSE}|\b[Mm]odel {_OPEN}?[mM]\b|(?<!\w)#[12]\b"
-    r"|(?<![\w.:$=+*/(-])[Aa][12](?:['’]?s|is|has|and)?\b(?![:*+/=])"
+    r"|\([Aa][12]\)|\b[Aa]1/[Aa]2\b|(?<![\w.:$=+*/(-])[Aa][12](?:['’]?s|is|has|and)?\b(?![:*+/=])"
     rf"|⟦,? ?(?:{_JOIN}|/) ?{_OPEN}{{0,2}}(?:[12AB]|one|two)\b|\b[12] {_SAYS}\b"
     rf"|(?<![\w'’.-])[AB](?:['’]s|,? (?:{_SAYS}|and [AB]|or [AB])\b)"
     r"|\b(?i:than|prefer|prefers|choose|chose|pick|over|between|favou?r|both) [AB]\b(?!['’]?\w)"

@@ -175,10 +175,11 @@ class _Meter(tqdm):
         for prompt, number, sample in done:
             self.left -= self.request.new_tokens(prompt)[number] - len(sample.ids)
             self.errors += sample.finish == "error"
-        rate = self.tokens / max(1e-3, time.time() - self.began)
-        text = f"{rate:,.0f} tokens/s, cache {self.page_pool.used / self.page_pool.num_pages:.0%}"
-        if self.left > 0 and self.tokens > tokens > 0:
-            text += f", at most {self.format_interval(self.left / rate)} more"
+        text = f"cache {self.page_pool.used / self.page_pool.num_pages:.0%}"
+        if self.tokens > tokens > 0:  # one step has no speed yet
+            rate = self.tokens / max(1e-3, time.time() - self.began)
+            text = f"{rate:,.0f} tokens/s, {text}"
+            text += f", at most {self.format_interval(self.left / rate)} more" if self.left > 0 else ""
         errors = f", {self.errors} with errors" if self.errors else ""
         self.set_postfix_str(text + errors, refresh=False)
         self.update(len(done))

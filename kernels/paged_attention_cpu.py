@@ -7,8 +7,8 @@ layer (where each query goes, what it may see, memory to gather in) is laid out 
 with the reads; reads that are alike in shape are laid out as one, since a few rows cost little more than the
 calls that compute them.
 
-In fp32 on the CPU a row's result is bitwise a function of its own query, keys, values and reads: whatever
-the other rows are, however many pages pad its item, and whether its prefix is read alone or with others.
+In fp32 on the CPU, of what the engine asks, a row's result is bitwise a function of its own query, keys,
+values and reads: whatever the other rows are, and whether its prefix is read alone or with others.
 KEYS, ROWS and the order of the merge are chosen for that. A page has at most KEYS tokens here, and a hidden
 key is read and weighed with 0: what stands in a page must not be NaN.
 

@@ -6,6 +6,7 @@ import os
 import tarfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from xml.sax.saxutils import escape
@@ -158,6 +159,18 @@ def test_a_run_keeps_the_truth_for_its_report_alone(source, tmp_path):
     truth = {row["id"]: row["label"] for row in rows(tmp_path / "out/truth.jsonl")}
     assert RunReader(tmp_path / "run").truth() == truth and set(truth.values()) == {"A", "B"}
     assert {row["id"] for row in rows(step / "unlabelled-1.jsonl")} == set(truth)
+    # Two files that number their rows alike: each has the truth that lies beside it.
+    pools = []
+    for name, label in ("one", "A"), ("two", "B"):
+        pools.append(tmp_path / name / "pairs.jsonl")
+        pools[-1].parent.mkdir()
+        pools[-1].write_text(json.dumps({"id": 0, "question": "q", "response_a": name, "response_b": "b"}))
+        pools[-1].with_name("truth.jsonl").write_text(json.dumps({"id": 0, "label": label}))
+    both = replace(sources, unlabelled=tuple(map(str, pools)))
+    split_pairs(step, SelfTrainSettings(iters=1), both, SimpleNamespace(unknown_id=None))
+    told = RunReader(tmp_path / "run").truth()
+    found = {row["response_a"]: told[row["id"]] for row in rows(step / "unlabelled.jsonl")}
+    assert found == {"one": "A", "two": "B"}
     (tmp_path / "out/truth.jsonl").write_text('{"id": "x", "label": "yes"}\n')
     with pytest.raises(InputError, match=r'truth.jsonl: row 1: field "label"'):
         split_pairs(step, SelfTrainSettings(iters=1), sources, SimpleNamespace(unknown_id=None))

@@ -41,7 +41,7 @@ LAYERS = [
     ["gramr2.extras"],
     ["train", "selftrain", "infer"],
 ]
-BUDGET = {"core": 5650, "kernels": 1050, "extras": 3100}
+BUDGET = {"core": 5650, "kernels": 1060, "extras": 3100}
 LARGEST = 350  # lines of code of one file of the core
 
 

@@ -172,8 +172,15 @@ def test_votes_are_drawn_as_the_flags_say_or_else_the_checkpoint(tmp_path, capsy
     assert drawn(*cut, "--top-k", 5, "--temperature", 2, temperature=0.7, top_p=0.8)[0] == [2.0, 0.8, 5, 2]
     assert drawn(*cut, "--votes", 1, temperature=0.7, top_p=0.8)[0] == [0.0, None, None, 2]
     assert drawn(*cut, temperature=0.7, do_sample=False)[0] == [1.0, None, None, 2]
+    # The temperature decides, not the number of votes.
+    one = ("--votes", 1, "--temperature", 0.5)
+    assert drawn(*cut, *one, temperature=0.7, top_p=0.8)[0] == [0.5, 0.8, None, 2]
+    found, err = drawn(*cut, "--temperature", 0, temperature=0.7, top_p=0.8)
+    assert found == [0.0, None, None, 2] and "greedy\n" in err
     assert drawn("--votes", 1, max_new_tokens=3)[0][3] == 3
     assert drawn("--votes", 1)[0][3] == 1024  # a small model's answers are short, or have no end
+    (place / "training.json").write_text("{}")  # of a judge that was trained here the file is its base's
+    assert drawn(*cut, temperature=0.7, top_p=0.8)[0] == [1.0, None, None, 2]
 
 
 def test_identical_responses_are_said_to_be_so(model, tmp_path, capsys):

@@ -71,8 +71,12 @@ def test_what_a_recipe_leaves_open_suits_the_model_and_its_data(tmp_path):
         path.write_text("{}\n" * int(path.stem))
     found = resolve(TrainSettings, None, ["train"], {}, small, [few])
     assert (found.lr, found.batch_size, found.epochs, found.max_length) == (1e-4, 8, 3.0, 4096)
-    found = resolve(TrainSettings, None, ["train"], {"token_budget": 2048}, large, [many])
+    found = resolve(TrainSettings, None, ["train"], {"max_length": 2048}, large, [many])
     assert (found.lr, found.batch_size, found.epochs, found.max_length) == (5e-6, 64, 1.0, 2048)
+    assert resolve(TrainSettings, None, ["train"], {"limit": 900}, large, [many]).epochs == 3.0
+    # A run may go on with another budget of tokens, and so must not have its length from there.
+    with pytest.raises(InputError, match="less than max_length"):
+        resolve(TrainSettings, None, ["train"], {"token_budget": 2048}, large, [many])
     path = recipe(tmp_path, "[train]\nlr = 1e-2\nsteps = 7\n")
     found = resolve(TrainSettings, path, ["train"], {"batch_size": 3}, small, [few])
     assert (found.lr, found.batch_size, found.epochs, found.steps) == (1e-2, 3, 1.0, 7)

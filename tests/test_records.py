@@ -94,7 +94,7 @@ def test_mentions_as_people_write_them(text, shown):
      "The better response is B.", "Response 1 and 2 both", "@1 is clear", "A outperforms",
      "1 is better than 2", "the first is shorter", "Response\n1 is", "A1 is clear", "argument 2", "arg. one",
      "the former", "The latter is", "Model M", "assistant (b)", "I prefer #2", "A2s argument",
-     "2 uses facts"],
+     "2 uses facts", "A1/A2 differ", "the clear one (A1)"],
 )  # fmt: skip
 def test_unmarked_mentions_are_seen(text):
     """A swap would make such a rationale argue for the wrong response."""

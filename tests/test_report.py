@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from gramr2.extras import report
-from gramr2.extras.results import RunReader, read_round
+from gramr2.extras.results import RunReader, judge_by_length, read_round
 from gramr2.files import write_json, write_rows
 from gramr2.records import Judgment, Pair, Proof, Vote, mark
 from gramr2.seals import write_signed
@@ -402,3 +402,13 @@ def test_every_figure_has_words(opened):
 def test_the_prover_is_shown_with_what_it_does_for_wrong_labels(opened):
     rows = opened.js("[...document.querySelectorAll('#proofs > .wide tbody tr')].map(each => each.innerText)")
     assert rows == ["right label\t8\t7\t<u>: 1", "wrong label\t8\t2\tjustifies the other label: 6"]
+
+
+def test_the_rule_of_length_is_tested_on_the_pairs_that_models_are(tmp_path):
+    """On all of them, where models saw the first few, its row would stand beside another test's."""
+    responses = [("long one", "short"), ("one", "two"), ("short", "long one"), ("long one", "short")]
+    rows = [{"id": f"{n}", "response_a": a, "response_b": b} for n, (a, b) in enumerate(responses)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judge_by_length(tmp_path / "test.jsonl", 3, tmp_path)
+    judged = [json.loads(line) for line in (tmp_path / "judged.jsonl").read_text().splitlines()]
+    assert [row["label"] for row in judged] == ["A", None, "B"]

@@ -78,7 +78,7 @@ class Judge:
         format = None if settings.format is None else format_named(settings.format)
         self.model = RewardModel.load(directory, device, dtype, settings.prompt, format)
         self.model.keep_engine()
-        drawn = self.how_to_draw(settings)
+        drawn = self.how_to_draw(settings, Path(directory))
         self.sampling: JsonRow = {"votes": settings.votes, "seed": settings.seed, **drawn}
         calibrated = self.model.calibrates(
             settings.votes, drawn["temperature"], drawn["top_p"], drawn["top_k"]
@@ -91,15 +91,21 @@ class Judge:
             fitted = "{votes} votes, greedy: {greedy}, drawn: {drawn}".format_map(self.model.calibration)
             print(f"warning: not calibrated: the calibration is for {fitted}, of its judge", file=sys.stderr)
 
-    def how_to_draw(self, settings: JudgeSettings) -> JsonRow:
+    def how_to_draw(self, settings: JudgeSettings, directory: Path) -> JsonRow:
         """As the command line says, or else the checkpoint, or else we; and says so, with the most that it
         costs."""
         writes, model = self.model.format.parse is not None, self.model.model
         is_small = sum(each.numel() for each in model.parameters()) < SMALL
-        usual: JsonRow = {"temperature": float(not settings.greedy), "top_p": 1.0, "top_k": 0}
+        usual: JsonRow = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
         usual["max_new_tokens"] = SHORT_ANSWER if writes and is_small else LONG_ANSWER
-        asked = ("max_new_tokens",) if settings.greedy else tuple(usual)
-        own = self.model.tokenizer.sampling if writes else {}
+        # A judge that was trained here has its base's file still, and was measured as is usual here.
+        foreign = writes and not (directory / "training.json").is_file()
+        own = self.model.tokenizer.sampling if foreign else {}
+        if settings.greedy:
+            usual["temperature"] = 0.0
+            own = {name: value for name, value in own.items() if name != "temperature"}
+        is_greedy = not (usual | own | settings.drawn)["temperature"]
+        asked = ("max_new_tokens",) if is_greedy else tuple(usual)
         own = {name: own[name] for name in asked if name in own and name not in settings.drawn}
         drawn = usual | own | settings.drawn
         if writes:

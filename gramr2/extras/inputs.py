@@ -12,7 +12,7 @@ It leaves out: where the files come from (selftrain.py; extras/datasets.py makes
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -68,10 +68,11 @@ def split_pairs(
     counts: Counter[str] = Counter()
     met: dict[str, set[str]] = {name: set() for name in ("test", "human", "labelled", "unlabelled")}
     owners: dict[str, str] = {}  # whose an id is: files may number their rows alike
+    truth: list[JsonRow] = []
     for name in met:
         others = met if name == "unlabelled" else ["test"]
         with publish_rows(place / f"{name}.jsonl") as write:
-            for pair in (pair for file in getattr(sources, name) for pair in checked_pairs(file, tokenizer)):
+            for pair, known in told_pairs(getattr(sources, name), tokenizer):
                 if counts[name] == (settings.limit or None) and name in ("human", "labelled"):
                     break
                 content = pair.content_id
@@ -86,6 +87,7 @@ def split_pairs(
                     met[name].add(content)
                     bare = replace(pair, label=None, rationale=None, margin=None)
                     write((bare if name == "unlabelled" else pair).to_json())
+                    truth += [{"id": pair.id, "label": known}] if name == "unlabelled" and known else []
         if not counts[name]:
             raise InputError(f"{name}: no pair is left to use ({dict(counts)}); give others with --{name}")
     unproved = (
@@ -94,18 +96,21 @@ def split_pairs(
         if pair.content_id not in met["human"]
     )
     write_rows(place / "held_out.jsonl", islice(unproved, HELD_OUT))
-    write_rows(place / "truth.jsonl", known_labels(sources))  # nothing that trains or filters opens it
+    write_rows(place / "truth.jsonl", truth)  # nothing that trains or filters opens it
     deal_rounds(place, settings)
     return dict(counts)
 
 
-def known_labels(sources: Sources) -> Iterator[JsonRow]:
-    """The labels that a truth.jsonl beside unlabelled pairs tells, if there is one: {"id", "label"} a row."""
-    for path in dict.fromkeys(Path(file).with_name("truth.jsonl") for file in sources.unlabelled):
+def told_pairs(files: Sequence[str], tokenizer: Tokenizer) -> Iterator[tuple[Pair, str | None]]:
+    """Every pair of some files, with the label that a truth.jsonl beside its file tells, if there is one."""
+    for file in files:
+        truth, path = {}, Path(file).with_name("truth.jsonl")
         for number, row in enumerate(read_rows(path) if path.is_file() else (), 1):
             fields = Fields(row, f"{path}: row {number}: ")
-            label = fields.get("label", str, None, among=("A", "B"))
-            yield {"id": fields.get("id", str), "label": label}
+            of = str(fields.get("id", int if type(fields.row.get("id")) is int else str))
+            truth[of] = fields.get("label", str, None, among=("A", "B"))
+        for pair in checked_pairs(file, tokenizer):
+            yield pair, truth.get(pair.id)
 
 
 def deal_rounds(place: Path, settings: SelfTrainSettings) -> None:

@@ -4,8 +4,8 @@
 every pair of every round. `RunReader` opens a run's directory afterwards, also one that was interrupted: for
 this, for the report (report.py), and for whoever compares runs. results.json has one owner, which is here.
 
-In gramr2/ this and the report alone open the hidden truth. It leaves out: the page (report.py), other
-benchmarks and intervals (evaluate.py).
+The hidden truth is opened here alone: for these counts, for the report and for signals.py. It leaves out:
+the page (report.py), other benchmarks and intervals (evaluate.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -75,7 +75,8 @@ class Results:
             return
         with self.run.directory.step(test_step(LONGER)) as step:
             if step.to_do:
-                step.close(self.run.ranks.on_rank_0(lambda: judge_by_length(self.inputs.test, step.path)))
+                tested = self.inputs.test, self.run.settings.test_limit or None
+                step.close(self.run.ranks.on_rank_0(lambda: judge_by_length(*tested, step.path)))
         rows = step.path / "judged.jsonl"
         self.rows.append(self.run.ranks.on_rank_0(lambda: accuracy_row(LONGER, read_rows(rows))))
 
@@ -132,8 +133,10 @@ def test_step(name: str) -> str:
     return "test-" + name.replace(" ", "-").replace(",", "")
 
 
-def judge_by_length(pairs: Path, place: Path) -> JsonRow:
-    judged = ({"id": row["id"], "label": by_length(row), "pair": row} for row in read_rows(pairs))
+def judge_by_length(pairs: Path, limit: int | None, place: Path) -> JsonRow:
+    """judged.jsonl of the rule. Responses of one length are not judged, which counts as wrong."""
+    rows = islice(read_rows(pairs), limit)
+    judged = ({"id": row["id"], "label": by_length(row), "pair": row} for row in rows)
     write_rows(place / "judged.jsonl", judged)
     return {}
 
@@ -296,7 +299,7 @@ def lines_of(results: JsonRow, root: Path) -> Iterator[str]:
         asked = (f"{each['passed']} of {each['asked']} {label}" for label, each in results["prover"].items())
         yield f"\nproofs that pass every rule, by the label asked for: {', '.join(asked)}"
     for name, found in results["signals"].items():
-        yield from signal_lines(name, found)
+        yield from signal_lines(name, found) if found["signals"] else ()
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in results["seconds"].items())
     yield "\n" + textwrap.fill(f"seconds: {seconds}", 110, break_on_hyphens=False)
     yield f"model:   {os.path.normpath(root / results['model'])}\nsteps:   {root / 'steps'}"

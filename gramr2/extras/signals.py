@@ -11,7 +11,6 @@ It leaves out: filtering itself (denoise.py). The truth stops here.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
@@ -25,11 +24,12 @@ from gramr2 import denoise
 from gramr2.data import Store
 from gramr2.files import InputError, JsonRow
 from gramr2.judge import RewardModel
-from gramr2.prompts import Rationale, parse_rationale
+from gramr2.prompts import HIDDEN_LABEL, parse_rationale
 from gramr2.prover import Prover, as_rationale
 from gramr2.records import OTHER, UNDECIDED, Judgment, Pair, Proof, show
 from gramr2.selection import SCORES, select
 from gramr2.steps import Run
+from gramr2.votes import Voter
 
 ERRORS = 0.05, 0.1  # shares of wrong labels among what is kept
 RESAMPLES = 1000
@@ -61,7 +61,7 @@ def weigh_signals(
 
 
 def measure(run: Run, prover: Path, judge: Path, judged: Path, truth: dict[str, str]) -> JsonRow:
-    labelled = list(islice(known_labels(judged, truth), run.settings.signals))
+    labelled = list(islice(of_known_truth(judged, truth), run.settings.signals))
     right = np.array([each.right for each in labelled], dtype=bool)
     counts: JsonRow = {"pairs": len(labelled), "wrong": int((~right).sum()), "signals": {}}
     if 0 < counts["wrong"] < counts["pairs"]:
@@ -73,7 +73,7 @@ def measure(run: Run, prover: Path, judge: Path, judged: Path, truth: dict[str, 
     return counts
 
 
-def known_labels(judged: Path, truth: dict[str, str]) -> Iterator[Labelled]:
+def of_known_truth(judged: Path, truth: dict[str, str]) -> Iterator[Labelled]:
     for row in Store(judged):
         label = row.get("label")
         if label and truth.get(row["id"]):
@@ -114,10 +114,18 @@ def of_proofs(
         "contrast of the proof": contrasts(prover, pairs, best["label"]),
         "rules, both sides": [float(one) - float(other) for one, other in zip(*passed.values(), strict=True)],
     }
-    with contextlib.suppress(InputError):  # the toy's prover has no word for a label that it is not told
+    if can_say(prover, HIDDEN_LABEL):
         guessed = zip(pairs, prover.guess(pairs), strict=True)
         found["prover, not told the label"] = [for_label(pair, p_a) for pair, p_a in guessed]
     return found, best
+
+
+def can_say(prover: Prover, word: str) -> bool:
+    """The toy's tokenizer has the words of its shop and no others."""
+    try:
+        return bool(prover.tokenizer.encode(f" {word}"))
+    except InputError:
+        return False
 
 
 def of_readings(judge: RewardModel, pairs: Sequence[Pair], best: dict[str, list[Proof | None]]) -> Values:
@@ -125,7 +133,7 @@ def of_readings(judge: RewardModel, pairs: Sequence[Pair], best: dict[str, list[
     voter = judge.voter
     assert voter is not None, "the loop's judges write"
     read = {
-        side: [reading(voter, *each) for each in zip(pairs, proofs, strict=True)]
+        side: [verdict_behind(voter, *each) for each in zip(pairs, proofs, strict=True)]
         for side, proofs in best.items()
     }
     means = [sum(each) / 2 for each in zip(*read.values(), strict=True)]
@@ -153,15 +161,25 @@ def passes(run: Run, prover: Prover, pair: Pair, proof: Proof | None) -> bool:
     )
 
 
-def reading(voter, pair: Pair, proof: Proof | None) -> float:
-    """The judge's probability of the label, given what the proof argues; one half where there is none."""
-    found = proof and parse_rationale(show(as_rationale(proof, voter.thinking_open))).rationale
-    p_a = voter.reading(pair, argument(found)) if found else None
-    return for_label(pair, UNDECIDED if p_a is None else p_a)
+def verdict_behind(voter: Voter, pair: Pair, proof: Proof | None) -> float:
+    """The judge's probability of the label, given what the proof argues: the mean over both orders, where the
+    text may be turned; one half where there is none."""
+    if proof is None:
+        return UNDECIDED
+    given = dataclasses.replace(pair, rationale=as_rationale(proof, voter.thinking_open))
+    found = [
+        UNDECIDED if p_a is None else for_label(shown, p_a)
+        for shown in ((given, given.swapped()) if given.swappable else (given,))
+        for p_a in [voter.reading(shown, argument(shown.rationale or ""))]
+    ]
+    return sum(found) / len(found)
 
 
-def argument(rationale: Rationale) -> str:
-    return str(rationale).partition("\n\nConclusion:\n")[0]
+def argument(rationale: str) -> str:
+    """A rationale, as stored, the way that it is shown, without its conclusion."""
+    reading = parse_rationale(show(rationale)).rationale
+    assert reading, "eligible proofs can be read"
+    return f"Feedback:\n{reading.feedback}\n\nComparison:\n{reading.comparison}"
 
 
 def for_label(pair: Pair, p_a: float) -> float:
