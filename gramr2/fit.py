@@ -70,7 +70,7 @@ BAD_STEPS = 3  # steps in a row whose loss or gradient is not finite; then the r
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGTERM or Ctrl-C: the state was saved; the same call continues."""
+    """SIGTERM or Ctrl-C: the state was saved, or the model published; the same call continues."""
 
 
 def train(
@@ -354,6 +354,8 @@ def stop_on_signals() -> Iterator[threading.Event]:
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
+    if stop.is_set():  # asked when no step was left; what is behind the block would never know
+        raise Stopped
 
 
 def publish_model(

@@ -135,7 +135,10 @@ def join_ranks(settings: TrainSettings) -> Iterator[Ranks]:
     if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
         threading.Thread(target=end_with_launcher, daemon=True).start()
     if owned:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+        except RuntimeError as error:
+            raise InputError(f"the ranks do not reach each other (docs/clusters.md): {error}") from None
     groups = []
     try:
         if dist.is_initialized():

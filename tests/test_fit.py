@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import pickle
+import signal
 from pathlib import Path
 
 import pytest
@@ -186,6 +188,22 @@ def test_killed_or_stopped_at_odd_moments_it_ends_in_the_same_bits(world, tmp_pa
     assert [r["statuses"][0] for r in results][-2:] == [130, 0] and results[6]["statuses"] == [0]
     assert -9 in [r["statuses"][0] for r in results[1:6]]
     assert same_bits(tmp_path / "whole", shared) and same_bits(tmp_path / "whole", stopped)
+
+
+def test_a_stop_asked_for_while_the_model_is_published_is_not_forgotten(world, tmp_path, monkeypatch):
+    """A loop went on with its next step as if nobody had asked, until whoever did killed it."""
+    model, data = world
+    settings, publish = TrainSettings(**CONFIG | {"steps": 1}), fit.publish_model
+
+    def publish_after_a_signal(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        publish(*arguments)
+
+    monkeypatch.setattr(fit, "publish_model", publish_after_a_signal)
+    with pytest.raises(fit.Stopped):
+        fit.train("generative", settings, [data], model, tmp_path / "out")
+    monkeypatch.undo()
+    assert fit.train("generative", settings, [data], model, tmp_path / "out")["step"] == 1  # it is done
 
 
 class Planted:

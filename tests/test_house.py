@@ -11,6 +11,7 @@ import tokenize
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 import gramr2
 import kernels
@@ -280,7 +281,7 @@ def test_a_reader_who_leaves_early_ends_a_command_quietly_but_not_as_done(tmp_pa
     assert (result.returncode, result.stderr) == (141, "")
 
 
-PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "benchmarks/README.md", *sorted(ROOT.glob("docs/*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -288,7 +289,7 @@ def test_every_name_in_the_pages_resolves(page):
     """A reader follows the table from an equation to its lines; a stale name sends him nowhere."""
     text = page.read_text(encoding="utf-8")
     named = re.findall(r"`([\w/]+\.py):(\w+)`", text)
-    assert len(named) >= 8 or page.parent != ROOT
+    assert len(named) >= 8 or page != ROOT / "README.md"
     for path, name in named:
         tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
         defined = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
@@ -299,6 +300,25 @@ def test_every_name_in_the_pages_resolves(page):
         assert (ROOT / path).exists(), path
     for path in re.findall(r"\]\((?!http)([^)#]+)", text):  # links
         assert (page.parent / path).exists(), path
+
+
+def test_every_flag_in_the_pages_exists():
+    """Whoever copies a line would learn of a flag that is gone when the job has waited for its nodes."""
+    launcher = {flag for action in get_args_parser()._actions for flag in action.option_strings}
+    known = {name: {*re.findall(r"--[a-z][\w-]*", command(name, "--help").stdout)} for name in COMMANDS}
+    blocks = [(ROOT / "docs/slurm.sbatch").read_text(encoding="utf-8")]
+    for page in PAGES:
+        blocks += re.findall(r"```\w*\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    wrong, seen = set(), set()
+    for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+        before, name, behind = re.match(r"(.*?)(\b(?:train|selftrain|infer)\.py|$)([^#]*)", line).groups()
+        pairs = [(behind, known.get(name, set()))]
+        if "torchrun" in before:
+            pairs.append((before.partition("torchrun")[2], launcher))
+        for words, flags in pairs if name or "torchrun" in before else []:
+            used = {*re.findall(r"(?<![\w-])--[a-z][\w-]*", words)}
+            seen, wrong = seen | used, wrong | used - flags
+    assert {"--rdzv_endpoint", "--recipe", "--votes"} <= seen and not wrong
 
 
 def test_without_triton_the_choice_is_visible():

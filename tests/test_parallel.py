@@ -134,6 +134,16 @@ def train_on_two_ranks(place: str, *words: str) -> None:
     print(json.dumps(forks.exits(forks.fork_ranks(command, 2))))
 
 
+def test_a_network_that_is_not_there_is_one_line_and_status_2(tmp_path, monkeypatch):
+    """Where a node calls its network by another name, every rank ended in a traceback."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere0")
+    words = ["--stage", "prover", "--recipe", str(ROOT / "recipes/micro.toml")]
+    assert json.loads(fresh.run(train_on_two_ranks, str(tmp_path), *words)) == [2, 2]
+    logs = [(tmp_path / f"log.{rank}").read_text() for rank in (0, 1)]
+    assert "error: the ranks do not reach each other" in logs[0] and "nowhere0" in logs[0]
+    assert "Traceback" not in logs[0] + logs[1]
+
+
 def test_a_toy_world_that_is_refused_is_one_line_and_status_2_on_every_rank(tmp_path):
     """The first rank alone makes it; another that waits for it would see a connection that breaks."""
     (tmp_path / "recipe.toml").write_text('[world]\ndirectory = "world"\n')
