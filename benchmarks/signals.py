@@ -1,7 +1,7 @@
 """What knew which pseudo-labels were wrong, in runs that weighed it (`--signals N`): means over seeds.
 
     for s in 0 1 2; do python selftrain.py --seed $s --name toy-$s --iters 1 --pool 300 --signals 300 \\
-        --until round-1-labels; done
+        --test-limit 50 --until round-1-labels; done
     python benchmarks/signals.py toy runs/toy-0 runs/toy-1 runs/toy-2
 
 The first round is taken, since later judges have learnt from what the first one's filters kept. The result is
