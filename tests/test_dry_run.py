@@ -33,5 +33,5 @@ def test_settings_that_would_undo_a_model_are_questioned(tmp_path, monkeypatch):
     monkeypatch.setattr(cost, "PRETRAINED", 0)
     settings, alone = TrainSettings(**CONFIG | {"steps": 120, "lr": 1.0}), Ranks(0, 1, torch.device("cpu"))
     lines = "\n".join(dry_run("reward", settings, [data], model, alone))
-    assert "120 steps make 20 epochs of these 48 examples" in lines and "makes 18 steps" in lines
+    assert "120 steps make 20 epochs of these 48 examples" in lines and "make 18 steps" in lines
     assert "lr 1 would undo what a model of this size knows; about 0.04 suits it" in lines
