@@ -11,6 +11,7 @@ Left out: profiling, and any judgement of the figures.
 import datetime
 import importlib
 import importlib.metadata
+import json
 import os
 import platform
 import statistics
@@ -110,6 +111,12 @@ def needed(package: str):
         return importlib.import_module(package)
     except ImportError:
         sys.exit(f"this benchmark compares with {package}: pip install -e '.[bench]' brings it")
+
+
+def kept_results(name: str, field: str) -> dict:
+    """What a result that holds several, by their names, has of them so far."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))[field] if path.exists() else {}
 
 
 def write_result(name: str, result: dict) -> Path:

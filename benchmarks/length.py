@@ -12,13 +12,13 @@ are taken. The result is benchmarks/results/length.json; what it has under other
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import common
 
 from gramr2.extras.convincing_arguments import read_corpus
 from gramr2.extras.evaluate import average
+from gramr2.extras.inputs import truth_beside
 from gramr2.extras.results import by_length
 from gramr2.files import read_rows
 
@@ -31,8 +31,7 @@ def hits(files: list[Path]) -> list[bool]:
             both = ((one.arguments, strict[one.id]) for one in compared if strict.get(one.id))
             found += [by_length({"response_a": a, "response_b": b}) == label for (a, b), label in both]
             continue
-        beside = file.with_name("truth.jsonl")
-        truth = {row["id"]: row["label"] for row in read_rows(beside)} if beside.is_file() else {}
+        truth = truth_beside(file)
         for row in read_rows(file):
             label, longer = row.get("label") or truth.get(row["id"]), by_length(row)
             if label:
@@ -47,8 +46,7 @@ def main() -> None:
     parser.add_argument("name", help="of the data set, for the table")
     parser.add_argument("files", nargs="+", type=Path, help="pair files, or the archive")
     arguments = parser.parse_args()
-    path = common.RESULTS / "length.json"
-    known = json.loads(path.read_text(encoding="utf-8"))["data"] if path.exists() else {}
+    known = common.kept_results("length", "data")
     known[arguments.name] = average(arguments.name, [hits(arguments.files)])
     print(known[arguments.name])
     common.write_result("length", {"data": known})

@@ -15,7 +15,6 @@ prefix read once per sample.
 
 import argparse
 import itertools
-import json
 import random
 import statistics
 import time
@@ -214,8 +213,7 @@ def of_checkpoint(directory: Path, repeats: int) -> None:
             "static": partial(static_generate, other, *arguments),
         }
         rows.append(row(f"{directory.name}: {name}", count * k * CHECKPOINT_NEW, ways, repeats))
-    path = common.RESULTS / "sampling_models_cpu.json"
-    models = json.loads(path.read_text(encoding="utf-8"))["models"] if path.exists() else {}
+    models = common.kept_results("sampling_models_cpu", "models")
     models[directory.name] = {"environment": common.environment(), "rows": rows}
     shape = {"prompt": CHECKPOINT_PROMPT, "new": CHECKPOINT_NEW, "repeats": repeats}
     common.write_result("sampling_models_cpu", {**shape, "models": models})

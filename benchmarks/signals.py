@@ -11,7 +11,6 @@ benchmarks/results/signals.json; what it has under other names stays there. Left
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from statistics import fmean
 
@@ -48,8 +47,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="directories of runs, a seed each")
     arguments = parser.parse_args()
     found = collect([RunReader(run) for run in arguments.runs])
-    path = common.RESULTS / "signals.json"
-    known = json.loads(path.read_text(encoding="utf-8"))["data"] if path.exists() else {}
+    known = common.kept_results("signals", "data")
     known[arguments.name] = {"environment": common.environment(), **found}
     common.write_result("signals", {"data": known})
     for name, each in sorted(found["signals"].items(), key=lambda item: -item[1]["area"]):

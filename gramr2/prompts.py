@@ -176,6 +176,14 @@ def judge_target(rationale: Rationale | str, label: str) -> str:
     return f"<think>\n{rationale}\n</think>\n{label_target(label)}"
 
 
+def continued(target: str, thinking_open: bool) -> str:
+    """A target behind a chat frame: where this has opened <think>, it goes on there, or closes it first."""
+    if not thinking_open:
+        return target
+    begun = target.startswith("<think>\n")
+    return target.removeprefix("<think>\n") if begun else f"\n</think>\n\n{target}"
+
+
 def verdict_ids(encode: Callable[[str], list[int]]) -> tuple[int, int, list[int]]:
     """→ (id of A, id of B, the canonical answer's ids before the letter), in a tokenizer.
 

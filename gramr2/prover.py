@@ -124,8 +124,8 @@ class Prover:
     def guess(self, pairs: Sequence[Pair]) -> list[float]:
         """p(A) of each pair, of a prover that is not told the label: by how it would open its proof, the mean
         over both orders. Who trains it with `hide_label` has a second judge in it."""
-        closing = "\n</think>\n\n" if self.thinking_open else ""
-        openings = [self.tokenizer.encode(closing + prompts.proof_opening(label)) for label in "AB"]
+        texts = (prompts.continued(prompts.proof_opening(label), self.thinking_open) for label in "AB")
+        openings = list(map(self.tokenizer.encode, texts))
 
         def first_shown(pair: Pair) -> float:
             front = self.frame(prompts.prover_prompt(pair, self.template, hide_label=True))

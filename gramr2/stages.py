@@ -42,10 +42,7 @@ class Frame:
     settings: TrainSettings
 
     def answer(self, asked: str, target: str) -> Tokens:
-        """Where the chat template has opened <think>, the target goes on from there, or closes it first."""
-        if self.tokenizer.opens_thinking:
-            begun = target.startswith("<think>\n")
-            target = target.removeprefix("<think>\n") if begun else f"\n</think>\n\n{target}"
+        target = prompts.continued(target, self.tokenizer.opens_thinking)
         ids, start = self.tokenizer.example([("user", asked)], target)
         return Tokens(tuple(ids), start)
 

@@ -170,8 +170,8 @@ class Voter:
 
     def reading(self, pair: Pair, rationale: str) -> float | None:
         """p(A) among {A, B} where the judge is given a rationale, as shown, instead of writing one."""
-        opened = "" if self.thinking_open else "<think>\n"
-        return self._softmax_after(self.ask(pair, "AB").ids, f"{opened}{rationale}\n</think>\n")
+        written = prompts.continued(f"<think>\n{rationale}\n</think>\n", self.thinking_open)
+        return self._softmax_after(self.ask(pair, "AB").ids, written)
 
     def _softmax_at_letter(self, sample: Sample, text: str, start: int) -> float | None:
         """p(A) among {A, B} where the verdict at `start` was sampled in its canonical form."""

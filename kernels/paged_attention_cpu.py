@@ -32,7 +32,7 @@ from .reference import write_kv as write_kv  # it is as fast as it is plain
 
 KEYS = 128  # keys of a cut of the sum: MKL adds up to 192 products in one order, however many zeros follow
 ROWS = 8  # rows are padded to a multiple: a matmul of fewer takes another kernel, which rounds differently
-ROWS_AT_ONCE = 16
+ROWS_AT_ONCE = 16  # where the number of rows matters beyond that (any_number_of_rows)
 LOWEST = -1e30  # a log-sum-exp of nothing; finite, so that a difference of two of them is 0 and not NaN
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

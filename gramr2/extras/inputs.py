@@ -72,7 +72,7 @@ def split_pairs(
     for name in met:
         others = met if name == "unlabelled" else ["test"]
         with publish_rows(place / f"{name}.jsonl") as write:
-            for pair, known in told_pairs(getattr(sources, name), tokenizer):
+            for pair, known in told_pairs(getattr(sources, name), tokenizer, name == "unlabelled"):
                 if counts[name] == (settings.limit or None) and name in ("human", "labelled"):
                     break
                 content = pair.content_id
@@ -101,16 +101,22 @@ def split_pairs(
     return dict(counts)
 
 
-def told_pairs(files: Sequence[str], tokenizer: Tokenizer) -> Iterator[tuple[Pair, str | None]]:
-    """Every pair of some files, with the label that a truth.jsonl beside its file tells, if there is one."""
+def told_pairs(files: Sequence[str], tokenizer: Tokenizer, told: bool) -> Iterator[tuple[Pair, str | None]]:
+    """Every pair of some files; where it may be `told`, with the label that stands beside its file."""
     for file in files:
-        truth, path = {}, Path(file).with_name("truth.jsonl")
-        for number, row in enumerate(read_rows(path) if path.is_file() else (), 1):
-            fields = Fields(row, f"{path}: row {number}: ")
-            of = str(fields.get("id", int if type(fields.row.get("id")) is int else str))
-            truth[of] = fields.get("label", str, None, among=("A", "B"))
+        truth = truth_beside(Path(file)) if told else {}
         for pair in checked_pairs(file, tokenizer):
             yield pair, truth.get(pair.id)
+
+
+def truth_beside(file: Path) -> dict[str, str | None]:
+    """The labels, by the pairs' ids, that a truth.jsonl beside their file tells; none where there is none."""
+    truth, path = {}, file.with_name("truth.jsonl")
+    for number, row in enumerate(read_rows(path) if path.is_file() else (), 1):
+        fields = Fields(row, f"{path}: row {number}: ")
+        of = str(fields.get("id", int if type(fields.row.get("id")) is int else str))
+        truth[of] = fields.get("label", str, None, among=("A", "B"))
+    return truth
 
 
 def deal_rounds(place: Path, settings: SelfTrainSettings) -> None:
