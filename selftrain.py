@@ -1,7 +1,7 @@
 """The whole algorithm of GRAM-R² (arXiv 2509.02492, figure 2): a reward model that teaches itself to reason.
 
     python selftrain.py --iters 3                  the toy world, from nothing, on a laptop
-    python selftrain.py --recipe recipes/micro.toml     the same in half a minute, for a look at every file
+    python selftrain.py --recipe micro    the same in half a minute, for a look at every file
     python selftrain.py --recipe R.toml --human H.jsonl --labelled L.jsonl --unlabelled U.jsonl --test T.jsonl
 
 The run is the directory runs/NAME: plan.json, steps/, results.json, report.html. The same command goes on
@@ -38,7 +38,7 @@ from gramr2.files import (
     open_file,
     run_command,
 )
-from gramr2.recipes import read_recipe, resolve
+from gramr2.recipes import RECIPES, read_recipe, recipe_file, resolve
 from gramr2.run_directory import RunDirectory, StoppedAsAsked
 from gramr2.seals import model_files
 from gramr2.selection import SCORES
@@ -48,7 +48,6 @@ from gramr2.stages import STAGES
 if TYPE_CHECKING:  # torch takes its seconds only for a run
     from gramr2.steps import Run
 
-RECIPES = Path(__file__).resolve().parent / "recipes"
 REGISTRIES = {"select_by": SCORES, "without": FILTERS}  # whose names these settings may hold
 
 
@@ -105,7 +104,11 @@ def baselines(run: Run, inputs: RunInputs, results: Results | beside.Beside) -> 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("selftrain.py", description=__doc__)
-    parser.add_argument("--recipe", type=Path, default=RECIPES / "toy.toml", help="settings [toy]")
+    names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.toml")))
+    which = f"settings: a file, or one of {RECIPES} by name: {names} [toy]"
+    parser.add_argument(
+        "--recipe", type=recipe_file, default=RECIPES / "toy.toml", metavar="FILE", help=which
+    )
     for name in KINDS:
         options: dict[str, Any] = {"nargs": "+", "action": "extend", "metavar": "FILE"}
         parser.add_argument(f"--{name}", **options, help="pair files [the recipe's, or the toy's]")

@@ -33,11 +33,11 @@ from pathlib import Path
 
 from gramr2.extras.policy_settings import PolicySettings
 from gramr2.files import InputError, Parser, disk_errors_as_input_errors, run_command
-from gramr2.recipes import read_recipe, resolve
+from gramr2.recipes import RECIPES, read_recipe, recipe_file, resolve
 from gramr2.settings import Sources, TrainSettings, add_flags, given
 from gramr2.stages import STAGES
 
-TOY = Path(__file__).resolve().parent / "recipes/toy.toml"
+TOY = RECIPES / "toy.toml"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -45,8 +45,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     lines.append(f"    {'policy':16}a model's own answers, as a judge rewards them")
     parser = Parser("train.py", description="\n".join([str(__doc__), "Stages:", *lines]))
     parser.add_argument("--stage", required=True, choices=(*STAGES, "policy"), help="what to train")
-    suits = "settings [toy; with --model, as suits the model and its data]"
-    parser.add_argument("--recipe", type=Path, metavar="FILE", help=suits)
+    suits = "settings, as in selftrain.py [toy; with --model, as suits the model and its data]"
+    parser.add_argument("--recipe", type=recipe_file, metavar="FILE", help=suits)
     parser.add_argument(
         "--data", type=Path, nargs="+", action="extend", metavar="FILE", help="JSONL [the recipe's]"
     )

@@ -71,7 +71,8 @@ from gramr2.tokenizer import Tokenizer
 PATIENCE = 20.0  # seconds; the slowest case that ends takes a fifth of it
 MEMORY = 6 << 30  # bytes that a case may map beyond what the imports have
 FILE_SIZE = 64 << 20  # bytes of the largest file that a case may write
-MAINS = {"infer": "infer", "train": "train", "selftrain": "selftrain", "datasets": "gramr2.extras.datasets"}
+MAINS = {name: f"gramr2.commands.{name}" for name in ("infer", "train", "selftrain")}
+MAINS["datasets"] = "gramr2.extras.datasets"
 # What the commands import late, so that a fork need not.
 IMPORTS = "torch._dynamo gramr2.judge gramr2.extras.formats gramr2.steps gramr2.fit gramr2.extras.toy_start"
 IMPORTS += " gramr2.extras.dry_run gramr2.extras.policy_start"

@@ -21,7 +21,7 @@ from common import ROOT, compare, write_result
 import torch  # isort: skip
 import torch.nn.functional as F
 
-import kernels
+from gramr2 import kernels
 
 SHAPES = {  # device: {name: (T, D, V)}
     "cuda": {

@@ -31,8 +31,8 @@ import common
 import numpy as np
 import torch
 
-import selftrain
 from gramr2 import parallel
+from gramr2.commands import selftrain
 from gramr2.data import Store
 from gramr2.denoise import FILTERS
 from gramr2.extras.evaluate import is_right

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from gramr2.files import write_json
-from kernels import reference, tuning
+from gramr2.kernels import reference, tuning
 
 GAIN = 1.02  # how much faster than the built-in numbers a candidate has to be
 Numbers = dict[str, int]
@@ -78,7 +78,7 @@ def head(device: str, dtype: torch.dtype, T: int, D: int, V: int) -> tuple[Tenso
 
 def score(device: str, dtype: torch.dtype, T: int, D: int, V: int) -> Problem:
     """Log-probs of tokens, without gradients."""
-    from kernels import sequence_logprob_triton
+    from gramr2.kernels import sequence_logprob_triton
 
     hidden_TD, weight_VD, targets_T = head(device, dtype, T, D, V)
     return Problem(
@@ -90,7 +90,7 @@ def score(device: str, dtype: torch.dtype, T: int, D: int, V: int) -> Problem:
 
 def gradient(device: str, dtype: torch.dtype, C: int, V: int) -> Problem:
     """A chunk of logits that becomes its gradient; of half the rows the softmax's: a lost tile shows."""
-    from kernels import sequence_logprob_triton
+    from gramr2.kernels import sequence_logprob_triton
 
     (logits_CV,) = normal(device, dtype, (C, V))
     worn_CV, targets_C = logits_CV.clone(), torch.randint(V, (C,), device=device)
@@ -112,8 +112,8 @@ def gradient(device: str, dtype: torch.dtype, C: int, V: int) -> Problem:
 
 def chunk(device: str, dtype: torch.dtype, T: int, D: int, V: int) -> Problem:
     """A head in training: log-probs and both gradients, a chunk of logits at a time."""
-    import kernels
-    from kernels.sequence_logprob import LogProbSum
+    from gramr2 import kernels
+    from gramr2.kernels.sequence_logprob import LogProbSum
 
     hidden_TD, weight_VD, targets_T = head(device, dtype, T, D, V)
     ones_T = torch.ones(T, device=device)
@@ -132,8 +132,8 @@ def chunk(device: str, dtype: torch.dtype, T: int, D: int, V: int) -> Problem:
 
 def paged_read(device, dtype, heads: int, groups: int, size: int, items: int, members: int, keys: int):
     """Decode rows over their pages: each alone with its own, or `members` together with those they share."""
-    import kernels
-    from kernels.reads import Item, Reads, reads_of
+    from gramr2 import kernels
+    from gramr2.kernels.reads import Item, Reads, reads_of
 
     page = 64
     pages = -(-keys // page)

@@ -22,8 +22,8 @@ from typing import Generic
 import numpy as np
 
 from gramr2.cache import NULL
+from gramr2.kernels.reads import Array, Item, Reads, items_of, reads_by_size, reads_of, stack
 from gramr2.requests import Chunk, DeviceStep, OpenSample
-from kernels.reads import Array, Item, Reads, items_of, reads_by_size, reads_of, stack
 
 
 def prefill_arrays(chunks: list[Chunk], size: int, item_rows: int | None, multiple: int):

@@ -21,16 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import kernels
+from gramr2 import kernels
 from gramr2.batch import DecodeBatch, DecodeRows, padded, prefill_arrays
 from gramr2.cache import NULL
 from gramr2.graphs import DecodeGraphs
+from gramr2.kernels.choice import Column, Options, choose, uniforms
+from gramr2.kernels.linear_cpu import Packed, laid_out, rows_needed
+from gramr2.kernels.packed_attention import Attend, upload
+from gramr2.kernels.reads import Reads
 from gramr2.model import Decoder, ModelConfig, rope_tables
 from gramr2.requests import Capacity, Chunk, DeviceStep, Limits
-from kernels.choice import Column, Options, choose, uniforms
-from kernels.linear_cpu import Packed, laid_out, rows_needed
-from kernels.packed_attention import Attend, upload
-from kernels.reads import Reads
 
 MOST_OPTIONS = 8  # ways to choose that graphs are kept for
 QUERY_ROWS = 64  # of one item, on CUDA: what a program of the kernel takes; the CPU takes any number

@@ -54,10 +54,19 @@ def need(holds: bool, message: str) -> None:
         raise InputError(message)
 
 
+def as_started(text: str) -> str:
+    """A text that names commands, which are scripts in a clone, as whoever started this one types them."""
+    if not Path(sys.argv[0]).name.startswith("gramr2-"):
+        return text
+    text = re.sub(r"(torchrun .*?)(\w+)\.py", r"\1-m gramr2.commands.\2", text)
+    return re.sub(r"(python )?\b(train|selftrain|infer)\.py\b", r"gramr2-\2", text)
+
+
 class Parser(argparse.ArgumentParser):
     """A command line whose errors are one line as well, and whose help keeps the lines of its docstring."""
 
     def __init__(self, name: str, description: str | None):
+        name, description = as_started(name), as_started(description or "")
         super().__init__(name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str):
@@ -323,7 +332,7 @@ def exit_status(main, *args) -> int:
         status = main(*args) or 0
         sys.stdout.flush()
     except InputError as error:
-        status, message = 2, "error: " + " ".join(visible(str(error)).split())
+        status, message = 2, "error: " + " ".join(visible(as_started(str(error))).split())
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
     except BrokenPipeError:  # whoever read what was printed has left, as `| head` does

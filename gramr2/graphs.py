@@ -23,8 +23,8 @@ from torch import Tensor
 
 from gramr2.batch import DecodeBatch
 from gramr2.cache import NULL
+from gramr2.kernels.choice import Options
 from gramr2.requests import Capacity
-from kernels.choice import Options
 
 Decode = Callable[[DecodeBatch[Tensor]], Tensor]
 Sizes = tuple[int, int]  # rows, and items of their shared prefixes

@@ -33,6 +33,7 @@ from gramr2 import prompts
 from gramr2.engine import Engine
 from gramr2.fields import Fields
 from gramr2.files import InputError, JsonRow, need, read_json, short_hash
+from gramr2.kernels.packed_attention import packed_causal, packed_positions
 from gramr2.model import Decoder
 from gramr2.rankings import Contest, Duel, Ranking, preference
 from gramr2.records import UNDECIDED, Judgment, Messages, Pair, Vote
@@ -42,7 +43,6 @@ from gramr2.settings import pairs_per_call
 from gramr2.tokenizer import Tokenizer
 from gramr2.votes import SCALAR, THINK, Format, Voter, too_long
 from gramr2.weights import fingerprint, load
-from kernels.packed_attention import packed_causal, packed_positions
 
 MAX_NEW_TOKENS = 4096
 CALIBRATION = "calibration.json"  # in the model directory

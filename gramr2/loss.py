@@ -25,11 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kernels
+from gramr2 import kernels
+from gramr2.kernels.packed_attention import packed_causal, packed_positions, upload
 from gramr2.model import Decoder
 from gramr2.records import Example
 from gramr2.settings import TrainSettings
-from kernels.packed_attention import packed_causal, packed_positions, upload
 
 NO_LETTER = -1  # at targets that are not the label's letter
 

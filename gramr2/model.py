@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import kernels
-from kernels.linear_cpu import SideBySide
-from kernels.packed_attention import Attend
+from gramr2 import kernels
+from gramr2.kernels.linear_cpu import SideBySide
+from gramr2.kernels.packed_attention import Attend
 
 
 @dataclass(frozen=True)

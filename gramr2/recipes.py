@@ -23,8 +23,15 @@ from gramr2.settings import TrainSettings
 from gramr2.stages import STAGES
 
 Settings = TypeVar("Settings")
+RECIPES = (Path(__file__).parent / "commands/recipes").resolve()
 TABLES = ("train", *dict.fromkeys(table for stage in STAGES.values() for table in stage.tables))
 TABLES += ("train.policy", "selftrain", "world", "models", "data")  # policy: extras/policy_settings.py
+
+
+def recipe_file(name: str) -> Path:
+    """A recipe as a command line names it: a file, or one of those that are shipped, by its name."""
+    shipped = RECIPES / f"{name}.toml"
+    return shipped if shipped.is_file() and not Path(name).is_file() else Path(name)
 
 
 def read_recipe(path: str | Path) -> dict[str, dict[str, Any]]:

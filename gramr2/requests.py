@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import kernels
+from gramr2 import kernels
 from gramr2.cache import Growth, PageTable
 from gramr2.files import need
+from gramr2.kernels.choice import Options, noise_seed
 from gramr2.model import ModelConfig
-from kernels.choice import Options, noise_seed
 
 MEMORY_BYTES = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # of the machine
 CPU_CACHE_BYTES = 1 << 30  # or what the longest request needs, up to half of the machine's memory

@@ -88,7 +88,7 @@ def code_version() -> str:
     """A hash of the package's sources and of the kernels': a run that other code continues says so."""
     package = Path(__file__).parent
     prompts = package.glob("templates/*.txt")
-    sources = sorted([*package.rglob("*.py"), *prompts, *package.parent.glob("kernels/*.py")])
+    sources = sorted([*package.rglob("*.py"), *prompts, *package.glob("kernels/*.py")])
     return short_hash(b"".join(path.read_bytes() for path in sources))
 
 

@@ -34,10 +34,10 @@ from tqdm import tqdm
 from gramr2.cache import PagePool
 from gramr2.engine import Engine
 from gramr2.files import need
+from gramr2.kernels.choice import Column, Options
 from gramr2.model import Decoder
 from gramr2.requests import Decodes, DeviceStep, Limits, Request, Sample
 from gramr2.scheduler import Scheduler
-from kernels.choice import Column, Options
 
 Finished = tuple[int, int, Sample]  # index of the prompt, number of the sample
 

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-import kernels
+from gramr2 import kernels
 from gramr2.files import need
+from gramr2.kernels.packed_attention import packed_causal, packed_positions
 from gramr2.model import Decoder
-from kernels.packed_attention import packed_causal, packed_positions
 
 TOKEN_BUDGET = 8192  # tokens of one forward pass; a longer sequence is a pass of its own
 

@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 from gramr2 import prompts
 from gramr2.engine import Engine
 from gramr2.files import InputError, need
+from gramr2.kernels.choice import noise_seed
 from gramr2.model import Decoder
 from gramr2.records import OTHER, UNDECIDED, Judgment, Pair, Vote
 from gramr2.sampler import Sample, generate
 from gramr2.scoring import logprobs, softmax_of
 from gramr2.tokenizer import Tokenizer, encoding_threads, in_threads
-from kernels.choice import noise_seed
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class Forks:
 
 
 def child(words: list[str]) -> int:
-    import infer
+    from gramr2.commands import infer
     from gramr2.extras import bulk
     from gramr2.files import exit_status
 
@@ -56,7 +56,7 @@ def child(words: list[str]) -> int:
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     # Sampling imports the first late, and the command the others: in every fork anew if they are not here.
-    for module in ("torch._dynamo", "gramr2.judge", "gramr2.extras.formats", "infer"):
+    for module in ("torch._dynamo", "gramr2.judge", "gramr2.extras.formats", "gramr2.commands.infer"):
         importlib.import_module(module)
     for line in sys.stdin:
         words = json.loads(line)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from triton.runtime.jit import JITFunction
 
-from kernels import elementwise, paged_attention, sequence_logprob_triton
-from kernels.paged_attention_cpu import LOWEST
+from gramr2.kernels import elementwise, paged_attention, sequence_logprob_triton
+from gramr2.kernels.paged_attention_cpu import LOWEST
 
 MODULES = elementwise, paged_attention, sequence_logprob_triton
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # as triton names them

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from gramr2.kernels.packed_attention import packed_causal, packed_positions
 from gramr2.model import Decoder
-from kernels.packed_attention import packed_causal, packed_positions
 
 
 @torch.inference_mode()

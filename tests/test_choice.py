@@ -7,7 +7,7 @@ import pytest
 import torch
 from oracles import chi_square
 
-from kernels.choice import Column, Options, choose, uniforms
+from gramr2.kernels.choice import Column, Options, choose, uniforms
 
 
 def options_of(**fields):

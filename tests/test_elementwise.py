@@ -7,9 +7,9 @@ import pytest
 import torch
 from checkpoints import random_model
 
-import kernels
+from gramr2 import kernels
+from gramr2.kernels import reference
 from gramr2.model import rope_tables
-from kernels import reference
 
 # Tokens, query heads, key/value heads, head size, widths of the model and of the MLP
 SHAPES = [(3, 4, 2, 8, 24, 48), (1, 9, 3, 64, 576, 1536), (5, 2, 1, 80, 130, 1030)]
@@ -41,7 +41,7 @@ def check(implementation, dtype, device="cpu"):
 
 
 def interpreted():
-    from kernels import elementwise
+    from gramr2.kernels import elementwise
 
     for dtype in torch.float32, torch.float16:
         check(elementwise, dtype)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from checkpoints import make_checkpoint
 
-import infer
+from gramr2.commands import infer
 from gramr2.extras import evaluate
 from gramr2.extras.results import accuracy_row
 from gramr2.files import InputError, exit_status

@@ -435,7 +435,7 @@ def test_a_world_that_cannot_be_settled_says_so(sizes, says):
 @pytest.mark.parametrize("name", ["..", ".", "", "a/b", "/tmp/x", "../x", ".hidden", "a\nb"])
 def test_a_run_is_named_by_a_name(name, tmp_path, monkeypatch):
     """`--name ..` removed what lay below the working directory."""
-    import selftrain
+    from gramr2.commands import selftrain
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.claim").touch()

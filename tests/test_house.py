@@ -14,14 +14,14 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 import gramr2
-import kernels
+from gramr2 import kernels
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["gramr2.interrupts"],
     ["gramr2.files"],
     ["gramr2.fields"],
-    ["kernels", "gramr2.records", "gramr2.settings", "gramr2.seals", "gramr2.chat_templates"],
+    ["gramr2.kernels", "gramr2.records", "gramr2.settings", "gramr2.seals", "gramr2.chat_templates"],
     ["gramr2.prompts", "gramr2.tokenizer", "gramr2.cache", "gramr2.model"],
     ["gramr2.data", "gramr2.weights", "gramr2.loss", "gramr2.scoring", "gramr2.requests"],
     ["gramr2.denoise", "gramr2.selection", "gramr2.rankings", "gramr2.stages", "gramr2.parallel"],
@@ -40,9 +40,9 @@ LAYERS = [
     ["gramr2.judge", "gramr2.fit"],
     ["gramr2.steps"],
     ["gramr2.extras"],
-    ["train", "selftrain", "infer"],
+    ["gramr2.commands"],
 ]
-BUDGET = {"core": 5650, "kernels": 1060, "extras": 3100}
+BUDGET = {"core": 5700, "kernels": 1060, "extras": 3400}
 LARGEST = 350  # lines of code of one file of the core
 
 
@@ -58,11 +58,7 @@ def layer(module: str) -> int | None:
 
 
 def sources() -> list[Path]:
-    files = [*ROOT.glob("gramr2/**/*.py"), *ROOT.glob("kernels/*.py")]
-    files += [
-        ROOT / f"{name}.py" for name in ("train", "selftrain", "infer") if (ROOT / f"{name}.py").exists()
-    ]
-    return sorted(files)
+    return sorted({*ROOT.glob("gramr2/**/*.py"), *ROOT.glob("gramr2/kernels/*.py")})
 
 
 def imported(path: Path) -> set[str]:

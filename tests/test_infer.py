@@ -8,7 +8,7 @@ import pytest
 from checkpoints import make_checkpoint
 from inferruns import Forks
 
-import infer
+from gramr2.commands import infer
 from gramr2.extras.formats import FORMATS
 from gramr2.extras.printing import judgment_text
 from gramr2.files import exit_status

@@ -10,9 +10,9 @@ from checkpoints import random_model
 from torch import nn
 
 from gramr2.engine import Engine
+from gramr2.kernels import linear_cpu
+from gramr2.kernels.linear_cpu import LONG, Packed, rows_needed
 from gramr2.sampler import generate
-from kernels import linear_cpu
-from kernels.linear_cpu import LONG, Packed, rows_needed
 
 SIZES = [(64, 32), (33, 50), (960, 576), (576, 1536), (128, LONG), (128, LONG + 1), (70, 3000)]  # N, D
 ROWS = 1, 2, 3, 5, 7, 8, 9, 16, 17, 31, 33, 64, 65, 200

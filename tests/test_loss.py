@@ -9,9 +9,9 @@ import torch
 from checkpoints import random_model
 
 from gramr2 import loss
+from gramr2.kernels.packed_attention import packed_causal
 from gramr2.loss import Trainee, collate
 from gramr2.records import Example, Tokens
-from kernels.packed_attention import packed_causal
 
 
 def examples(seed: int = 0, sizes=((9, 4), (23, 2), (5, 5), (23, 20))) -> list[Tokens]:

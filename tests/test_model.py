@@ -7,7 +7,7 @@ import torch
 from checkpoints import FAMILIES, make_checkpoint, random_model, randomise
 
 from gramr2 import weights
-from kernels.packed_attention import packed_causal, packed_positions
+from gramr2.kernels.packed_attention import packed_causal, packed_positions
 
 transformers = pytest.importorskip("transformers", reason="the oracle (dev extra) is not installed")
 LENGTHS = [7, 1, 40, 7, 19]  # equal and unequal, one of a single token, one past llama3's old context

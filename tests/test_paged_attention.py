@@ -6,8 +6,8 @@ import fresh
 import pytest
 import torch
 
-import kernels
-from kernels import paged_attention_cpu, reference
+from gramr2 import kernels
+from gramr2.kernels import paged_attention_cpu, reference
 
 BOUND = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
@@ -90,7 +90,7 @@ def test_the_cpus_way_is_the_oracles(shape, dtype):
 
 
 def interpreted():
-    from kernels import paged_attention
+    from gramr2.kernels import paged_attention
 
     for shape in SHAPES:
         for dtype in torch.float32, torch.float16:

@@ -12,7 +12,7 @@ import fresh
 import pytest
 from trainings import curve, distance, drive, job, make
 
-import train
+from gramr2.commands import train
 from gramr2.files import exit_status
 
 ROOT = Path(__file__).parents[1]

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trainings import same_bits, weights_of, write_rows
 
-import train
 from gramr2 import fit, parallel
+from gramr2.commands import train
 from gramr2.extras import policy, policy_start
 from gramr2.extras.policy_settings import PolicySettings
 from gramr2.files import InputError, exit_status, write_json

@@ -26,12 +26,12 @@ import gramr2
 from gramr2 import prompts
 from gramr2.extras.formats import FORMATS
 from gramr2.files import InputError
+from gramr2.kernels.packed_attention import packed_causal, packed_positions
 from gramr2.prover import Prover
 from gramr2.records import Judgment, Pair, show
 from gramr2.sampler import Sample
 from gramr2.selection import select
 from gramr2.votes import THINK
-from kernels.packed_attention import packed_causal, packed_positions
 
 transformers = pytest.importorskip("transformers", reason="the oracle (dev extra) is not installed")
 pytestmark = pytest.mark.real

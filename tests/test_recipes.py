@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 from test_settings import Some
 
-import selftrain
-import train
+from gramr2.commands import selftrain, train
+from gramr2.commands.selftrain import REGISTRIES
 from gramr2.extras.policy_settings import PolicySettings
 from gramr2.files import InputError
 from gramr2.recipes import read_recipe, resolve, suited_lr
 from gramr2.settings import SelfTrainSettings, Sources, TrainSettings, check_names
 from gramr2.stages import STAGES
-from selftrain import REGISTRIES
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 

@@ -13,7 +13,7 @@ from oracles import chi_square, naive_greedy, naive_logits
 from small_caches import LENGTHS, PAGES, cache_bytes, prompts_of
 
 import gramr2
-import kernels
+from gramr2 import kernels
 from gramr2.sampler import Limits, generate, generate_iter
 
 # -------------------------------------------------------------------------------------- greedy, exactly

@@ -20,8 +20,8 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-import kernels
-from kernels import reference
+from gramr2 import kernels
+from gramr2.kernels import reference
 
 ROOT = Path(__file__).parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -97,7 +97,7 @@ def small_chunks():
 
 
 def triton_module():
-    return importlib.import_module("kernels.sequence_logprob_triton")
+    return importlib.import_module("gramr2.kernels.sequence_logprob_triton")
 
 
 # ------------------------------------------------------------------ on both paths: `anywhere`
@@ -256,7 +256,7 @@ def test_bad_arguments_are_named(argument, change):
 
 def test_scoring_computes_no_gradient(monkeypatch):
     """Under no_grad, and where nothing requires a gradient, the path of gradients is not entered."""
-    training = importlib.import_module("kernels.sequence_logprob")
+    training = importlib.import_module("gramr2.kernels.sequence_logprob")
     monkeypatch.setattr(training, "_gradients", lambda *_: pytest.fail("gradients were computed"))
     hidden_TD, weight_VD, targets_T, c_T = problem(30, 32, 200, torch.float32)
     kernels.sequence_logprob_sum(hidden_TD, weight_VD, targets_T, c_T)

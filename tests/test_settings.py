@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from gramr2.commands.selftrain import REGISTRIES
 from gramr2.denoise import FILTERS
 from gramr2.files import InputError
 from gramr2.recipes import resolve
@@ -17,7 +18,6 @@ from gramr2.settings import (
     given,
     setting,
 )
-from selftrain import REGISTRIES
 
 
 @dataclass(frozen=True)

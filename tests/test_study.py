@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import study  # noqa: E402
 
-import selftrain  # noqa: E402
+from gramr2.commands import selftrain  # noqa: E402
 from gramr2.files import write_rows  # noqa: E402
 from gramr2.records import Pair, show, swap  # noqa: E402
 from gramr2.settings import SelfTrainSettings, check_names  # noqa: E402

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import tables
 import tune
 
-from kernels import tuning
+from gramr2.kernels import tuning
 
 CPU = torch.device("cpu")
 MS = {1: 10.0, 2: 8.0, 3: 1.0, 4: 9.9, 5: 1.0}  # of a launch, by its block: 1 is built in

@@ -35,7 +35,6 @@ import json
 import math
 import random
 import re
-import sys
 import time
 import zlib
 from array import array
@@ -802,8 +801,7 @@ def _parser() -> Parser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> None:
-    words = sys.argv[1:] if arguments is None else arguments
+def main(words: list[str]) -> None:
     if words[:1] == ["convincing-arguments"]:  # makes a directory, and has options of its own
         from gramr2.extras import convincing_arguments
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import kernels
+from gramr2 import kernels
+from gramr2.kernels.packed_attention import packed_causal, packed_positions
 from gramr2.loss import Batch
 from gramr2.model import Decoder
-from kernels.packed_attention import packed_causal, packed_positions
 
 
 def clipped_loss(logp_N: Tensor, old_N: Tensor, advantages_N: Tensor, clip: float) -> Tensor:

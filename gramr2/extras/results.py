@@ -24,7 +24,16 @@ from typing import TYPE_CHECKING
 from gramr2.extras.evaluate import average, by_domain, is_right
 from gramr2.extras.inputs import RunInputs
 from gramr2.fields import Fields
-from gramr2.files import InputError, JsonRow, read_json, read_rows, visible, write_json, write_rows
+from gramr2.files import (
+    InputError,
+    JsonRow,
+    as_started,
+    read_json,
+    read_rows,
+    visible,
+    write_json,
+    write_rows,
+)
 from gramr2.records import OTHER
 from gramr2.run_directory import read_record, step_paths
 from gramr2.seals import read_signed
@@ -124,7 +133,7 @@ class Results:
             },
             "rounds": [round_counts(reader, number) for number in filtered],
             "stopped": stopped,
-            "next": f"python infer.py --pair {directory.root / 'pair.json'}",
+            "next": as_started(f"python infer.py --pair {directory.root / 'pair.json'}"),
         }
 
 

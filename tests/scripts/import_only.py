@@ -4,8 +4,8 @@ import os
 import sys
 
 before = dict(os.environ)
-import gramr2  # noqa: E402, F401
-import kernels.reference  # noqa: E402, F401
+import gramr2  # noqa: E402
+import gramr2.kernels.reference  # noqa: E402, F401
 
 said = "unchanged" if dict(os.environ) == before else "changed"
 loaded = {"transformers", "pyarrow", "liger_kernel", "triton", "pytest"} & set(sys.modules)

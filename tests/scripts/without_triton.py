@@ -20,7 +20,7 @@ sys.meta_path.insert(0, Hidden())
 import torch  # noqa: E402
 
 import gramr2  # noqa: E402
-import kernels  # noqa: E402
+from gramr2 import kernels  # noqa: E402
 
 assert gramr2.RewardModel and gramr2.generate
 kernels.sequence_logprob(torch.ones(2, 16), torch.ones(5, 16), torch.tensor([1, 2]))

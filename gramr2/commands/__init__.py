@@ -1,0 +1,34 @@
+"""The commands as an installed package has them: gramr2-train, gramr2-selftrain, gramr2-infer, gramr2-data.
+
+In a clone they are the scripts at its top level, and the files here are links to them, as `gramr2/kernels` is
+one to `kernels/`: a package that is built holds the files themselves, and the recipes beside them. So
+all that is installed stands under `gramr2`, and `torchrun -m gramr2.commands.train` is `torchrun train.py`.
+"""
+
+import importlib
+
+from gramr2.interrupts import quit_on_interrupt
+
+
+def train() -> None:
+    _run("gramr2.commands.train")
+
+
+def selftrain() -> None:
+    _run("gramr2.commands.selftrain")
+
+
+def infer() -> None:
+    _run("gramr2.commands.infer")
+
+
+def data() -> None:
+    _run("gramr2.extras.datasets")
+
+
+def _run(module: str) -> None:
+    quit_on_interrupt()  # Ctrl-C may come while the rest is imported
+    main = importlib.import_module(module).main
+    from gramr2.files import run_command
+
+    run_command(main)

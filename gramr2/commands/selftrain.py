@@ -1,0 +1,1 @@
+../../selftrain.py
