@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gramr2.denoise import FILTERS
-from gramr2.extras import beside
+from gramr2.extras import beside, logs
+from gramr2.extras.card import write_cards
 from gramr2.extras.inputs import KINDS, RunInputs, prepare
 from gramr2.extras.report import write_report
 from gramr2.extras.results import Results, show
@@ -117,6 +118,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--until", metavar="STEP", help="stop once this step is done")
     parser.add_argument("--verify", action="store_true", help="read finished steps' files again, all of them")
     parser.add_argument("--dry-run", action="store_true", help="print the settings, and do nothing")
+    logs.add_flag(parser)
     add_flags(parser, SelfTrainSettings, REGISTRIES)
     return parser.parse_args(argv)
 
@@ -187,7 +189,8 @@ def main(argv: Sequence[str], runs: Path = Path("runs")) -> int:
             ranks.on_rank_0(lambda: directory.forget(arguments.start))
         run = Run(directory, settings, trainings, world_rules(plan))
         try:
-            run_to_the_end(run, inputs_of(run, arguments.recipe, sources))
+            with logs.following(root, arguments.log, "", plan, ranks.is_first):
+                run_to_the_end(run, inputs_of(run, arguments.recipe, sources))
         except StoppedAsAsked as reached:
             directory.say(f"stopped after {reached}, as asked")
         else:
@@ -233,6 +236,7 @@ def finish(results: Results, root: Path, stopped: str) -> None:
     with disk_errors_as_input_errors(root):
         written = results.write(stopped)
         write_report(root)
+        write_cards(results, root)
     show(written, root)
 
 

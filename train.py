@@ -9,7 +9,8 @@
     torchrun --nproc_per_node=8 train.py --stage policy --recipe recipes/llama3.1-8b.toml \\
         --model POLICY --judge runs/x/model --data prompts.jsonl --reward pairwise
 
-The model ends in OUT/model, a Hugging Face directory; OUT/metrics.jsonl has a row per step. The same
+The model ends in OUT/model, a Hugging Face directory that says in its README.md what it is and how to use it;
+OUT/metrics.jsonl has a row per step, and `--log tensorboard` shows them as they come. The same
 command continues a run that was cut, on any number of ranks. SIGTERM and Ctrl-C save first; the exit
 status is then 130. The stages are a table in gramr2/stages.py, and the loop is gramr2/fit.py.
 
@@ -29,8 +30,11 @@ if __name__ == "__main__":  # Ctrl-C may come while the rest is imported
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
+from gramr2.extras import logs
+from gramr2.extras.card import write_card
 from gramr2.extras.policy_settings import PolicySettings
 from gramr2.files import InputError, Parser, disk_errors_as_input_errors, run_command
 from gramr2.recipes import RECIPES, read_recipe, recipe_file, resolve
@@ -54,6 +58,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="DIR", help="where it goes [runs/train-STAGE]")
     parser.add_argument("--judge", type=Path, metavar="DIR", help="policy: a reward model [the newest run's]")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, and train nothing")
+    logs.add_flag(parser)
     add_flags(parser, PolicySettings)
     return parser.parse_args(argv)
 
@@ -68,9 +73,13 @@ def main(argv: Sequence[str]) -> int:
     from gramr2.extras import dry_run, policy_start, toy_start
 
     out, data, model = arguments.out or Path("runs") / f"train-{stage}", arguments.data, arguments.model
-    with parallel.join_ranks(settings) as ranks, disk_errors_as_input_errors(out):
+    with (
+        parallel.join_ranks(settings) as ranks,
+        disk_errors_as_input_errors(out),
+        logs.following(out, arguments.log, stage, asdict(settings), ranks.is_first and not arguments.dry_run),
+    ):
         if isinstance(settings, PolicySettings):
-            policy_start.command(arguments, settings, sources, out, ranks)
+            model = policy_start.command(arguments, settings, sources, out, ranks)
         else:
             if read_recipe(arguments.recipe).get("world") and not (data and model):
                 model = toy_start.make_toy(arguments, sources, ranks)
@@ -81,6 +90,7 @@ def main(argv: Sequence[str]) -> int:
             elif ranks.is_first:
                 print(*dry_run.dry_run(stage, settings, data, model, ranks), sep="\n")
         if ranks.is_first and not arguments.dry_run:
+            write_card(out / "model", model)
             print(f"model: {out / 'model'}")
     return 0
 

@@ -98,8 +98,11 @@ def train(
         batches = tokenized.global_batches(plan, builder, ranks, out / "resume", loop.cursor.step)
         loop.run(batches, stop, entry.name)
         figures = dataclasses.asdict(loop.cursor) | {"dropped": plan.dropped, "examples": plan.examples}
-        prompt = {f"{entry.template}_prompt.txt": builder.frame.template} if entry.template else {}
-        publish_model(loop, tokenizer, model_dir, {"run": now, "figures": figures}, prompt)
+        own: dict[str, str] = {}
+        if entry.template:  # it is asked with this prompt, and its answers are drawn as they were trained
+            own[f"{entry.template}_prompt.txt"] = builder.frame.template
+            own["generation_config.json"] = tokenizer.generation_config()
+        publish_model(loop, tokenizer, model_dir, {"run": now, "figures": figures}, own)
         return figures
 
 
@@ -361,7 +364,10 @@ def stop_on_signals() -> Iterator[threading.Event]:
 def publish_model(
     loop: Loop, tokenizer: Tokenizer, model_dir: Path, record: dict[str, Any], own: dict[str, str]
 ) -> None:
-    """Leaves model/ with the prompts that it was trained on and the run's figures; then drops the states."""
+    """Leaves model/ with the prompts that it was trained on and the run's figures; then drops the states.
+
+    `own`: files of this training, in the place of its base's.
+    """
     model, place, wanted = loop.trainee.decoder, loop.out / "model", loop.settings.save_dtype
     if wanted == "auto":
         raw = model.raw_config or {}

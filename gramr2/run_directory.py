@@ -48,7 +48,7 @@ from gramr2.files import (
     read_json,
     short_hash,
 )
-from gramr2.seals import check_seals, names_below, read_signed, seal, seals_below, write_signed
+from gramr2.seals import CARD, check_seals, names_below, read_signed, seal, seals_below, write_signed
 from gramr2.settings import FREE, PAIRS_PER_CALL, check_identity, pairs_per_call
 
 if TYPE_CHECKING:  # torch takes its seconds, and looking for a run needs none of it
@@ -57,7 +57,7 @@ if TYPE_CHECKING:  # torch takes its seconds, and looking for a run needs none o
 T = TypeVar("T")
 WRITTEN = ("plan.json", "results.json", "pair.json", "report.html")  # beside the steps
 OURS_BEFORE_A_PLAN = r"\.(lock$|plan\.json\.tmp-)"
-NOT_SEALED = ("resume", "calibration.json")  # a user may calibrate a model where it stands
+NOT_SEALED = ("resume", "calibration.json", CARD)  # a user may calibrate a model where it stands
 RECORD = {"counts": dict, "seconds": float, "files": dict}  # a done.json
 
 

@@ -28,6 +28,7 @@ from gramr2.files import (
 )
 
 SEALS = "seals.json"  # in a model directory that was published here
+CARD = "README.md"  # there it is never sealed: results are added to it, and whoever passes it on edits it
 
 
 def seal(path: Path, known: Any = None, whole: bool = False) -> JsonRow:
@@ -54,10 +55,15 @@ def seals_below(place: Path, but: Iterable[str] = ()) -> dict[str, JsonRow]:
 
 
 def model_files(directory: Path) -> list[Path]:
-    """What makes a model answer as it does: all of its directory, but for what is only said of it there."""
+    """What makes a model answer as it does: all of its directory, but for what is only said of it there.
+
+    The card of a model that was trained here is such; a published one's may show the prompt that it wants.
+    """
     with read_errors_as_input_errors(directory):
         every = sorted(path for path in directory.iterdir() if path.is_file() and path.name[0] != ".")
-    return [path for path in every if path.name not in (SEALS, "training.json", "calibration.json")]
+    said = [SEALS, "training.json", "calibration.json"]
+    said += [CARD] if (directory / "training.json").is_file() else []
+    return [path for path in every if path.name not in said]
 
 
 def check_seals(place: Path, seals: JsonRow, what_to_do: str, whole: bool = False) -> None:

@@ -52,6 +52,7 @@ class Run:
     settings: SelfTrainSettings
     trainings: Mapping[str, TrainSettings]
     rules: dict[str, RationaleFilter]
+    starts: dict[str, Path] = dataclasses.field(default_factory=dict)  # what each training began from
 
     def __post_init__(self) -> None:
         self.ranks = self.directory.ranks
@@ -76,6 +77,7 @@ class Run:
         settings = self.trainings[stage]
         steps, epochs = round(settings.steps * times), settings.epochs * times
         settings = dataclasses.replace(settings, steps=steps, epochs=epochs)
+        self.starts[name] = start
         with self.directory.step(name) as step:
             if step.to_do:
                 step.close(fit.train(stage, settings, data, start, step.path))

@@ -20,6 +20,7 @@ It leaves out: training tokenizers, sentencepiece models without a `tokenizer.js
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -229,6 +230,14 @@ class Tokenizer:
         read = self._generation.get
         found = {name: read(name, kind | None, None, **limits) for name, (kind, limits) in SAMPLING.items()}
         return {name: value for name, value in found.items() if value is not None}
+
+    def generation_config(self) -> str:
+        """generation_config.json of a model that was trained to be drawn from as it is: its base's ids, and
+        none of the temperatures and penalties that suited its base."""
+        row = self._generation.row
+        ids = {name: row[name] for name in ("bos_token_id", "pad_token_id") if name in row}
+        drawn = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+        return json.dumps({**ids, "eos_token_id": [*self.stop_ids], **drawn}, indent=2)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """What ids say: without those of beginning, end and filling. Others are words, as <filename> is."""

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from gramr2.fields import Fields
 from gramr2.files import InputError, need, open_file, publish_directory, read_json, short_hash
 from gramr2.model import Decoder, Llama3Rope, ModelConfig
-from gramr2.seals import SEALS, check_seals, read_signed, seal, seals_below, write_signed
+from gramr2.seals import CARD, SEALS, check_seals, read_signed, seal, seals_below, write_signed
 from gramr2.tokenizer import FILES, Tokenizer
 
 MAX_FILE_BYTES = 5 * 10**9  # the largest file of tensors that the hub's own tools write
@@ -347,7 +347,7 @@ def save(
         text["config.json"] = json.dumps(config, indent=2).encode() + b"\n"
         for name, content in text.items():
             (place / name).write_bytes(content)
-        write_signed(place / SEALS, seals_below(place))
+        write_signed(place / SEALS, seals_below(place, (CARD,)))
 
 
 def fingerprint(directory: str | Path) -> str:

@@ -98,7 +98,7 @@ class Judge:
         is_small = sum(each.numel() for each in model.parameters()) < SMALL
         usual: JsonRow = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
         usual["max_new_tokens"] = SHORT_ANSWER if writes and is_small else LONG_ANSWER
-        # A judge that was trained here has its base's file still, and was measured as is usual here.
+        # A judge that was trained here was measured as is usual here; its file may still be its base's.
         foreign = writes and not (directory / "training.json").is_file()
         own = self.model.tokenizer.sampling if foreign else {}
         if settings.greedy:

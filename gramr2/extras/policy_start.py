@@ -40,8 +40,9 @@ def command(
     sources: Sources,
     out: Path,
     ranks: parallel.Ranks,
-) -> None:
-    """`train.py --stage policy`: finds or makes what was not named, and trains into `out`.
+) -> Path | None:
+    """`train.py --stage policy`: finds or makes what was not named, and trains into `out`; → where it
+    began.
 
     In the toy, world and backbone are those of the judge's run, for it knows the prices of its own world
     only; where no judge of a run is named, the newest run's.
@@ -63,11 +64,11 @@ def command(
     judge = judge or (judge_of(run, settings) if run else None)
     if arguments.dry_run:
         if not ranks.is_first:
-            return
+            return model
         found = {"judge": judge, "policy": model, "prompts": ", ".join(map(str, data)), "out": out}
         lines = [f"{name:8} {path or 'none yet; it would be made'}" for name, path in found.items()]
         print(*lines, *(f"{name:8} {value}" for name, value in asdict(settings).items()), sep="\n")
-        return
+        return model
     if judge is None or not (model or world):
         what, flag = ("judge", "--judge") if judge is None else ("policy to start from", "--model")
         raise InputError(f"no {what}; give {flag} DIR (`python selftrain.py` makes a judge under runs/)")
@@ -75,6 +76,7 @@ def command(
     dtype = str(parallel.compute_dtype(settings, ranks.device)).removeprefix("torch.")
     reward = Judged(RewardModel.load(judge, ranks.device, dtype), settings)
     train(settings, data, model, out, reward, judge)
+    return model
 
 
 def run_of(world: dict[str, Any], judge: Path | None = None) -> Path | None:

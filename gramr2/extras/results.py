@@ -66,12 +66,13 @@ class Results:
     def __init__(self, run: Run, inputs: RunInputs):
         self.run, self.inputs, self.model = run, inputs, inputs.backbone
         self.rows: list[JsonRow] = []
+        self.models: dict[str, Path] = {}  # whose accuracy each row is
 
     def test(self, name: str, model: Path, votes: int = 1, baseline: bool = False) -> None:
         """A model's accuracy on the held-out pairs; a single vote is greedy and in the given order."""
         judged = self.run.judge(test_step(name), model, self.inputs.test, votes, self.run.settings.test_limit)
         self.rows.append(self.run.ranks.on_rank_0(lambda: accuracy_row(name, read_rows(judged))))
-        self.model = self.model if baseline else model
+        self.models[name], self.model = model, self.model if baseline else model
 
     @property
     def lengths_differ(self) -> bool:

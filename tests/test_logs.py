@@ -1,0 +1,167 @@
+"""`--log`: every row of a run once, whatever was cut and taken again, and none that could stop a training."""
+
+import importlib
+import json
+import sys
+from collections import defaultdict
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+from selfruns import finished_micro
+from trainings import make
+
+from gramr2 import fit
+from gramr2.extras import logs
+from gramr2.files import exit_status
+
+train = importlib.import_module("gramr2.commands.train")
+
+STEPS = 12
+
+
+class Writer:
+    """torch's SummaryWriter, as far as it is used; `kept` is what its files hold."""
+
+    kept: ClassVar = {}
+
+    def __init__(self, place: str, purge_step: int):
+        self.name, self.rows = place.rpartition("tensorboard/")[2], []
+        Writer.kept[self.name] = self.rows  # the files before were removed
+
+    def add_scalar(self, name, value, step):
+        self.rows.append((name, step, value))
+
+    def flush(self):
+        pass
+
+
+class Run:
+    """A run of wandb; `sent` is what it was given, by all processes of one id."""
+
+    sent: ClassVar = defaultdict(list)
+
+    def __init__(self, id, **how):
+        self.id, self.how = id or "made", how
+
+    def define_metric(self, *names, **how):
+        pass
+
+    def log(self, values):
+        Run.sent[self.id].append(values)
+
+    def finish(self):
+        pass
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    """Both, without their packages."""
+    Writer.kept.clear()
+    Run.sent.clear()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=Run))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("world"))
+
+
+def words(world, out, *names) -> list[str]:
+    model, data = world
+    words = f"--stage reward --model {model} --data {data} --out {out} --steps {STEPS} --batch-size 2 "
+    words += "--save-steps 5 --max-length 700 --lr 3e-3 --device cpu --log"
+    return [*words.split(), *names]
+
+
+def cut_and_go_on(world, out, monkeypatch, *names) -> list[dict]:
+    """A training that dies in its ninth step, is begun again, and takes three steps a second time."""
+    step = fit.Loop.step
+
+    def die(loop, examples):
+        if loop.cursor.step == 8:
+            raise RuntimeError("killed")
+        return step(loop, examples)
+
+    monkeypatch.setattr(fit.Loop, "step", die)
+    with pytest.raises(RuntimeError, match="killed"):
+        train.main(words(world, out, *names))
+    monkeypatch.setattr(fit.Loop, "step", step)
+    assert train.main(words(world, out, *names)) == 0
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    return rows
+
+
+def test_a_training_that_goes_on_logs_no_row_twice_and_leaves_none_out(
+    world, tmp_path, monkeypatch, packages
+):
+    monkeypatch.setattr(logs, "SECONDS", 0.01)  # rows are seen before they are cut away
+    rows = cut_and_go_on(world, tmp_path / "out", monkeypatch, "tensorboard", "wandb")
+    expected = [(row["step"], row["loss"]) for row in rows]
+    assert [row[1:] for row in Writer.kept["reward"] if row[0] == "loss"] == expected
+    ((sent),) = Run.sent.values()  # one run of two processes
+    assert [(each["reward/step"], each["reward/loss"]) for each in sent] == expected
+    assert {"reward/lr", "reward/norm", "reward/tokens", "reward/seconds"} <= sent[0].keys()
+
+
+def test_a_file_that_is_cut_between_two_looks_is_read_from_its_beginning(tmp_path):
+    """Its new rows may be longer than those it had: what stands at the old place is no beginning of a row."""
+    log, path = logs.Log(tmp_path, "reward", {}), tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"step": {n}, "loss": 1}}\n' for n in range(1, 6)) + '{"step": 6, "lo')
+    assert [row[1] for row in log.new_rows()] == [1, 2, 3, 4, 5]
+    fit.keep_metrics(path, 2)
+    with path.open("a") as file:
+        file.writelines(f'{{"step": {n}, "loss": 1.00000001}}\n' for n in range(3, 8))
+    assert [row[1] for row in log.new_rows()] == [6, 7]
+
+
+def test_a_self_training_run_is_logged_by_steps_and_its_accuracies_by_rounds(tmp_path_factory, packages):
+    run = finished_micro(tmp_path_factory.getbasetemp())
+    with logs.following(run, ["tensorboard"], "", {}, True):
+        pass  # all of it is there
+    rows = {row["name"]: row for row in json.loads((run / "results.json").read_text())["rows"]}
+    found = {(name, tag, step): value for name in Writer.kept for tag, step, value in Writer.kept[name]}
+    for step, name in enumerate(["initial", "round 1"]):
+        for tag in ("accuracy", "low", "high"):
+            assert found["rounds", tag, step] == rows[name][tag]
+    assert found["test-backbone", "accuracy", 0] == rows["backbone"]["accuracy"]
+    trained = {"prover", "initial", "round-1-train", "fine-tune", "discriminative", "labelled-2x"}
+    assert trained <= Writer.kept.keys()
+    assert [step for tag, step, _ in Writer.kept["prover"] if tag == "loss"] == list(range(1, 41))
+    with logs.following(run, ["tensorboard"], "", {}, False):  # another rank
+        Writer.kept.clear()
+    assert not Writer.kept
+
+
+def test_a_missing_package_is_a_line_before_anything_is_trained(world, tmp_path, monkeypatch, capsys):
+    for name, module in {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}.items():
+        monkeypatch.setitem(sys.modules, module, None)
+        assert exit_status(train.main, words(world, tmp_path / "out", name)) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and f'pip install "gramr2[{name}]"' in line
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_log_that_fails_costs_a_line_and_no_step(world, tmp_path, monkeypatch, packages, capsys):
+    def refuse(run, values):
+        raise OSError("no space left\nthere")
+
+    monkeypatch.setattr(Run, "log", refuse)
+    assert train.main(words(world, tmp_path / "out", "wandb")) == 0
+    assert (tmp_path / "out/model/config.json").is_file()
+    assert "warning: --log: WandB ends here: OSError" in capsys.readouterr().err
+
+
+def test_what_tensorboard_reads_back_is_what_was_written_down(world, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard", reason="needs tensorboard: pip install tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr(logs, "SECONDS", 0.01)
+    rows = cut_and_go_on(world, tmp_path / "out", monkeypatch, "tensorboard")
+    events = EventAccumulator(str(tmp_path / "out/tensorboard/reward"), size_guidance={"scalars": 0})
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert found == [(row["step"], pytest.approx(row["loss"], rel=1e-6)) for row in rows]
+    assert {"lr", "norm", "tokens", "seconds"} <= set(events.Tags()["scalars"])
