@@ -2,18 +2,20 @@
 
 import importlib
 import json
+import shutil
 import sys
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
-from selfruns import finished_micro
-from trainings import make
+from trainings import make, write_rows
 
 from gramr2 import fit
 from gramr2.extras import logs
 from gramr2.files import exit_status
+from gramr2.records import Pair
 
 train = importlib.import_module("gramr2.commands.train")
 
@@ -117,20 +119,44 @@ def test_a_file_that_is_cut_between_two_looks_is_read_from_its_beginning(tmp_pat
     assert [row[1] for row in log.new_rows()] == [6, 7]
 
 
-def test_a_self_training_run_is_logged_by_steps_and_its_accuracies_by_rounds(tmp_path_factory, packages):
-    run = finished_micro(tmp_path_factory.getbasetemp())
-    with logs.following(run, ["tensorboard"], "", {}, True):
-        pass  # all of it is there
-    rows = {row["name"]: row for row in json.loads((run / "results.json").read_text())["rows"]}
-    found = {(name, tag, step): value for name in Writer.kept for tag, step, value in Writer.kept[name]}
-    for step, name in enumerate(["initial", "round 1"]):
-        for tag in ("accuracy", "low", "high"):
-            assert found["rounds", tag, step] == rows[name][tag]
-    assert found["test-backbone", "accuracy", 0] == rows["backbone"]["accuracy"]
-    trained = {"prover", "initial", "round-1-train", "fine-tune", "discriminative", "labelled-2x"}
-    assert trained <= Writer.kept.keys()
-    assert [step for tag, step, _ in Writer.kept["prover"] if tag == "loss"] == list(range(1, 41))
-    with logs.following(run, ["tensorboard"], "", {}, False):  # another rank
+def leave(step: Path, hits: int | None = None) -> None:
+    """What a training leaves in its step; or a test that got so many of four pairs right."""
+    step.mkdir(parents=True)
+    if hits is None:
+        (step / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n{"step": 2, "loss": 0.5}\n')
+        return
+    pairs = [Pair((("user", "?"),), "one", str(n), label="A") for n in range(4)]
+    rows = ({"id": p.id, "label": "AB"[n >= hits], "pair": p.to_json()} for n, p in enumerate(pairs))
+    write_rows(step / "judged.jsonl", rows)
+
+
+def test_a_self_training_run_is_logged_by_steps_and_its_accuracies_by_rounds(tmp_path, packages):
+    leave(tmp_path / "steps/01-test-backbone", 1)
+    leave(tmp_path / "steps/02-prover")
+    leave(tmp_path / "steps/ahead-generative")  # by the second process; it gets its number later
+    with logs.following(tmp_path, ["tensorboard", "wandb"], "", {"seed": 0}, True):
+        for number in range(3):
+            leave(
+                tmp_path / f"steps/0{3 + number}-test-{f'round-{number}' if number else 'initial'}",
+                number + 2,
+            )
+    (tmp_path / "steps/ahead-generative").rename(tmp_path / "steps/06-generative")
+    with logs.following(tmp_path, ["wandb"], "", {"seed": 0}, True):
+        pass  # nothing is new
+    found = {name: rows for name, rows in Writer.kept.items()}
+    assert found["prover"] == found["generative"] == [("loss", 2, 0.5)]
+    assert [row for row in found["rounds"] if row[0] == "accuracy"] == [
+        ("accuracy", 0, 50.0), ("accuracy", 1, 75.0), ("accuracy", 2, 100.0)
+    ]  # fmt: skip
+    assert {"accuracy", "low", "high", "n"} == {key for key, _, _ in found["test-backbone"]}
+    (sent,) = Run.sent.values()
+    assert [row["rounds/accuracy"] for row in sent if "rounds/step" in row] == [50.0, 75.0, 100.0]
+    assert [row["generative/step"] for row in sent if "generative/step" in row] == [1, 2]
+    shutil.rmtree(tmp_path / "steps/02-prover")  # as --from does; it is done again, and logged again
+    with logs.following(tmp_path, ["wandb"], "", {}, True):
+        leave(tmp_path / "steps/02-prover")
+    assert [row["prover/step"] for row in sent if "prover/step" in row] == [1, 2, 1, 2]
+    with logs.following(tmp_path, ["tensorboard"], "", {}, False):  # another rank
         Writer.kept.clear()
     assert not Writer.kept
 

@@ -6,8 +6,8 @@ changes nothing of a run, and may be asked for, or left out, at any start. Each 
 name, where a value stands at its training step; accuracies of rounds stand under "rounds", at their round.
 
 TensorBoard's files are made anew at each start, from all that there is. What is sent to Weights & Biases is
-written down before it is sent. So no row is in a log twice, though a training that goes on takes, and writes,
-its last steps again.
+written down before it is sent, so that a kill may cost it the last rows. No row is in a log twice, though a
+training that goes on takes, and writes, its last steps again.
 
 It leaves out: texts, weights, histograms. A log that fails costs a line, and not the run.
 """
@@ -98,12 +98,12 @@ class Log:
                 self.read[this] += sum(map(len, whole))
                 for row in map(parse_json, whole):
                     yield name, row["step"], name, row.pop("step"), numbers(row)
-        for path in self.root.glob("steps/*-test-*/done.json"):
+        for path in sorted(self.root.glob("steps/*-test-*/judged.jsonl")):
             if (step := path.parent.name.partition("-")[2]) not in self.seen:
                 of_round = re.fullmatch(r"test-(?:round-(\d+)|initial)", step)
                 place = ("rounds", int(of_round[1] or 0)) if of_round else (step, 0)
-                judged = read_rows(path.with_name("judged.jsonl"))
-                yield step, 1, *place, numbers(accuracy_row(step, judged))
+                with contextlib.suppress(InputError):  # it moved
+                    yield step, 1, *place, numbers(accuracy_row(step, read_rows(path)))
 
 
 def numbers(row: JsonRow) -> JsonRow:
