@@ -127,7 +127,7 @@ def leave(step: Path, hits: int | None = None) -> None:
         return
     pairs = [Pair((("user", "?"),), "one", str(n), label="A") for n in range(4)]
     rows = ({"id": p.id, "label": "AB"[n >= hits], "pair": p.to_json()} for n, p in enumerate(pairs))
-    write_rows(step / "judged.jsonl", rows)
+    write_rows(step / "rows", rows).rename(step / "judged.jsonl")
 
 
 def test_a_self_training_run_is_logged_by_steps_and_its_accuracies_by_rounds(tmp_path, packages):
@@ -135,15 +135,12 @@ def test_a_self_training_run_is_logged_by_steps_and_its_accuracies_by_rounds(tmp
     leave(tmp_path / "steps/02-prover")
     leave(tmp_path / "steps/ahead-generative")  # by the second process; it gets its number later
     with logs.following(tmp_path, ["tensorboard", "wandb"], "", {"seed": 0}, True):
-        for number in range(3):
-            leave(
-                tmp_path / f"steps/0{3 + number}-test-{f'round-{number}' if number else 'initial'}",
-                number + 2,
-            )
+        for number, name in enumerate(["initial", "round-1", "round-2"]):
+            leave(tmp_path / f"steps/0{3 + number}-test-{name}", number + 2)
     (tmp_path / "steps/ahead-generative").rename(tmp_path / "steps/06-generative")
     with logs.following(tmp_path, ["wandb"], "", {"seed": 0}, True):
         pass  # nothing is new
-    found = {name: rows for name, rows in Writer.kept.items()}
+    found = Writer.kept
     assert found["prover"] == found["generative"] == [("loss", 2, 0.5)]
     assert [row for row in found["rounds"] if row[0] == "accuracy"] == [
         ("accuracy", 0, 50.0), ("accuracy", 1, 75.0), ("accuracy", 2, 100.0)
@@ -168,6 +165,16 @@ def test_a_missing_package_is_a_line_before_anything_is_trained(world, tmp_path,
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and f'pip install "gramr2[{name}]"' in line
         assert not (tmp_path / "out").exists()
+
+
+def test_a_log_that_cannot_begin_is_a_line_as_well(world, tmp_path, monkeypatch, packages, capsys):
+    def refuse(**how):
+        raise RuntimeError("api_key not configured")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuse))
+    assert exit_status(train.main, words(world, tmp_path / "out", "wandb")) == 2
+    assert capsys.readouterr().err == "error: --log wandb: api_key not configured\n"
+    assert not (tmp_path / "out/metrics.jsonl").exists()
 
 
 def test_a_log_that_fails_costs_a_line_and_no_step(world, tmp_path, monkeypatch, packages, capsys):

@@ -22,8 +22,6 @@ from gramr2.files import digest, publish_file, read_json, read_text, short_hash
 from gramr2.seals import CARD, read_signed
 from gramr2.tokenizer import Tokenizer
 
-MARK = "\n<!-- as it was written: "
-
 
 def write_cards(results: Results, root: Path) -> None:
     """The cards of a self-training run's models, with the accuracies of all of them."""
@@ -37,16 +35,15 @@ def write_cards(results: Results, root: Path) -> None:
 def write_card(model: Path, start: Path, own: Collection[str] = (), **told: Any) -> None:
     """`start`: the directory that training began from. `own`: which rows of the results are this model's."""
     path, text = model / CARD, card(model, start, **{"own": own, "results": [], "inputs": {}, **told})
-    if not path.exists() or (before := path.read_text("utf-8", "replace")) == marked(
-        before.rpartition(MARK)[0]
-    ):
+    before = path.read_text("utf-8", "replace") if path.exists() else marked("")
+    if before == marked(before.rpartition("\n<!--")[0]):
         with publish_file(path) as temporary:
             temporary.write_text(marked(text), encoding="utf-8")
 
 
 def marked(text: str) -> str:
     """With a last line by which a card is known that is as it was written here."""
-    return f"{text}{MARK}{short_hash(text.encode())} -->\n"
+    return f"{text}\n<!-- as it was written: {short_hash(text.encode())} -->\n"
 
 
 def card(model: Path, start: Path, **told: Any) -> str:
@@ -72,9 +69,8 @@ def known_of(start: Path) -> tuple[str, list[str]]:
     text = (start / CARD).read_text("utf-8", "replace") if (start / CARD).is_file() else ""
     front = re.match(r"---\n(.*?\n)---\n", text, re.DOTALL)
     lines = re.findall(rf"^(?:{names}):.*(?:\n[ -].*)*", front[1] if front else "", re.MULTILINE)
-    if hub:
-        return f"{hub[1]}/{hub[2]}", [*lines, f"base_model: {hub[1]}/{hub[2]}"]
-    return plain(place.parent.name if place.name == "model" else place.name), lines
+    name = f"{hub[1]}/{hub[2]}" if hub else plain(place.parent.name if place.name == "model" else place.name)
+    return name, lines + [f"base_model: {name}"] * bool(hub)
 
 
 def plain(text: str) -> str:

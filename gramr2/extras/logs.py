@@ -30,19 +30,20 @@ from gramr2.extras.results import accuracy_row
 from gramr2.files import InputError, JsonRow, Parser, parse_json, read_json, read_rows, write_json
 
 SECONDS = 2.0  # between two looks at what a run has written
-Row = tuple[str, int, str, int, JsonRow]  # source and number there; name, place and values in a log
 
 
 def add_flag(parser: Parser) -> None:
-    text = "show the run in these as well, of tensorboard and wandb, which are extras"
-    parser.add_argument("--log", nargs="+", action="extend", default=[], choices=LOGS, help=text)
+    parser.add_argument("--log", nargs="+", action="extend", default=[], choices=LOGS, help="also log here")
 
 
 @contextlib.contextmanager
 def following(root: Path, names: Sequence[str], stage: str, settings: JsonRow, first: bool) -> Iterator[None]:
     """While the block runs, what is written below `root` is logged. `stage`: whose its own metrics are."""
     begin = {name: beginning(name) for name in names}  # on every rank: all of them, or none, go on
-    logs = [LOGS[name](root, stage, begin[name], settings) for name in begin if first]
+    try:
+        logs = [LOGS[name](root, stage, begin[name], settings) for name in begin if first]
+    except Exception as error:  # as of who is not logged in
+        raise InputError(f"--log {' '.join(names)}: {error}") from None
     ended = threading.Event()
     thread = threading.Thread(target=follow, args=(logs, ended), daemon=True)
     thread.start()
@@ -81,12 +82,13 @@ class Log:
         there = {stage, *(path.name.partition("-")[2] for path in root.glob("steps/*"))}
         self.seen = {name: seen[name] for name in seen if name in there}  # others will be done again
 
-    def new_rows(self) -> list[Row]:
+    def new_rows(self) -> list[tuple]:
         rows = [row for row in self.rows() if row[1] > self.seen.get(row[0], 0)]
         self.seen |= {row[0]: row[1] for row in rows}
         return rows
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[tuple]:
+        """Of each its source and its number there; then name, place and values in a log."""
         for path in (self.root / "metrics.jsonl", *self.root.glob("steps/*-*/metrics.jsonl")):
             # A step's number may change, and its directory move at this moment.
             name = self.stage if path.parent == self.root else path.parent.name.partition("-")[2]
@@ -122,7 +124,7 @@ class TensorBoard(Log):
         for old in root.glob("tensorboard/**/events.out.tfevents.*"):
             old.unlink()
 
-    def add(self, rows: Sequence[Row], last: bool) -> None:
+    def add(self, rows: Sequence[tuple], last: bool) -> None:
         for _, _, name, place, values in rows:
             for key, value in values.items():
                 self.writer(name).add_scalar(key, value, place)
@@ -143,7 +145,7 @@ class WandB(Log):
         how |= {"id": before["id"], "name": root.name, "dir": root, "config": settings, "resume": "allow"}
         self.run = begin(**how)
 
-    def add(self, rows: Sequence[Row], last: bool) -> None:
+    def add(self, rows: Sequence[tuple], last: bool) -> None:
         if rows:
             write_json(self.path, {"id": self.run.id, "seen": self.seen})
         for _, _, name, place, values in rows:
