@@ -20,6 +20,7 @@ from trainings import make, write_rows
 import gramr2
 from gramr2 import fit, prompts, weights
 from gramr2.extras import card
+from gramr2.extras.toyworld import SHIPPED
 from gramr2.prover import Prover
 from gramr2.records import Pair
 from gramr2.seals import CARD, SEALS
@@ -134,9 +135,9 @@ def test_the_front_matter_is_what_the_bases_card_tells_and_nothing_is_guessed(wo
     assert card.known_of(hub) == ("Some/Model-1B", ["base_model: Some/Model-1B"])
     (hub / "README.md").write_text("no front matter; license: mit\n")
     assert card.known_of(hub) == ("Some/Model-1B", ["base_model: Some/Model-1B"])
-    assert yaml.safe_load((trained / "discriminative/model" / CARD).read_text().split("---\n")[1])[
-        "pipeline_tag"
-    ] == ("text-classification")
+    assert card.known_of(SHIPPED) == ("toy_backbone", ["license: mit", "language: en"])
+    scores = yaml.safe_load((trained / "discriminative/model" / CARD).read_text().split("---\n")[1])
+    assert scores["pipeline_tag"] == "text-classification"
 
 
 @pytest.mark.parametrize("stage", ["reward", "generative", "discriminative", "prover", "pretrain"])

@@ -322,6 +322,7 @@ def test_the_command_on_two_ranks_draws_the_same_and_trains_alike(world, tmp_pat
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     said = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert said.returncode == 0 and said.stdout == f"model: {tmp_path / 'two/model'}\n", said.stderr
+    assert "# A policy\n" in (tmp_path / "two/model/README.md").read_text(encoding="utf-8")
     one, two = (rows_of(tmp_path / f"{name}/rollouts.jsonl") for name in ("one", "two"))
     assert one == two and len({row["reward"] for row in one}) > 3
     one, two = (rows_of(tmp_path / f"{name}/metrics.jsonl") for name in ("one", "two"))
