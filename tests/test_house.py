@@ -285,7 +285,7 @@ def test_every_name_in_the_pages_resolves(page):
     """A reader follows the table from an equation to its lines; a stale name sends him nowhere."""
     text = page.read_text(encoding="utf-8")
     named = re.findall(r"`([\w/]+\.py):(\w+)`", text)
-    assert len(named) >= 8 or page != ROOT / "README.md"
+    assert len(named) >= 8 or page != ROOT / "docs/understand.md"
     for path, name in named:
         tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
         defined = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
