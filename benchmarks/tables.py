@@ -1,4 +1,4 @@
-"""Rewrites the tables of the READMEs and of docs/ from benchmarks/results/*.json, so that no figure is typed by hand.
+"""Rewrites the tables of the pages from benchmarks/results/*.json, so that no figure is typed by hand.
 
     python benchmarks/tables.py            rewrites what stands between <!-- table:NAME --> and <!-- end -->
     python benchmarks/tables.py --check    changes nothing; exit status 1 if a table is stale
