@@ -31,7 +31,7 @@ def test_the_commands_of_an_installed_package_are_those_of_a_clone():
 SAID = {
     "give --model DIR, or make one: python selftrain.py": "give --model DIR, or make one: gramr2-selftrain",
     "fit it again (infer.py --calibrate)": "fit it again (gramr2-infer --calibrate)",
-    "torchrun --nproc_per_node=8 train.py --stage x": "torchrun --nproc_per_node=8 -m gramr2.commands.train --stage x",
+    "torchrun -n=8 train.py --stage x": "torchrun -n=8 -m gramr2.commands.train --stage x",
 }
 
 
