@@ -10,19 +10,19 @@ import importlib
 from gramr2.interrupts import quit_on_interrupt
 
 
-def train() -> None:
+def gramr2_train() -> None:
     _run("gramr2.commands.train")
 
 
-def selftrain() -> None:
+def gramr2_selftrain() -> None:
     _run("gramr2.commands.selftrain")
 
 
-def infer() -> None:
+def gramr2_infer() -> None:
     _run("gramr2.commands.infer")
 
 
-def data() -> None:
+def gramr2_data() -> None:
     _run("gramr2.extras.datasets")
 
 
