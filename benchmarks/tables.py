@@ -249,10 +249,15 @@ def sampling_cpu(result):
     for row in result["rows"]:
         absent |= row["absent"]
         for way, figure in row["ways"].items():
-            name, share = f"{row['workload']}: {way}", figure.get("in_matrices")
-            share = "" if share is None else f"{share:.0%}"
-            lines.append((name, f"{figure['tokens_per_s']:,.0f}", f"{figure['ratio']:.2f}", share))
-    header = "workload: way", "tokens/s", "time / ours", "of it in matrices"
+            kinds = [figure.get(kind) for kind in ("in_matrices", "in_attention", "in_cache")]
+            shares = ("" if share is None else f"{share:.0%}" for share in kinds)
+            name, floor = f"{row['workload']}: {way}", ""
+            if way == "static" and "in_cache" in row["ways"]["ours"]:
+                ours = row["ways"]["ours"]
+                floor = f"{figure['ratio'] / sum(ours[kind] for kind in ours if kind.startswith('in_')):.1f}"
+            ratio = f"{figure['ratio']:.2f}"
+            lines.append((name, f"{figure['tokens_per_s']:,.0f}", ratio, *shares, floor))
+    header = "workload: way", "tokens/s", "time / ours", "in matrices", "attention", "cache", "at most"
     parts = [where(result["environment"]), grid(header, lines)]
     if absent:
         parts.append("Not run: " + "; ".join(f"{way} ({why})" for way, why in absent.items()) + ".")
