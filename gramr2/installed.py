@@ -8,13 +8,10 @@ note.
 It leaves out the optional extras: who reads a file with one of them names it (extras/datasets.py).
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 
 PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 # What comes with Python, but not with every one.
@@ -22,10 +19,10 @@ PYTHONS_OWN = {
     "fcntl": "this runs on Linux and macOS; on Windows, in WSL",
     "tomllib": f"Python {sys.version_info[0]}.{sys.version_info[1]} is too old; 3.11 or newer is needed",
 }
-SMALLER = "torch without CUDA is smaller: --extra-index-url https://download.pytorch.org/whl/cpu"
+SMALLER = " (torch without CUDA is smaller: --extra-index-url https://download.pytorch.org/whl/cpu)"
 
 
-def say_why(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def say_why(kind, error, trace) -> None:
     """`sys.excepthook` of a command."""
     is_import = isinstance(error, ImportError)
     missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
@@ -38,12 +35,10 @@ def say_why(kind: type[BaseException], error: BaseException, trace: TracebackTyp
 
 
 def advice(unfit: dict[str, str]) -> str:
-    """What is wrong, and the command that mends it."""
-    if not unfit:
-        return ""
-    command = " ".join(["pip install", *(f'"{package}"' for package in unfit)])
-    hint = f" ({SMALLER})" if any(each.startswith("torch") for each in unfit) else ""
-    return f"{', '.join(unfit.values())}: {command}{hint}"
+    """What is wrong, and the command that mends it; "" where nothing is."""
+    packages = " ".join(f'"{each}"' for each in unfit)
+    line = f"{', '.join(unfit.values())}: pip install {packages}" if unfit else ""
+    return line + SMALLER * ('"torch' in packages)
 
 
 def unfit(missing: str = "") -> dict[str, str]:
@@ -52,36 +47,27 @@ def unfit(missing: str = "") -> dict[str, str]:
     One that is asked for under a condition, as Triton is, may be away; `missing` is known to be."""
     from importlib import metadata  # takes longer than the rest of --help
 
+    here = {(each.name or "").lower(): each for each in reversed([*metadata.distributions()])}
     found = {}
-    for asked in asked_for():
+    for asked in asked_for(here.get("gramr2")):
         package, condition = (part.strip() for part in asked.partition(";")[::2])
         name = re.split(r"[^\w-]", package)[0]
         if name == missing or not (condition or find_spec(name)):
             found[package] = f"{name} is not installed"
-            continue
-        try:
-            version = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-        for sign, bound in re.findall(r"(>=|<)([\d.]+)", package):
-            if (_release(version) < _release(bound)) == (sign == ">="):
-                found[package] = f"{name} {version} is too {'old' if sign == '>=' else 'new'}"
+        for sign, bound in re.findall(r"(>=|<)([\d.]+)", package) if name in here else ():
+            if (_release(here[name].version) < _release(bound)) == (sign == ">="):
+                found[package] = f"{name} {here[name].version} is too {'old' if sign == '>=' else 'new'}"
     return found
 
 
-def asked_for() -> list[str]:
+def asked_for(own) -> list[str]:
     """The dependencies in pyproject.toml: the clone's, or what was made of it when this was installed."""
-    if PROJECT.is_file():
-        import tomllib
+    if not PROJECT.is_file():
+        return [each for each in (own and own.requires) or () if "extra ==" not in each]
+    import tomllib
 
-        return tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]["dependencies"]
-    from importlib import metadata
-
-    try:
-        return [each for each in metadata.requires("gramr2") or () if "extra ==" not in each]
-    except metadata.PackageNotFoundError:  # a copy of the files
-        return []
+    return tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]["dependencies"]
 
 
 def _release(version: str) -> list[int]:
-    return [int(part) for part in re.match(r"[\d.]*\d", version)[0].split(".")]
+    return [int(part) for part in re.findall(r"\d+", re.split(r"[^\d.]", version)[0])]
