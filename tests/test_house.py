@@ -18,6 +18,7 @@ from gramr2 import kernels
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
+    ["gramr2.installed"],
     ["gramr2.interrupts"],
     ["gramr2.files"],
     ["gramr2.fields"],
