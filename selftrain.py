@@ -17,7 +17,9 @@ if __name__ == "__main__":  # Ctrl-C may come while the rest is imported
 
 import argparse
 import json
+import os
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +35,7 @@ from gramr2.files import (
     InputError,
     JsonRow,
     Parser,
+    as_started,
     disk_errors_as_input_errors,
     need,
     open_file,
@@ -187,13 +190,9 @@ def main(argv: Sequence[str], runs: Path = Path("runs")) -> int:
             ranks.on_rank_0(lambda: directory.forget(arguments.start))
         run = Run(directory, settings, trainings, world_rules(plan))
         try:
-            run_to_the_end(run, inputs_of(run, arguments.recipe, sources))
+            run_to_the_end(run, inputs_of(run, arguments.recipe, sources), argv)
         except StoppedAsAsked as reached:
             directory.say(f"stopped after {reached}, as asked")
-        else:
-            if arguments.until:
-                done = ", ".join(directory.counts)
-                raise InputError(f"--until: no step {arguments.until}; all is done: {done}")
     return 0
 
 
@@ -212,28 +211,42 @@ def inputs_of(run: Run, recipe: Path, sources: Sources | None) -> RunInputs:
     return toy_inputs(run.directory, sizes, run.settings, run.trainings["pretrain"])
 
 
-def run_to_the_end(run: Run, inputs: RunInputs) -> None:
+def run_to_the_end(run: Run, inputs: RunInputs, argv: Sequence[str]) -> None:
     """The loop and its baselines. Where the loop cannot go on, what it reached is written down and shown."""
+    from gramr2.extras.progress import Progress
     from gramr2.steps import NothingKept
 
-    beside.go_ahead(run, inputs, self_train, baselines)
-    results, stopped = Results(run, inputs), None
-    try:
-        self_train(run, inputs, results)
-        if run.settings.baselines:
-            baselines(run, inputs, results)
-    except NothingKept as reason:
-        stopped = reason
-    run.ranks.on_rank_0(lambda: finish(results, run.directory.root, str(stopped or "")))
-    if stopped:
-        raise stopped
+    progress = Progress(run, inputs, self_train, baselines)
+    with progress.ends():
+        beside.go_ahead(run, inputs, self_train, baselines)
+        progress.side_by_side = False
+        results, stopped = Results(run, inputs), None
+        try:
+            self_train(run, inputs, results)
+            if run.settings.baselines:
+                baselines(run, inputs, results)
+        except NothingKept as reason:
+            stopped = reason
+        run.ranks.on_rank_0(lambda: finish(results, run, argv, str(stopped or "")))
+        if stopped:
+            raise stopped
 
 
-def finish(results: Results, root: Path, stopped: str) -> None:
+def finish(results: Results, run: Run, argv: Sequence[str], stopped: str) -> None:
+    root = run.directory.root
     with disk_errors_as_input_errors(root):
         written = results.write(stopped)
         write_report(root)
-    show(written, root)
+    show(written, root, with_another_seed(run, argv))
+
+
+def with_another_seed(run: Run, argv: Sequence[str]) -> str:
+    """The command that does what this one did, under another name; of two of a kind the last flag holds."""
+    seed, root = run.settings.seed + 1, run.directory.root
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", run.ranks.size)
+    start = f"torchrun --nproc_per_node={ranks}" if run.ranks.size > 1 else "python"
+    words = shlex.join([*map(str, argv), "--seed", str(seed), "--name", f"{root.name}-seed-{seed}"])
+    return as_started(f"{start} selftrain.py " + re.sub(r"--from[ =]\S+ ", "", words))
 
 
 if __name__ == "__main__":

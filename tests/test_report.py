@@ -319,7 +319,7 @@ def test_hostile_text_stays_text(opened):
     assert HOSTILE["response_b"] in texts
     assert opened.js("document.querySelectorAll('img, textarea, main script, svg svg svg').length") == 0
     assert opened.js("document.querySelectorAll('.example').length") == len(NAMES)
-    assert opened.js("document.querySelectorAll('section').length") == 6
+    assert opened.js("document.querySelectorAll('section').length") == 7
     long = next(text for text in texts if text.startswith("a very long response"))
     assert len(long) < 2000 and f"of {len(MEGABYTE):,} characters" in long
 

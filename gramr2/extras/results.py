@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from gramr2.extras.evaluate import average, by_domain, is_right
+from gramr2.extras.evaluate import average, by_domain, difference, is_right
 from gramr2.extras.inputs import RunInputs
 from gramr2.fields import Fields
 from gramr2.files import (
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 # The stages that a pair of a round passes, or at one of which it is dropped.
 FUNNEL = ("judged", "agreed", "confident", "wellformed", "kept")
 LONGER = "longer response"
+CONTROL = "labelled only, 2x steps"
 ORDER = (
     "longer",
     "backbone",
@@ -124,7 +125,8 @@ class Results:
             "model": os.path.relpath(self.model, directory.root),
             "seconds": {name: directory.seconds[name] for name in reader.steps if name in directory.seconds},
             "data": directory.counts["data"],
-            "rows": sorted(self.rows, key=lambda row: ORDER.index(re.split(r"\W", row["name"])[0])),
+            "rows": in_order(self.rows),
+            "gains": list(gains(reader)),
             "prover": directory.counts.get("wrong-labels"),
             "signals": {
                 f"round {number}": directory.counts[step]
@@ -140,6 +142,26 @@ class Results:
 def test_step(name: str) -> str:
     """The step that tests what is called `name` in the table."""
     return "test-" + name.replace(" ", "-").replace(",", "")
+
+
+def tested_name(step: str) -> str:
+    """What a step that tests is called in the table."""
+    names = {test_step(name): name for name in (CONTROL, "fine-tuned")}
+    return names.get(step, step.removeprefix("test-").replace("-", " "))
+
+
+def in_order(rows: Iterable[JsonRow]) -> list[JsonRow]:
+    return sorted(rows, key=lambda row: ORDER.index(re.split(r"\W", row["name"])[0]))
+
+
+def gains(run: RunReader) -> Iterator[JsonRow]:
+    """What the last round, and the fine-tuned model, gained over the control: the labelled pairs alone."""
+    tested = [tested_name(step) for step in run.steps if step.startswith("test-")]
+    controls = [name for name in (CONTROL, "initial") if name in tested]
+    rounds = [name for name in tested if name.startswith("round ")]
+    for name in [*rounds[-1:], *(["fine-tuned"] if "fine-tuned" in tested else [])]:
+        both = (run.rows(test_step(each), "judged.jsonl") for each in (name, controls[0]))
+        yield {**difference(name, *both), "over": controls[0]}
 
 
 def judge_by_length(pairs: Path, limit: int | None, place: Path) -> JsonRow:
@@ -178,8 +200,10 @@ class RunReader:
         self.settings = plan.get("settings", dict)
         path = self.root / "results.json"
         self.results = Fields(read_json(path), f"{path}: ").row if path.is_file() else {}
-        paths = step_paths(self.root).items()
-        self.steps = {name: path for name, path in paths if (path / "done.json").exists()}
+        # A second process may be ahead with some, which have no number yet (beside.py).
+        ahead = {path.name.removeprefix("ahead-"): path for path in self.root.glob("steps/ahead-*")}
+        self.paths = ahead | step_paths(self.root) if ahead else step_paths(self.root)
+        self.steps = {name: path for name, path in self.paths.items() if (path / "done.json").exists()}
         judged = range(1, plan.object("settings").get("iters", int, low=1, high=1000) + 1)
         self.rounds = [number for number in judged if f"round-{number}-predict" in self.steps]
 
@@ -272,23 +296,12 @@ def round_counts(run: RunReader, number: int) -> JsonRow:
 # ---------------------------------------------------------------------------------- what a person sees
 
 
-def show(results: JsonRow, root: Path) -> None:
-    """The end of a run, as a person reads it."""
-    print(visible("\n".join(lines_of(results, root))))
+def show(results: JsonRow, root: Path, again: str) -> None:
+    """The end of a run, as a person reads it: one screen. All the rest is in its report."""
+    print(visible("\n".join(lines_of(results, root, again))))
 
 
-def signal_lines(name: str, found: JsonRow) -> Iterator[str]:
-    """A table: what knows which of a round's labels are wrong."""
-    yield f"\n{name}: which of {found['pairs']} labels are the {found['wrong']} wrong ones?"
-    for number, (signal, each) in enumerate(found["signals"].items()):
-        kept = [key for key in each if key.startswith("kept")]
-        if not number:
-            yield f"{'signal':28}  area   95% interval" + "".join(f"{f'% {key} wrong':>20}" for key in kept)
-        span = f"{each['low']:.3f} – {each['high']:.3f}"
-        yield f"{signal:28} {each['area']:.3f}  {span}" + "".join(f"{each[key]:20.1f}" for key in kept)
-
-
-def lines_of(results: JsonRow, root: Path) -> Iterator[str]:
+def lines_of(results: JsonRow, root: Path, again: str) -> Iterator[str]:
     names = sorted({name for row in results["rows"] for name in row["by_domain"]})
     domains = names if 1 < len(names) <= 6 else []
     yield f"{'accuracy, %':26}        95% interval   pairs" + "".join(f"  {name:>10}" for name in domains)
@@ -296,20 +309,40 @@ def lines_of(results: JsonRow, root: Path) -> Iterator[str]:
         cells = "".join(f"  {row['by_domain'].get(x, math.nan):{max(10, len(x))}.1f}" for x in domains)
         span = f"{row['low']:5.1f} – {row['high']:5.1f}"
         yield f"{row['name']:26}{row['accuracy']:6.1f}  {span} {row['n']:7}{cells}"
+    columns = (*FUNNEL, "right, %", "of the kept")
+    yield f"\n{'labels of pairs':18}" + "".join(f"{head:>12}" for head in columns)
     for number, each in enumerate(results["rounds"], 1):
-        right = ["" if hit is None else f"{hit:.1f}" for hit in each["label_accuracy"].values()]
-        lines = {f"round {number}": FUNNEL, "pairs": [each[stage] for stage in FUNNEL]}
-        yield ""
-        for head, columns in {**lines, "labels right, %": right}.items():
-            yield f"{head:18}" + "".join(f"{cell:>12}" for cell in columns)
-        dropped = ", ".join(f"{name} {n}" for name, n in each["dropped"].items() if n)
-        yield f"dropped by {dropped or 'nothing'}"
-    if results["prover"]:
-        asked = (f"{each['passed']} of {each['asked']} {label}" for label, each in results["prover"].items())
-        yield f"\nproofs that pass every rule, by the label asked for: {', '.join(asked)}"
-    for name, found in results["signals"].items():
-        yield from signal_lines(name, found) if found["signals"] else ()
-    seconds = ", ".join(f"{name} {value:.1f}" for name, value in results["seconds"].items())
-    yield "\n" + textwrap.fill(f"seconds: {seconds}", 110, break_on_hyphens=False)
-    yield f"model:   {os.path.normpath(root / results['model'])}\nsteps:   {root / 'steps'}"
-    yield f"results: {root / 'results.json'}, {root / 'report.html'}\nnext:    {results['next']}"
+        right = (each[f"label_accuracy_{when}"] for when in ("before", "after"))
+        cells = (*(each[stage] for stage in FUNNEL), *("" if hit is None else f"{hit:.1f}" for hit in right))
+        yield f"round {number:<12}" + "".join(f"{cell:>12}" for cell in cells)
+    for each in results["gains"]:
+        yield "\n" + textwrap.fill(gain_in_words(each), 110)
+    yield f"\nmodel:   {os.path.normpath(root / results['model'])}"
+    yield f"report:  {root / 'report.html'}, for a browser; its figures: {root / 'results.json'}"
+    yield f"steps:   {root / 'steps'}, in {sum(results['seconds'].values()):,.0f} seconds\nnext:"
+    for what, command in to_try(results, root, again):
+        yield f"    {command}\n        {what}"
+
+
+def gain_in_words(gain: JsonRow) -> str:
+    how = "for twice the steps" if gain["over"] == CONTROL else "before the rounds"
+    chance = "That may be chance." if gain["low"] <= 0 <= gain["high"] else "That is more than chance."
+    return (
+        f"{gain['name']} gets {abs(gain['value']):.1f} points {'more' if gain['value'] >= 0 else 'less'} "
+        f"right than the control, which was trained {how} on the labelled pairs alone; 95% interval, over "
+        f"the same {gain['n']} pairs: {gain['low']:+.1f} to {gain['high']:+.1f}. {chance}"
+    )
+
+
+def to_try(results: JsonRow, root: Path, again: str) -> Iterator[tuple[str, str]]:
+    """Commands that work as they stand, and what they are for."""
+    run = RunReader(root)
+    yield "judge a pair with the last model", results["next"]
+    dropped = {step: run.done(step)["counts"].get("dropped", {}) for step in run.steps}
+    step = max(dropped, key=lambda step: sum(dropped[step].values()))
+    why = ", ".join(f"{name} {count}" for name, count in dropped[step].items())
+    yield (
+        f"see what was dropped, and why ({why or 'nothing'})",
+        f"head -n 3 {run.steps[step] / 'dropped.jsonl'}",
+    )
+    yield "the same with another seed, to see what is luck", again
