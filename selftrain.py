@@ -29,7 +29,7 @@ from gramr2.denoise import FILTERS
 from gramr2.extras import beside
 from gramr2.extras.inputs import KINDS, RunInputs, prepare
 from gramr2.extras.report import write_report
-from gramr2.extras.results import Results, show
+from gramr2.extras.results import Results, lines_of
 from gramr2.extras.toyworld import SHIPPED, world_rules, world_table
 from gramr2.files import (
     InputError,
@@ -40,6 +40,7 @@ from gramr2.files import (
     need,
     open_file,
     run_command,
+    visible,
 )
 from gramr2.recipes import RECIPES, read_recipe, recipe_file, resolve
 from gramr2.run_directory import RunDirectory, StoppedAsAsked
@@ -51,6 +52,25 @@ from gramr2.stages import STAGES
 if TYPE_CHECKING:  # torch takes its seconds only for a run
     from gramr2.steps import Run
 
+# What a step does, and where it stands in figure 2 as `self_train` counts; 0: it only measures.
+STEPS = {
+    "prover": (1, "the prover learns to justify a given label"),
+    "wrong-labels": (0, "the prover is asked for wrong labels too"),
+    "prove-labelled": (2, "the prover writes rationales for the labelled pairs"),
+    "filter-labelled": (2, "unreliable rationales are filtered out"),
+    "initial": (3, "the first reward model is trained"),
+    "predict": (4, "the reward model labels unlabelled pairs"),
+    "signals": (0, "what knows that a label is wrong is weighed"),
+    "labels": (4, "labels that it is not sure of are filtered out"),
+    "prove": (5, "the prover writes the rationales"),
+    "rationales": (5, "unreliable rationales are filtered out"),
+    "train": (6, "the reward model is trained again, on all of them"),
+    "fine-tune": (7, "the last fine-tuning, on human rationales"),
+    "test": (0, "a model is tested on held-out pairs"),
+    "discriminative": (0, "a baseline is trained, with a scalar head"),
+    "generative": (0, "a baseline is trained, on labels alone"),
+    "labelled-2x": (0, "the control is trained, on labelled pairs alone"),
+}
 REGISTRIES = {"select_by": SCORES, "without": FILTERS}  # whose names these settings may hold
 
 
@@ -192,7 +212,7 @@ def main(argv: Sequence[str], runs: Path = Path("runs")) -> int:
         try:
             run_to_the_end(run, inputs_of(run, arguments.recipe, sources), argv)
         except StoppedAsAsked as reached:
-            directory.say(f"stopped after {reached}, as asked")
+            directory.say(str(reached))
     return 0
 
 
@@ -216,7 +236,7 @@ def run_to_the_end(run: Run, inputs: RunInputs, argv: Sequence[str]) -> None:
     from gramr2.extras.progress import Progress
     from gramr2.steps import NothingKept
 
-    progress = Progress(run, inputs, self_train, baselines)
+    progress = Progress(run, inputs, self_train, baselines, STEPS)
     with progress.ends():
         beside.go_ahead(run, inputs, self_train, baselines)
         progress.side_by_side = False
@@ -237,7 +257,7 @@ def finish(results: Results, run: Run, argv: Sequence[str], stopped: str) -> Non
     with disk_errors_as_input_errors(root):
         written = results.write(stopped)
         write_report(root)
-    show(written, root, with_another_seed(run, argv))
+    print(visible("\n".join(lines_of(written, root, with_another_seed(run, argv)))))
 
 
 def with_another_seed(run: Run, argv: Sequence[str]) -> str:

@@ -59,7 +59,7 @@ WRITTEN = ("plan.json", "results.json", "pair.json", "report.html")  # beside th
 OURS_BEFORE_A_PLAN = r"\.(lock$|plan\.json\.tmp-)"
 NOT_SEALED = ("resume", "calibration.json")  # a user may calibrate a model where it stands
 # A done.json; `resumed`: an earlier start did some of its shards, in seconds that are not counted.
-RECORD = {"counts": [dict], "seconds": [float], "files": [dict], "resumed": [bool, False]}
+RECORD: JsonRow = {"counts": [dict], "seconds": [float], "files": [dict], "resumed": [bool, False]}
 
 
 def finished_runs() -> list[Path]:
@@ -240,7 +240,7 @@ class RunDirectory:
             raise RuntimeError(f"{path.name} was left without being closed")
         self.seconds[name], self.counts[name] = round(step.record["seconds"], 3), step.record["counts"]
         if name == self.until:
-            raise StoppedAsAsked(path)
+            raise StoppedAsAsked(f"stopped after {path}, as asked")
 
     def place_of(self, name: str) -> Path:
         """The directory of a step. Where there is none it is made behind all others, or `ahead` of its turn,

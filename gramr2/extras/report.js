@@ -7,7 +7,7 @@ const put = (parent, name, given, text = "") => {
   parent.append(made);
 };
 for (const plot of document.querySelectorAll("svg[data-loss]")) {
-  const [loss, rate] = [plot.dataset.loss, plot.dataset.lr].map((row) => row.split(" ").map(Number));
+  const [loss, rate] = [plot.dataset.loss, plot.dataset.lr].map((row) => row.trim().split(" ").map(Number));
   const logs = loss.map((value) => Math.log10(Math.max(value, 1e-6)));
   const low = Math.min(...logs), high = Math.max(...logs, low + 0.1), peak = Math.max(...rate);
   const height = (value) => 4 + 112 * (high - value) / (high - low);

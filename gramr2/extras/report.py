@@ -22,6 +22,7 @@ if __name__ == "__main__":  # Ctrl-C may come while the rest is imported
     quit_on_interrupt()
 
 import base64
+import contextlib
 import hashlib
 import heapq
 import math
@@ -36,16 +37,7 @@ from typing import Any, NamedTuple
 
 from gramr2 import denoise
 from gramr2.extras.evaluate import score_leanings
-from gramr2.extras.results import (
-    FUNNEL,
-    JudgedPair,
-    RunReader,
-    accuracy_row,
-    gain_in_words,
-    in_order,
-    read_round,
-    tested_name,
-)
+from gramr2.extras.results import FUNNEL, JudgedPair, RunReader, accuracy_rows, gain_in_words, read_round
 from gramr2.extras.toyworld import world_rules
 from gramr2.files import InputError, JsonRow, Parser, only_writer, parse_json, publish_file, run_command
 from gramr2.records import UNDECIDED, Judgment, Pair, show
@@ -60,16 +52,6 @@ SHOWN_AS = {"wellformed": "well-formed"}  # a stage of the funnel, in words
 # ---------------------------------------------------------------------------------- the figures
 
 
-class Standing(NamedTuple):
-    """Where a run without results is: "going on", or "stopped"; at what, and how many steps it has done."""
-
-    state: str
-    says: str
-    at: float
-    done: int
-    steps: int | None = None  # not known of a run whose report is written from without
-
-
 class Strip(NamedTuple):
     """A line of the one kind of figure: a text, and marks over a track from 0 to 100 per cent."""
 
@@ -81,10 +63,7 @@ class Strip(NamedTuple):
 
 def accuracy(run: RunReader) -> JsonRow:
     """Accuracy on the held-out pairs, by model; from the tests' files where there are no results yet."""
-    tests = [step for step in run.steps if step.startswith("test-")]
-    known = run.results.get("rows")
-    judged = ((tested_name(step), run.rows(step, "judged.jsonl")) for step in tests)
-    rows = known or in_order(accuracy_row(*each) for each in judged)
+    rows = run.results.get("rows") or accuracy_rows(run, run.steps)
     strips = []
     for row in rows:
         kind = "ours" if row["name"].startswith(("round", "fine", "voting")) else "other"
@@ -100,17 +79,15 @@ def curves(run: RunReader) -> Iterator[JsonRow]:
     """Loss and learning rate of each training, also of one that is going on, for the page to draw."""
     for name, path in run.paths.items():
         metrics = path / "metrics.jsonl"
-        lines = metrics.read_bytes().splitlines(keepends=True) if metrics.is_file() else []
-        rows = [parse_json(line) for line in lines if line.endswith(b"\n")]  # the last may be half written
-        rows = [row for row in rows if row["loss"] is not None]
+        text = metrics.read_bytes() if metrics.is_file() else b""
+        whole = text.rpartition(b"\n")[0].splitlines()  # the last may be half written
+        rows = [row for row in map(parse_json, whole) if row["loss"] is not None]
         if rows:
-            groups = [rows[len(rows) * n // POINTS : len(rows) * (n + 1) // POINTS] for n in range(POINTS)]
-            figures = {
-                key: [f"{fmean(row[key] for row in group):.4g}" for group in groups if group]
-                for key in ("loss", "lr")
-            }
+            size = math.ceil(len(rows) / POINTS)
+            groups = [rows[start : start + size] for start in range(0, len(rows), size)]
+            loss, rate = ([fmean(row[key] for row in group) for group in groups] for key in ("loss", "lr"))
             last = {"step": rows[-1]["step"], "seconds": sum(row["seconds"] for row in rows)}
-            yield {"name": name, "done": name in run.steps, **figures, **last}
+            yield {"name": name, "done": name in run.steps, "loss": loss, "lr": rate, **last}
 
 
 def funnel(run: RunReader, number: int, pairs: list[JudgedPair]) -> JsonRow:
@@ -249,20 +226,13 @@ def as_filtered(run: RunReader, row: JsonRow) -> tuple[Pair, Judgment]:
 # ---------------------------------------------------------------------------------- the page
 
 
-def seen_from_without(run: RunReader) -> Standing:
-    """Where a run is, as its directory shows it."""
-    try:
-        with only_writer(run.root, is_directory=True):
-            state = "stopped"
-    except InputError:
-        state = "going on"
-    last = max(run.steps.values(), key=ended, default=run.root)
-    says = f"its last finished step is {last.name}" if run.steps else "no step is finished"
-    return Standing(state, says, ended(last) if run.steps else time.time(), len(run.steps))
-
-
-def ended(step: Path) -> float:
-    return (step / "done.json").stat().st_mtime
+def seen_from_without(run: RunReader) -> JsonRow:
+    """Where a run without results is, as its directory shows it; of how many steps is not known here."""
+    state, ends = "going on", [(path / "done.json").stat().st_mtime for path in run.steps.values()]
+    with contextlib.suppress(InputError), only_writer(run.root, is_directory=True):
+        state = "stopped"
+    says = f"its last finished step is {['none', *run.steps][-1]}"
+    return {"state": state, "says": says, "at": max(ends, default=time.time()), "done": len(ends), "steps": 0}
 
 
 def clock(seconds: float) -> str:
@@ -293,19 +263,19 @@ def template() -> tuple[Any, str, str]:
     """The page, its style and its script."""
     import jinja2
 
-    text, style, script = (
-        Path(__file__).with_suffix(end).read_text(encoding="utf-8") for end in (".html", ".css", ".js")
-    )
+    here = Path(__file__)
+    text, style, script = (here.with_suffix(end).read_text("utf-8") for end in (".html", ".css", ".js"))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {"show": show, "digest": digest, "clock": clock}
     return environment.from_string(text), style, script
 
 
-def page(run: RunReader, standing: Standing | None) -> str:
+def page(run: RunReader, standing: JsonRow | None) -> str:
     truth = run.truth()
     rounds = {number: read_round(run, number, truth) for number in run.rounds}
     pairs = [pair for each in rounds.values() for pair in each]
-    wanted = dict(islice(pick(pairs).items(), FEW if standing else EXAMPLES))
+    most = FEW if standing and standing["state"] == "going on" else EXAMPLES
+    wanted = dict(islice(pick(pairs).items(), most))
     html, style, script = template()
     return html.render(
         name=run.root.resolve().name,
@@ -324,7 +294,7 @@ def page(run: RunReader, standing: Standing | None) -> str:
         signals={f"round {number}": found for number in run.rounds if (found := signals(run, number))},
         examples=examples(run, wanted),
         every=len(pairs),
-        most=FEW if standing else EXAMPLES,
+        most=most,
         outcomes=sorted({pair.outcome for pair in wanted.values()}),
         settings=flat(run.settings),
         stages=[(name, each.equation) for name, each in STAGES.items() if f"train {name}" in run.settings],
@@ -336,7 +306,7 @@ def digest(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def write_report(root: str | Path, standing: Standing | None = None) -> Path:
+def write_report(root: str | Path, standing: JsonRow | None = None) -> Path:
     """Makes report.html in a run's directory, from what the run has left there."""
     path, text = Path(root) / "report.html", page(RunReader(root), standing)
     with publish_file(path) as temporary:

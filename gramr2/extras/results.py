@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,6 @@ from gramr2.files import (
     as_started,
     read_json,
     read_rows,
-    visible,
     write_json,
     write_rows,
 )
@@ -62,16 +62,14 @@ ORDER = (
 
 
 class Results:
-    """What results.json will say, gathered as the run goes."""
+    """What is tested as the run goes, and what results.json will say of it."""
 
     def __init__(self, run: Run, inputs: RunInputs):
         self.run, self.inputs, self.model = run, inputs, inputs.backbone
-        self.rows: list[JsonRow] = []
 
     def test(self, name: str, model: Path, votes: int = 1, baseline: bool = False) -> None:
-        """A model's accuracy on the held-out pairs; a single vote is greedy and in the given order."""
-        judged = self.run.judge(test_step(name), model, self.inputs.test, votes, self.run.settings.test_limit)
-        self.rows.append(self.run.ranks.on_rank_0(lambda: accuracy_row(name, read_rows(judged))))
+        """A model on the held-out pairs; a single vote is greedy and in the given order."""
+        self.run.judge(test_step(name), model, self.inputs.test, votes, self.run.settings.test_limit)
         self.model = self.model if baseline else model
 
     @property
@@ -87,8 +85,6 @@ class Results:
             if step.to_do:
                 tested = self.inputs.test, self.run.settings.test_limit or None
                 step.close(self.run.ranks.on_rank_0(lambda: judge_by_length(*tested, step.path)))
-        rows = step.path / "judged.jsonl"
-        self.rows.append(self.run.ranks.on_rank_0(lambda: accuracy_row(LONGER, read_rows(rows))))
 
     def compare(self, name: str, step: str, stage: str, data: Sequence[Path], times: float = 1) -> None:
         """A baseline: a model that the step trains from the backbone, and its accuracy under `name`."""
@@ -119,14 +115,15 @@ class Results:
 
     def to_json(self, stopped: str) -> JsonRow:
         directory, reader = self.run.directory, RunReader(self.run.directory.root)
+        rows = accuracy_rows(reader, [name for name in reader.steps if name in directory.seconds])
         filtered = [number for number in reader.rounds if f"round-{number}-labels" in directory.counts]
         return {
             "seed": self.run.settings.seed,
             "model": os.path.relpath(self.model, directory.root),
             "seconds": {name: directory.seconds[name] for name in reader.steps if name in directory.seconds},
             "data": directory.counts["data"],
-            "rows": in_order(self.rows),
-            "gains": list(gains(reader)),
+            "rows": rows,
+            "gains": list(gains(reader, [row["name"] for row in rows])),
             "prover": directory.counts.get("wrong-labels"),
             "signals": {
                 f"round {number}": directory.counts[step]
@@ -135,7 +132,7 @@ class Results:
             },
             "rounds": [round_counts(reader, number) for number in filtered],
             "stopped": stopped,
-            "next": as_started(f"python infer.py --pair {directory.root / 'pair.json'}"),
+            "next": as_started(f"python infer.py --pair {shlex.quote(str(directory.root / 'pair.json'))}"),
         }
 
 
@@ -150,18 +147,21 @@ def tested_name(step: str) -> str:
     return names.get(step, step.removeprefix("test-").replace("-", " "))
 
 
-def in_order(rows: Iterable[JsonRow]) -> list[JsonRow]:
-    return sorted(rows, key=lambda row: ORDER.index(re.split(r"\W", row["name"])[0]))
+def accuracy_rows(run: RunReader, steps: Iterable[str]) -> list[JsonRow]:
+    """The table, of those among some steps that test."""
+    tests = ((tested_name(step), run.rows(step, "judged.jsonl")) for step in steps if step[:5] == "test-")
+    return sorted(
+        (accuracy_row(*test) for test in tests), key=lambda row: ORDER.index(re.split(r"\W", row["name"])[0])
+    )
 
 
-def gains(run: RunReader) -> Iterator[JsonRow]:
+def gains(run: RunReader, names: Sequence[str]) -> Iterator[JsonRow]:
     """What the last round, and the fine-tuned model, gained over the control: the labelled pairs alone."""
-    tested = [tested_name(step) for step in run.steps if step.startswith("test-")]
-    controls = [name for name in (CONTROL, "initial") if name in tested]
-    rounds = [name for name in tested if name.startswith("round ")]
-    for name in [*rounds[-1:], *(["fine-tuned"] if "fine-tuned" in tested else [])]:
-        both = (run.rows(test_step(each), "judged.jsonl") for each in (name, controls[0]))
-        yield {**difference(name, *both), "over": controls[0]}
+    over = CONTROL if CONTROL in names else "initial"
+    last = [name for name in names if name.startswith("round")][-1:]
+    for name in last + [name for name in names if name == "fine-tuned"]:
+        both = (run.rows(test_step(each), "judged.jsonl") for each in (name, over))
+        yield {**difference(name, *both), "over": over}
 
 
 def judge_by_length(pairs: Path, limit: int | None, place: Path) -> JsonRow:
@@ -296,12 +296,8 @@ def round_counts(run: RunReader, number: int) -> JsonRow:
 # ---------------------------------------------------------------------------------- what a person sees
 
 
-def show(results: JsonRow, root: Path, again: str) -> None:
-    """The end of a run, as a person reads it: one screen. All the rest is in its report."""
-    print(visible("\n".join(lines_of(results, root, again))))
-
-
 def lines_of(results: JsonRow, root: Path, again: str) -> Iterator[str]:
+    """The end of a run, as a person reads it: one screen. All the rest is in its report."""
     names = sorted({name for row in results["rows"] for name in row["by_domain"]})
     domains = names if 1 < len(names) <= 6 else []
     yield f"{'accuracy, %':26}        95% interval   pairs" + "".join(f"  {name:>10}" for name in domains)
@@ -309,40 +305,24 @@ def lines_of(results: JsonRow, root: Path, again: str) -> Iterator[str]:
         cells = "".join(f"  {row['by_domain'].get(x, math.nan):{max(10, len(x))}.1f}" for x in domains)
         span = f"{row['low']:5.1f} – {row['high']:5.1f}"
         yield f"{row['name']:26}{row['accuracy']:6.1f}  {span} {row['n']:7}{cells}"
-    columns = (*FUNNEL, "right, %", "of the kept")
-    yield f"\n{'labels of pairs':18}" + "".join(f"{head:>12}" for head in columns)
+    heads = "".join(f"{head:>12}" for head in (*FUNNEL, "right, %", "of the kept"))
+    yield f"\n{'labels of pairs':18}{heads}"
     for number, each in enumerate(results["rounds"], 1):
         right = (each[f"label_accuracy_{when}"] for when in ("before", "after"))
-        cells = (*(each[stage] for stage in FUNNEL), *("" if hit is None else f"{hit:.1f}" for hit in right))
-        yield f"round {number:<12}" + "".join(f"{cell:>12}" for cell in cells)
+        shares = ("" if hit is None else f"{hit:.1f}" for hit in right)
+        yield f"round {number:<12}" + "".join(f"{value:>12}" for value in (*map(each.get, FUNNEL), *shares))
     for each in results["gains"]:
         yield "\n" + textwrap.fill(gain_in_words(each), 110)
     yield f"\nmodel:   {os.path.normpath(root / results['model'])}"
     yield f"report:  {root / 'report.html'}, for a browser; its figures: {root / 'results.json'}"
-    yield f"steps:   {root / 'steps'}, in {sum(results['seconds'].values()):,.0f} seconds\nnext:"
-    for what, command in to_try(results, root, again):
-        yield f"    {command}\n        {what}"
+    yield f"steps:   {root / 'steps'}, which took {sum(results['seconds'].values()):,.0f} seconds together"
+    yield f"next:\n    {results['next']}\n        judges a pair with the last model"
+    yield f"    head -n 2 {shlex.quote(str(root))}/steps/*/dropped.jsonl\n        what was dropped, and why"
+    yield f"    {again}\n        the same with another seed, to see what is luck"
 
 
 def gain_in_words(gain: JsonRow) -> str:
-    how = "for twice the steps" if gain["over"] == CONTROL else "before the rounds"
+    points = f"{abs(gain['value']):.1f} points {'more' if gain['value'] >= 0 else 'less'} right"
     chance = "That may be chance." if gain["low"] <= 0 <= gain["high"] else "That is more than chance."
-    return (
-        f"{gain['name']} gets {abs(gain['value']):.1f} points {'more' if gain['value'] >= 0 else 'less'} "
-        f"right than the control, which was trained {how} on the labelled pairs alone; 95% interval, over "
-        f"the same {gain['n']} pairs: {gain['low']:+.1f} to {gain['high']:+.1f}. {chance}"
-    )
-
-
-def to_try(results: JsonRow, root: Path, again: str) -> Iterator[tuple[str, str]]:
-    """Commands that work as they stand, and what they are for."""
-    run = RunReader(root)
-    yield "judge a pair with the last model", results["next"]
-    dropped = {step: run.done(step)["counts"].get("dropped", {}) for step in run.steps}
-    step = max(dropped, key=lambda step: sum(dropped[step].values()))
-    why = ", ".join(f"{name} {count}" for name, count in dropped[step].items())
-    yield (
-        f"see what was dropped, and why ({why or 'nothing'})",
-        f"head -n 3 {run.steps[step] / 'dropped.jsonl'}",
-    )
-    yield "the same with another seed, to see what is luck", again
+    span = f"95% interval, over the same {gain['n']} pairs: {gain['low']:+.1f} to {gain['high']:+.1f}"
+    return f"{gain['name']} gets {points} than the control, “{gain['over']}” ({span}). {chance}"
