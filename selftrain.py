@@ -52,24 +52,24 @@ from gramr2.stages import STAGES
 if TYPE_CHECKING:  # torch takes its seconds only for a run
     from gramr2.steps import Run
 
-# What a step does, and where it stands in figure 2 as `self_train` counts; 0: it only measures.
+# What a step does, and where it stands in figure 2, as `self_train` counts; the others only measure.
 STEPS = {
-    "prover": (1, "the prover learns to justify a given label"),
-    "wrong-labels": (0, "the prover is asked for wrong labels too"),
-    "prove-labelled": (2, "the prover writes rationales for the labelled pairs"),
-    "filter-labelled": (2, "unreliable rationales are filtered out"),
-    "initial": (3, "the first reward model is trained"),
-    "predict": (4, "the reward model labels unlabelled pairs"),
-    "signals": (0, "what knows that a label is wrong is weighed"),
-    "labels": (4, "labels that it is not sure of are filtered out"),
-    "prove": (5, "the prover writes the rationales"),
-    "rationales": (5, "unreliable rationales are filtered out"),
-    "train": (6, "the reward model is trained again, on all of them"),
-    "fine-tune": (7, "the last fine-tuning, on human rationales"),
-    "test": (0, "a model is tested on held-out pairs"),
-    "discriminative": (0, "a baseline is trained, with a scalar head"),
-    "generative": (0, "a baseline is trained, on labels alone"),
-    "labelled-2x": (0, "the control is trained, on labelled pairs alone"),
+    "prover": "the prover learns to justify a given label (figure 2, 1)",
+    "wrong-labels": "the prover is asked for wrong labels too",
+    "prove-labelled": "the prover writes rationales for the labelled pairs (figure 2, 2)",
+    "filter-labelled": "unreliable rationales are filtered out (figure 2, 2)",
+    "initial": "the first reward model is trained (figure 2, 3)",
+    "predict": "the reward model labels unlabelled pairs (figure 2, 4)",
+    "signals": "what knows that a label is wrong is weighed",
+    "labels": "labels that it is not sure of are filtered out (figure 2, 4)",
+    "prove": "the prover writes the rationales (figure 2, 5)",
+    "rationales": "unreliable rationales are filtered out (figure 2, 5)",
+    "train": "the reward model is trained again, on all of them (figure 2, 6)",
+    "fine-tune": "the last fine-tuning, on human rationales (figure 2, 7)",
+    "test": "a model is tested on held-out pairs",
+    "discriminative": "a baseline is trained, with a scalar head",
+    "generative": "a baseline is trained, on labels alone",
+    "labelled-2x": "the control is trained, on labelled pairs alone",
 }
 REGISTRIES = {"select_by": SCORES, "without": FILTERS}  # whose names these settings may hold
 

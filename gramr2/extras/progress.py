@@ -117,9 +117,8 @@ class Progress:
         """The line that a step begins with; and a report, where that costs little."""
         run, key = RunReader(self.root), "test" if name.startswith("test-") else name
         left = "" if (seconds := self.seconds_left(run)) is None else f" — {as_time(seconds)} left"
-        number, words = self.says[key.split("-", 2)[2] if key.startswith("round-") else key]
-        text = f"step {self.names.index(name) + 1} of {len(self.names)}, {name}: {words}"
-        text += f" (figure 2, {number})" * bool(number) + left
+        words = self.says[key.split("-", 2)[2] if key.startswith("round-") else key]
+        text = f"step {self.names.index(name) + 1} of {len(self.names)}, {name}: {words}{left}"
         if time.monotonic() - self.written > self.cost / REPORTS:
             self._write(run, text, "going on")
         return text

@@ -14,7 +14,8 @@ for (const plot of document.querySelectorAll("svg[data-loss]")) {
   const line = (kind, heights) => put(plot, "polyline", {
     class: kind, points: heights.map((y, i) => `${100 * i / Math.max(1, heights.length - 1)},${y}`).join(" "),
   });
-  for (let power = Math.ceil(low); power <= high; power++) {
+  const apart = Math.ceil((high - low) / 4);
+  for (let power = apart * Math.ceil(low / apart); power <= high; power += apart) {
     put(plot.parentNode, "text", { class: "soft", x: "100%", y: height(power) - 3, "text-anchor": "end" }, String(10 ** power));
     put(plot, "line", { class: "grid", x1: 0, x2: 100, y1: height(power), y2: height(power) });
   }

@@ -228,11 +228,12 @@ def as_filtered(run: RunReader, row: JsonRow) -> tuple[Pair, Judgment]:
 
 def seen_from_without(run: RunReader) -> JsonRow:
     """Where a run without results is, as its directory shows it; of how many steps is not known here."""
-    state, ends = "going on", [(path / "done.json").stat().st_mtime for path in run.steps.values()]
+    ends = {name: (path / "done.json").stat().st_mtime for name, path in run.steps.items()}
+    state, last = "going on", max(ends, key=lambda name: ends[name], default="none")
     with contextlib.suppress(InputError), only_writer(run.root, is_directory=True):
         state = "stopped"
-    says = f"its last finished step is {['none', *run.steps][-1]}"
-    return {"state": state, "says": says, "at": max(ends, default=time.time()), "done": len(ends), "steps": 0}
+    says, at = f"its last finished step is {last}", ends.get(last, time.time())
+    return {"state": state, "says": says, "at": at, "done": len(ends), "steps": 0}
 
 
 def clock(seconds: float) -> str:

@@ -150,9 +150,8 @@ def tested_name(step: str) -> str:
 def accuracy_rows(run: RunReader, steps: Iterable[str]) -> list[JsonRow]:
     """The table, of those among some steps that test."""
     tests = ((tested_name(step), run.rows(step, "judged.jsonl")) for step in steps if step[:5] == "test-")
-    return sorted(
-        (accuracy_row(*test) for test in tests), key=lambda row: ORDER.index(re.split(r"\W", row["name"])[0])
-    )
+    rows = [accuracy_row(*test) for test in tests]
+    return sorted(rows, key=lambda row: ORDER.index(re.split(r"\W", row["name"])[0]))
 
 
 def gains(run: RunReader, names: Sequence[str]) -> Iterator[JsonRow]:
@@ -202,7 +201,7 @@ class RunReader:
         self.results = Fields(read_json(path), f"{path}: ").row if path.is_file() else {}
         # A second process may be ahead with some, which have no number yet (beside.py).
         ahead = {path.name.removeprefix("ahead-"): path for path in self.root.glob("steps/ahead-*")}
-        self.paths = ahead | step_paths(self.root) if ahead else step_paths(self.root)
+        self.paths = step_paths(self.root) | ahead
         self.steps = {name: path for name, path in self.paths.items() if (path / "done.json").exists()}
         judged = range(1, plan.object("settings").get("iters", int, low=1, high=1000) + 1)
         self.rounds = [number for number in judged if f"round-{number}-predict" in self.steps]
