@@ -214,7 +214,7 @@ def test_an_error_is_said_in_the_report(forks, small, tmp_path):
 # ---------------------------------------------------------------------------------- what it came to
 
 
-def tested(root: Path, **hits: str) -> RunReader:
+def run_with_tests(root: Path, **hits: str) -> RunReader:
     """A run whose models got these of its pairs right (1) and wrong (0)."""
     write_signed(root / "plan.json", {"settings": {"iters": 1}, "inputs": {}, "code": "0"})
     for number, (name, row) in enumerate(hits.items(), 1):
@@ -234,7 +234,7 @@ def test_a_gain_is_over_the_control_on_the_same_pairs(tmp_path):
         "round 2": "1" * 70 + "0" * 30,
         CONTROL: "1" * 50 + "0" * 50,
     }
-    run = tested(tmp_path, **rows)
+    run = run_with_tests(tmp_path, **rows)
     (gain,) = gains(run, list(rows))
     assert (gain["name"], gain["over"], gain["value"], gain["n"]) == ("round 2", CONTROL, 20, 100)
     assert 10 < gain["low"] < 20 < gain["high"] < 30

@@ -60,11 +60,6 @@ def is_right(row: JsonRow) -> bool:
     return row.get("label") is not None and row["label"] == row["pair"]["label"]
 
 
-def difference(name: str, ours: Iterable[JsonRow], theirs: Iterable[JsonRow]) -> JsonRow:
-    """How many points more one judge gets right than another, on the same pairs: their luck is the same."""
-    return average(name, [[is_right(one) - is_right(other) for one, other in zip(ours, theirs, strict=True)]])
-
-
 def by_domain(rows: Iterable[JsonRow], right: Callable[[JsonRow], bool]) -> dict[str, list[bool]]:
     found = defaultdict(list)
     for row in rows:

@@ -79,8 +79,8 @@ def curves(run: RunReader) -> Iterator[JsonRow]:
     """Loss and learning rate of each training, also of one that is going on, for the page to draw."""
     for name, path in run.paths.items():
         metrics = path / "metrics.jsonl"
-        text = metrics.read_bytes() if metrics.is_file() else b""
-        whole = text.rpartition(b"\n")[0].splitlines()  # the last may be half written
+        # The last row may be half written.
+        whole = metrics.read_bytes().rpartition(b"\n")[0].splitlines() if metrics.is_file() else []
         rows = [row for row in map(parse_json, whole) if row["loss"] is not None]
         if rows:
             size = math.ceil(len(rows) / POINTS)

@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from gramr2.extras.evaluate import average, by_domain, difference, is_right
+from gramr2.extras.evaluate import average, by_domain, is_right
 from gramr2.extras.inputs import RunInputs
 from gramr2.fields import Fields
 from gramr2.files import (
@@ -155,12 +155,14 @@ def accuracy_rows(run: RunReader, steps: Iterable[str]) -> list[JsonRow]:
 
 
 def gains(run: RunReader, names: Sequence[str]) -> Iterator[JsonRow]:
-    """What the last round, and the fine-tuned model, gained over the control: the labelled pairs alone."""
+    """Points that the last round, and the fine-tuned model, gained over the control, on the same pairs: their
+    luck is the same for both."""
     over = CONTROL if CONTROL in names else "initial"
     last = [name for name in names if name.startswith("round")][-1:]
     for name in last + [name for name in names if name == "fine-tuned"]:
-        both = (run.rows(test_step(each), "judged.jsonl") for each in (name, over))
-        yield {**difference(name, *both), "over": over}
+        tests = (run.rows(test_step(each), "judged.jsonl") for each in (name, over))
+        more = [is_right(ours) - is_right(theirs) for ours, theirs in zip(*tests, strict=True)]
+        yield {**average(name, [more]), "over": over}
 
 
 def judge_by_length(pairs: Path, limit: int | None, place: Path) -> JsonRow:
@@ -305,7 +307,8 @@ def lines_of(results: JsonRow, root: Path, again: str) -> Iterator[str]:
         span = f"{row['low']:5.1f} – {row['high']:5.1f}"
         yield f"{row['name']:26}{row['accuracy']:6.1f}  {span} {row['n']:7}{cells}"
     heads = "".join(f"{head:>12}" for head in (*FUNNEL, "right, %", "of the kept"))
-    yield f"\n{'labels of pairs':18}{heads}"
+    if results["rounds"]:
+        yield f"\n{'labels of pairs':18}{heads}"
     for number, each in enumerate(results["rounds"], 1):
         right = (each[f"label_accuracy_{when}"] for when in ("before", "after"))
         shares = ("" if hit is None else f"{hit:.1f}" for hit in right)
