@@ -28,7 +28,7 @@ from gramr2.extras.results import LONGER, Results, RunReader, test_step
 from gramr2.files import InputError, JsonRow, disk_errors_as_input_errors, need
 from gramr2.steps import Run
 
-REPORTS = 0.01  # of a run's time may go into its reports
+REPORTS = 1, 0.0075  # seconds that may go into a run's reports: so many, and this share of its time
 
 
 class Planned(NamedTuple):
@@ -110,7 +110,7 @@ class Progress:
         share = settings.pool or counts["unlabelled"] // settings.iters
         self.rows = counts | {f"unlabelled-{number + 1}": share for number in range(settings.iters)}
         self.rows["held_out"] = min(HELD_OUT, counts["labelled"])
-        self.written, self.cost = -math.inf, 0.0  # when a report was, and the seconds that it took
+        self.begun, self.spent = time.monotonic(), 0.0  # on reports
         run.directory.says = self.begins
 
     def begins(self, name: str, path: Path) -> str:
@@ -119,7 +119,7 @@ class Progress:
         left = "" if (seconds := self.seconds_left(run)) is None else f" — {as_time(seconds)} left"
         words = self.says[key.split("-", 2)[2] if key.startswith("round-") else key]
         text = f"step {self.names.index(name) + 1} of {len(self.names)}, {name}: {words}{left}"
-        if time.monotonic() - self.written > self.cost / REPORTS:
+        if self.spent <= REPORTS[0] + REPORTS[1] * (time.monotonic() - self.begun):
             self._write(run, text, "going on")
         return text
 
@@ -139,7 +139,7 @@ class Progress:
         with disk_errors_as_input_errors(self.root):
             standing = {"state": state, "says": text, "at": time.time(), "done": done}
             write_report(self.root, standing | {"steps": len(self.names)})
-        self.written, self.cost = time.monotonic(), time.monotonic() - begun
+        self.spent += time.monotonic() - begun
 
     # ------------------------------------------------------------------ how long
 
