@@ -19,10 +19,10 @@ helpsteer3, pairs. Exit status: 0 done, 2 bad input, 130 interrupted, 141 its re
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # Ctrl-C may come while the rest is imported
-    from gramr2.interrupts import quit_on_interrupt
+if __name__ == "__main__":  # Ctrl-C may come while the rest is imported, or a package be missing
+    from gramr2.interrupts import end_in_one_line
 
-    quit_on_interrupt()
+    end_in_one_line()
 
 import argparse
 import json

@@ -10,14 +10,16 @@ after an interruption, and does nothing twice. Exit status: 0 done, 2 bad input,
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # Ctrl-C may come while the rest is imported
-    from gramr2.interrupts import quit_on_interrupt
+if __name__ == "__main__":  # Ctrl-C may come while the rest is imported, or a package be missing
+    from gramr2.interrupts import end_in_one_line
 
-    quit_on_interrupt()
+    end_in_one_line()
 
 import argparse
 import json
+import os
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,16 +30,18 @@ from gramr2.extras import beside, logs
 from gramr2.extras.card import write_cards
 from gramr2.extras.inputs import KINDS, RunInputs, prepare
 from gramr2.extras.report import write_report
-from gramr2.extras.results import Results, show
+from gramr2.extras.results import Results, lines_of
 from gramr2.extras.toyworld import SHIPPED, world_rules, world_table
 from gramr2.files import (
     InputError,
     JsonRow,
     Parser,
+    as_started,
     disk_errors_as_input_errors,
     need,
     open_file,
     run_command,
+    visible,
 )
 from gramr2.recipes import RECIPES, read_recipe, recipe_file, resolve
 from gramr2.run_directory import RunDirectory, StoppedAsAsked
@@ -49,6 +53,25 @@ from gramr2.stages import STAGES
 if TYPE_CHECKING:  # torch takes its seconds only for a run
     from gramr2.steps import Run
 
+# What a step does, and where it stands in figure 2, as `self_train` counts; the others only measure.
+STEPS = {
+    "prover": "the prover learns to justify a given label (figure 2, 1)",
+    "wrong-labels": "the prover is asked for wrong labels too",
+    "prove-labelled": "the prover writes rationales for the labelled pairs (figure 2, 2)",
+    "filter-labelled": "unreliable rationales are filtered out (figure 2, 2)",
+    "initial": "the first reward model is trained (figure 2, 3)",
+    "predict": "the reward model labels unlabelled pairs (figure 2, 4)",
+    "signals": "what knows that a label is wrong is weighed",
+    "labels": "labels that it is not sure of are filtered out (figure 2, 4)",
+    "prove": "the prover writes the rationales (figure 2, 5)",
+    "rationales": "unreliable rationales are filtered out (figure 2, 5)",
+    "train": "the reward model is trained again, on all of them (figure 2, 6)",
+    "fine-tune": "the last fine-tuning, on human rationales (figure 2, 7)",
+    "test": "a model is tested on held-out pairs",
+    "discriminative": "a baseline is trained, with a scalar head",
+    "generative": "a baseline is trained, on labels alone",
+    "labelled-2x": "the control is trained, on labelled pairs alone",
+}
 REGISTRIES = {"select_by": SCORES, "without": FILTERS}  # whose names these settings may hold
 
 
@@ -190,13 +213,9 @@ def main(argv: Sequence[str], runs: Path = Path("runs")) -> int:
         run = Run(directory, settings, trainings, world_rules(plan))
         try:
             with logs.following(root, arguments.log, "", plan, ranks.is_first):
-                run_to_the_end(run, inputs_of(run, arguments.recipe, sources))
+                run_to_the_end(run, inputs_of(run, arguments.recipe, sources), argv)
         except StoppedAsAsked as reached:
-            directory.say(f"stopped after {reached}, as asked")
-        else:
-            if arguments.until:
-                done = ", ".join(directory.counts)
-                raise InputError(f"--until: no step {arguments.until}; all is done: {done}")
+            directory.say(str(reached))
     return 0
 
 
@@ -215,29 +234,43 @@ def inputs_of(run: Run, recipe: Path, sources: Sources | None) -> RunInputs:
     return toy_inputs(run.directory, sizes, run.settings, run.trainings["pretrain"])
 
 
-def run_to_the_end(run: Run, inputs: RunInputs) -> None:
+def run_to_the_end(run: Run, inputs: RunInputs, argv: Sequence[str]) -> None:
     """The loop and its baselines. Where the loop cannot go on, what it reached is written down and shown."""
+    from gramr2.extras.progress import Progress
     from gramr2.steps import NothingKept
 
-    beside.go_ahead(run, inputs, self_train, baselines)
-    results, stopped = Results(run, inputs), None
-    try:
-        self_train(run, inputs, results)
-        if run.settings.baselines:
-            baselines(run, inputs, results)
-    except NothingKept as reason:
-        stopped = reason
-    run.ranks.on_rank_0(lambda: finish(results, run.directory.root, str(stopped or "")))
-    if stopped:
-        raise stopped
+    progress = Progress(run, inputs, self_train, baselines, STEPS)
+    with progress.ends():
+        beside.go_ahead(run, inputs, self_train, baselines)
+        progress.side_by_side = False
+        results, stopped = Results(run, inputs), None
+        try:
+            self_train(run, inputs, results)
+            if run.settings.baselines:
+                baselines(run, inputs, results)
+        except NothingKept as reason:
+            stopped = reason
+        run.ranks.on_rank_0(lambda: finish(results, run, argv, str(stopped or "")))
+        if stopped:
+            raise stopped
 
 
-def finish(results: Results, root: Path, stopped: str) -> None:
+def finish(results: Results, run: Run, argv: Sequence[str], stopped: str) -> None:
+    root = run.directory.root
     with disk_errors_as_input_errors(root):
         written = results.write(stopped)
         write_report(root)
-        write_cards(results, root)
-    show(written, root)
+        write_cards(results, written["rows"])
+    print(visible("\n".join(lines_of(written, root, with_another_seed(run, argv)))))
+
+
+def with_another_seed(run: Run, argv: Sequence[str]) -> str:
+    """The command that does what this one did, under another name; of two of a kind the last flag holds."""
+    seed, root = run.settings.seed + 1, run.directory.root
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", run.ranks.size)
+    start = f"torchrun --nproc_per_node={ranks}" if run.ranks.size > 1 else "python"
+    words = shlex.join([*map(str, argv), "--seed", str(seed), "--name", f"{root.name}-seed-{seed}"])
+    return as_started(f"{start} selftrain.py " + re.sub(r"--from[ =]\S+ ", "", words))
 
 
 if __name__ == "__main__":

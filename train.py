@@ -23,10 +23,10 @@ clerks, OUT-start; the judge made for it is OUT-judge. OUT/rollouts.jsonl has ev
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # Ctrl-C may come while the rest is imported
-    from gramr2.interrupts import quit_on_interrupt
+if __name__ == "__main__":  # Ctrl-C may come while the rest is imported, or a package be missing
+    from gramr2.interrupts import end_in_one_line
 
-    quit_on_interrupt()
+    end_in_one_line()
 
 import argparse
 from collections.abc import Sequence

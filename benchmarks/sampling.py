@@ -34,7 +34,12 @@ from gramr2.requests import CUDA_CACHE_SHARE, free_bytes
 from gramr2.sampler import Limits, generate
 
 K, PROMPT = 8, 256
-PRODUCTS = "aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise"
+# What a sampler over pages cannot do without, by torch's names: the rest of its time is many small operations.
+KINDS = {
+    "in_matrices": ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise"),
+    "in_attention": ("aten::_scaled_dot_product_flash_attention_for_cpu",),
+    "in_cache": ("aten::index_select", "aten::_index_put_impl_", "aten::index_copy_"),
+}
 
 # "32k" has the vocabulary of the larger model, whose projection is then most of the tiny one's work; "2k" is
 # what a tokenizer made for a tiny corpus has.
@@ -154,16 +159,17 @@ def row(workload: str, tokens: int, ways: dict, repeats: int, once=()) -> dict:
         name: {"tokens_per_s": tokens / t["seconds"], "ratio": t["ratio"]} for name, t in timed.items()
     }
     for name, function in ways.items():
-        figures[name]["in_matrices"] = matrix_seconds(function) / timed[name]["seconds"]
+        figures[name] |= shares(function, timed[name]["seconds"])
     print(workload, {name: f"{f['tokens_per_s']:.0f} (x{f['ratio']:.2f})" for name, f in figures.items()})
     return {"workload": workload, "tokens": tokens, "ways": figures, "absent": absent}
 
 
-def matrix_seconds(function) -> float:
-    """Of one run, in matrix products: what would be left of its time if all else were free."""
+def shares(function, whole: float) -> dict[str, float]:
+    """Of one run, in each of `KINDS`: what would be left of its time if all else were free."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
         function()
-    return sum(event.self_cpu_time_total for event in seen.key_averages() if event.key in PRODUCTS) / 1e6
+    seconds = {event.key: event.self_cpu_time_total / 1e6 for event in seen.key_averages()}
+    return {kind: sum(seconds.get(name, 0.0) for name in names) / whole for kind, names in KINDS.items()}
 
 
 def ours(model, prompts: list[list[int]], limits: list[list[int]], greedy: bool = False):

@@ -35,7 +35,7 @@ from gramr2 import parallel
 from gramr2.commands import selftrain
 from gramr2.data import Store
 from gramr2.denoise import FILTERS
-from gramr2.extras.evaluate import is_right
+from gramr2.extras.evaluate import average, is_right
 from gramr2.extras.results import Results
 from gramr2.extras.toyworld import world_rules
 from gramr2.files import read_json, read_rows, write_json, write_rows
@@ -341,12 +341,11 @@ def compare(found: dict[str, dict[int, np.ndarray]], one: str, other: str) -> di
     both = [seed for seed in found.get(one, {}) if seed in found.get(other, {})]
     if not both:
         return None
-    rng, differences, seeds = np.random.default_rng(0), [], {}
-    for seed in both:
-        values = found[one][seed] - found[other][seed]
-        drawn = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
-        seeds[str(seed)] = {"difference": round(100 * float(values.mean()), 2), "interval": interval(drawn)}
-        differences.append(values)
+    differences = [found[one][seed] - found[other][seed] for seed in both]
+    seeds = {}
+    for seed, values in zip(both, differences, strict=True):
+        each = average("", [values])  # as a run itself says what it gained
+        seeds[str(seed)] = {"difference": each["value"], "interval": [each["low"], each["high"]]}
     above = sum(each["interval"][0] > 0 for each in seeds.values())
     below = sum(each["interval"][1] < 0 for each in seeds.values())
     return {**mean_with_interval(differences), "above zero": above, "below zero": below, "by seed": seeds}

@@ -1,4 +1,4 @@
-"""Rewrites the tables of the READMEs from benchmarks/results/*.json, so that no figure is typed by hand.
+"""Rewrites the tables of the pages from benchmarks/results/*.json, so that no figure is typed by hand.
 
     python benchmarks/tables.py            rewrites what stands between <!-- table:NAME --> and <!-- end -->
     python benchmarks/tables.py --check    changes nothing; exit status 1 if a table is stale
@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 from gramr2.stages import STAGES  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
-READMES = ROOT / "README.md", ROOT / "benchmarks/README.md"
+PAGES = ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))
 MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TABLES = {}
 THERE = " on such a device"
@@ -249,10 +249,15 @@ def sampling_cpu(result):
     for row in result["rows"]:
         absent |= row["absent"]
         for way, figure in row["ways"].items():
-            name, share = f"{row['workload']}: {way}", figure.get("in_matrices")
-            share = "" if share is None else f"{share:.0%}"
-            lines.append((name, f"{figure['tokens_per_s']:,.0f}", f"{figure['ratio']:.2f}", share))
-    header = "workload: way", "tokens/s", "time / ours", "of it in matrices"
+            kinds = [figure.get(kind) for kind in ("in_matrices", "in_attention", "in_cache")]
+            shares = ("" if share is None else f"{share:.0%}" for share in kinds)
+            name, floor = f"{row['workload']}: {way}", ""
+            if way == "static" and "in_cache" in row["ways"]["ours"]:
+                ours = row["ways"]["ours"]
+                floor = f"{figure['ratio'] / sum(ours[kind] for kind in ours if kind.startswith('in_')):.1f}"
+            ratio = f"{figure['ratio']:.2f}"
+            lines.append((name, f"{figure['tokens_per_s']:,.0f}", ratio, *shares, floor))
+    header = "workload: way", "tokens/s", "time / ours", "in matrices", "attention", "cache", "at most"
     parts = [where(result["environment"]), grid(header, lines)]
     if absent:
         parts.append("Not run: " + "; ".join(f"{way} ({why})" for way, why in absent.items()) + ".")
@@ -319,7 +324,7 @@ def judging(result):
 
 @table("speed-cpu")
 def speed_cpu(read):
-    """The main README's comparison with transformers: units a second of both, from four benchmarks."""
+    """docs/results.md's comparison with transformers: units a second of both, from four benchmarks."""
     named = "forward", "training_cpu", "sampling_cpu", "judging_cpu"
     scoring, training, sampling, judged = found = [read(name) for name in named]
     if None in found:
@@ -348,7 +353,7 @@ def speed_cpu(read):
 
 @table("speed-gpu")
 def speed_gpu(read):
-    """The main README's GPU cells, each with where and of which commit it was measured."""
+    """docs/results.md's GPU cells, each with where and of which commit it was measured."""
 
     def row(what, source, figure, form, **wanted):
         result = read(f"{source}_cuda") or {"rows": []}
@@ -440,6 +445,13 @@ def toy(result):
     )
     header = "", "mean [95% interval]", "lowest – highest seed", "seeds"
     return f"{about}{where(result['environment'])}\n\n{grid(header, lines)}"
+
+
+@table("toy-short", "toy", "python benchmarks/study.py")
+def toy_short(result):
+    rows = "initial", "round 1", "round 2", "round 3", "labelled only, 2x steps", "fine-tuned", "voting@16"
+    lines = [(row, spread(result["accuracy"][row]), result["accuracy"][row]["seeds"]) for row in rows]
+    return grid(("per cent of the held-out pairs", "mean [95% interval]", "seeds"), lines)
 
 
 @table("signals", "signals", "python benchmarks/signals.py")
@@ -636,7 +648,7 @@ def main():
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 if a table is stale")
     check = parser.parse_args().check
     stale = []
-    for path in (path for path in READMES if path.exists()):
+    for path in PAGES:
         before = path.read_text(encoding="utf-8")
         after = rewritten(before, path.relative_to(ROOT))
         if before != after:

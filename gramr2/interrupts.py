@@ -1,20 +1,26 @@
 """Ctrl-C and SIGTERM, from a command's first line to its last: one line, and exit status 130.
 
-The commands import this before anything else, for what they import takes longer than a finger. It leaves out:
-trainings, which save first (fit.stop_on_signals), and what is printed (files.exit_status).
+The commands import this before anything else, for what they import takes longer than a finger, and finds
+what is not installed. It leaves out: trainings, which save first (fit.stop_on_signals), and what is printed
+(files.exit_status, installed.say_why).
 """
 
 import contextlib
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
+
+from gramr2.installed import say_why
 
 AGAIN = 2.0  # seconds within which another signal is the same one: a terminal and a launcher both send it
 
 
-def quit_on_interrupt() -> None:
-    """Until a command's main runs, both end it at once, in one line: it has done nothing yet."""
+def end_in_one_line() -> None:
+    """Until a command's main runs, both end it at once: it has done nothing yet. So does, until its end, what
+    cannot be imported."""
+    sys.excepthook = say_why
 
     def end(number: int, frame: object) -> None:
         os.write(2, b"interrupted\n")

@@ -32,7 +32,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -58,7 +58,8 @@ T = TypeVar("T")
 WRITTEN = ("plan.json", "results.json", "pair.json", "report.html")  # beside the steps
 OURS_BEFORE_A_PLAN = r"\.(lock$|plan\.json\.tmp-)"
 NOT_SEALED = ("resume", "calibration.json", CARD)  # a user may calibrate a model where it stands
-RECORD = {"counts": dict, "seconds": float, "files": dict}  # a done.json
+# A done.json; `resumed`: an earlier start did some of its shards, in seconds that are not counted.
+RECORD: JsonRow = {"counts": [dict], "seconds": [float], "files": [dict], "resumed": [bool, False]}
 
 
 def finished_runs() -> list[Path]:
@@ -104,6 +105,7 @@ class Step:
     ranks: Ranks
     record: JsonRow | None
     started: float
+    resumed: bool = False
     shard_paths: list[Path] = field(default_factory=list)
 
     @property
@@ -138,14 +140,15 @@ class Step:
         shutil.rmtree(self.path / "shards", ignore_errors=True)
         seconds = time.perf_counter() - self.started
         files = seals_below(self.path, NOT_SEALED)
-        write_signed(self.path / "done.json", {"counts": counts, "seconds": seconds, "files": files})
+        record = {"counts": counts, "seconds": seconds, "files": files, "resumed": self.resumed}
+        write_signed(self.path / "done.json", record)
         return read_record(self.path / "done.json")
 
 
 def read_record(done: Path) -> JsonRow:
     """What a step was closed with."""
     fields = Fields(read_signed(done), f"{done}: ")
-    return {name: fields.get(name, kind) for name, kind in RECORD.items()}
+    return {name: fields.get(name, *kind) for name, kind in RECORD.items()}
 
 
 def write_shard(shard: Path, rows: Iterable[JsonRow]) -> None:
@@ -181,6 +184,10 @@ def claim(shard: Path) -> bool:
     return False
 
 
+def only_its_name(name: str, path: Path) -> str:
+    return f"{path.name} …"
+
+
 class RunDirectory:
     """A run's directory, its plan and its steps. `until` names the step after which to stop."""
 
@@ -189,6 +196,7 @@ class RunDirectory:
         until: str | None = None, verify: bool = False,
     ):  # fmt: skip
         self.root, self.ranks, self.until, self.verify = Path(root), ranks, until, verify
+        self.says: Callable[[str, Path], str] = only_its_name  # of a step that begins: its name, its place
         self.ahead = False  # in a process beside the run's own: steps that it begins are numbered later
         self.paths: dict[str, Path] = {}  # of the steps that this process has come to, by name
         self.seconds: dict[str, float] = {}
@@ -225,16 +233,14 @@ class RunDirectory:
         """Opens a step on every rank. What is still to do is done, and closed, in the `with` block."""
         path, record = self.ranks.on_rank_0(lambda: self._open(name))
         self.paths[name] = path
-        if record is None:
-            self.say(f"{path.name} …")
-        step = Step(path, self.ranks, record, time.perf_counter())
+        step = Step(path, self.ranks, record, time.perf_counter(), any(path.glob("shards/*.jsonl")))
         with disk_errors_as_input_errors(path):
             yield step
         if step.record is None:
             raise RuntimeError(f"{path.name} was left without being closed")
         self.seconds[name], self.counts[name] = round(step.record["seconds"], 3), step.record["counts"]
         if name == self.until:
-            raise StoppedAsAsked(path)
+            raise StoppedAsAsked(f"stopped after {path}, as asked")
 
     def place_of(self, name: str) -> Path:
         """The directory of a step. Where there is none it is made behind all others, or `ahead` of its turn,
@@ -253,6 +259,7 @@ class RunDirectory:
         path = self.place_of(name)
         done = path / "done.json"
         if not done.is_file():
+            self.say(self.says(name, path))
             return path, None
         again = f"bring it back, or do this step and all behind it again: --from {name}"
         try:

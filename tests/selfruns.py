@@ -177,7 +177,8 @@ def run(job: dict) -> dict:
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     # A training step imports the first late, and a run the others: in every fork anew if they are not here.
-    for module in ["torch._dynamo", "gramr2.steps", "gramr2.extras.toy_start", "gramr2.commands.selftrain"]:
+    late = ["torch._dynamo", "jinja2", "gramr2.steps", "gramr2.extras.toy_start"]
+    for module in [*late, "gramr2.commands.selftrain"]:
         importlib.import_module(module)
     gc.freeze()  # a fork that collects its garbage need not look at all that was imported
     for line in sys.stdin:

@@ -1,7 +1,6 @@
 """A model's card: its examples run as they stand, it is never taken for a prompt, and it may be edited."""
 
 import contextlib
-import importlib
 import io
 import json
 import re
@@ -19,13 +18,12 @@ from trainings import make, write_rows
 
 import gramr2
 from gramr2 import fit, prompts, weights
+from gramr2.commands import train
 from gramr2.extras import card
 from gramr2.extras.toyworld import SHIPPED
 from gramr2.prover import Prover
 from gramr2.records import Pair
 from gramr2.seals import CARD, SEALS
-
-train = importlib.import_module("gramr2.commands.train")
 
 PAIR = Pair((("user", "What is 17 + 25?"),), "17 + 25 = 42", "17 + 25 = 43", label="A")  # as in the examples
 OTHERS = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.1}

@@ -18,6 +18,7 @@ from gramr2 import kernels
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
+    ["gramr2.installed"],
     ["gramr2.interrupts"],
     ["gramr2.files"],
     ["gramr2.fields"],
@@ -286,7 +287,7 @@ def test_every_name_in_the_pages_resolves(page):
     """A reader follows the table from an equation to its lines; a stale name sends him nowhere."""
     text = page.read_text(encoding="utf-8")
     named = re.findall(r"`([\w/]+\.py):(\w+)`", text)
-    assert len(named) >= 8 or page != ROOT / "README.md"
+    assert len(named) >= 8 or page != ROOT / "docs/understand.md"
     for path, name in named:
         tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
         defined = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}

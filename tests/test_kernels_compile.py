@@ -31,7 +31,8 @@ def triton_modules():
     """Names of the modules of kernels/ that import triton: those, and no others, can hold kernels."""
     names = (module.name for module in pkgutil.iter_modules([str(ROOT / "kernels")]))
     imports = re.compile(r"^import triton\b", re.MULTILINE)
-    return [f"gramr2.kernels.{name}" for name in names if imports.search((ROOT / f"kernels/{name}.py").read_text())]
+    found = [name for name in names if imports.search((ROOT / f"kernels/{name}.py").read_text())]
+    return [f"gramr2.kernels.{name}" for name in found]
 
 
 def unlisted(module, listed):

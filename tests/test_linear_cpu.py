@@ -75,6 +75,17 @@ def test_level_1_with_packed_matrices():
     fresh.run(packed_level_1, OMP_NUM_THREADS="2", OMP_WAIT_POLICY="passive")
 
 
+def test_without_onednn_the_samples_are_the_same(monkeypatch):
+    """torch is built without it for some processors, Apple's among them; nothing may then be packed."""
+    model, options = random_model("qwen3"), dict(max_new_tokens=8, seed=1, stop_ids=(), progress=False)
+    (packed,) = generate(model, [[1, 2, 3]], **options)[0]
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(linear_cpu, "Packed", None)
+    (plain,) = generate(model, [[1, 2, 3]], **options)[0]
+    assert plain.ids == packed.ids
+    torch.testing.assert_close(torch.tensor(plain.logprobs), torch.tensor(packed.logprobs))
+
+
 def test_a_kept_copy_samples_as_the_model_is_now(monkeypatch):
     monkeypatch.setattr(linear_cpu, "SMALL", 0)
     model, options = random_model("qwen3"), dict(max_new_tokens=8, temperature=0, stop_ids=(), progress=False)

@@ -1,6 +1,5 @@
 """`--log`: every row of a run once, whatever was cut and taken again, and none that could stop a training."""
 
-import importlib
 import json
 import shutil
 import sys
@@ -13,11 +12,10 @@ import pytest
 from trainings import make, write_rows
 
 from gramr2 import fit
+from gramr2.commands import train
 from gramr2.extras import logs
 from gramr2.files import exit_status
 from gramr2.records import Pair
-
-train = importlib.import_module("gramr2.commands.train")
 
 STEPS = 12
 

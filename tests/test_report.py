@@ -319,7 +319,7 @@ def test_hostile_text_stays_text(opened):
     assert HOSTILE["response_b"] in texts
     assert opened.js("document.querySelectorAll('img, textarea, main script, svg svg svg').length") == 0
     assert opened.js("document.querySelectorAll('.example').length") == len(NAMES)
-    assert opened.js("document.querySelectorAll('section').length") == 6
+    assert opened.js("document.querySelectorAll('section').length") == 7
     long = next(text for text in texts if text.startswith("a very long response"))
     assert len(long) < 2000 and f"of {len(MEGABYTE):,} characters" in long
 
@@ -397,6 +397,27 @@ def test_every_figure_has_words(opened):
         "[...document.querySelectorAll('svg[role]')].every(each => each.ariaLabel.includes(':'))"
     )
     assert "round <1>: 75.0 (60.0 – 88.0)" in opened.js("document.querySelector('#accuracy svg').ariaLabel")
+
+
+def test_curves_are_drawn_of_what_a_training_has_left(browser, tmp_path):
+    """A step that was not finite has no loss, and the row that is being written is no row yet."""
+    root = make_run(tmp_path, "data")
+    rows = [{"step": n, "loss": 4 / n if n != 7 else None, "lr": 0.01, "seconds": 0.5} for n in range(1, 251)]
+    place = root / "steps/ahead-discriminative"
+    place.mkdir()
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (place / "metrics.jsonl").write_text(text + '{"step": 251, "lo')
+    standing = {"state": "going on", "says": "<b>", "at": 1.0, "done": 1, "steps": 9}
+    browser.open(report.write_report(root, standing))
+    shown = browser.js(
+        "[...document.querySelectorAll('#training polyline')].map(each => each.getAttribute('points'))"
+    )
+    assert len(shown) == 2 and "NaN" not in "".join(shown)
+    heights = [float(point.split(",")[1]) for point in shown[1].split()]
+    assert heights == sorted(heights) and 4 <= heights[0] < heights[-1] <= 116 and 80 <= len(heights) <= 100
+    assert "250 steps so far" in browser.js("document.querySelector('#training svg').ariaLabel")
+    assert "minutes before you opened this page" in browser.js("document.querySelector('.gap').textContent")
+    assert browser.js("document.querySelector('progress').position") == pytest.approx(1 / 9)
 
 
 def test_the_prover_is_shown_with_what_it_does_for_wrong_labels(opened):

@@ -46,7 +46,7 @@ def test_the_mean_counts_a_seed_once_however_many_pairs_it_has():
 def test_a_seed_begins_its_run_where_the_study_reads_it(tmp_path, monkeypatch):
     """Not by a name with slashes, which the command refuses."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(selftrain, "run_to_the_end", lambda run, inputs: None)
+    monkeypatch.setattr(selftrain, "run_to_the_end", lambda *_: None)
     seed = study.Seed(3, ROOT / "recipes/micro.toml")
     seed.main()
     assert seed.step("world").is_dir() and seed.step("world").parents[1] == seed.place / "main"

@@ -7,27 +7,27 @@ all that is installed stands under `gramr2`, and `torchrun -m gramr2.commands.tr
 
 import importlib
 
-from gramr2.interrupts import quit_on_interrupt
+from gramr2.interrupts import end_in_one_line
 
 
-def train() -> None:
+def gramr2_train() -> None:
     _run("gramr2.commands.train")
 
 
-def selftrain() -> None:
+def gramr2_selftrain() -> None:
     _run("gramr2.commands.selftrain")
 
 
-def infer() -> None:
+def gramr2_infer() -> None:
     _run("gramr2.commands.infer")
 
 
-def data() -> None:
+def gramr2_data() -> None:
     _run("gramr2.extras.datasets")
 
 
 def _run(module: str) -> None:
-    quit_on_interrupt()  # Ctrl-C may come while the rest is imported
+    end_in_one_line()  # Ctrl-C may come while the rest is imported, or a package be missing
     main = importlib.import_module(module).main
     from gramr2.files import run_command
 

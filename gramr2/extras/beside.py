@@ -35,7 +35,7 @@ from gramr2.extras.inputs import RunInputs
 from gramr2.extras.results import LONGER, Results, test_step
 from gramr2.files import exit_status, only_writer
 from gramr2.interrupts import stop_on_interrupt
-from gramr2.run_directory import StoppedAsAsked, claim, remove_leftovers, step_paths
+from gramr2.run_directory import StoppedAsAsked, claim, only_its_name, remove_leftovers, step_paths
 
 if TYPE_CHECKING:
     from gramr2.steps import Run
@@ -193,6 +193,7 @@ def do_jobs(pipe: Connection, results: Results, place: Path) -> None:
 
     jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
     threading.Thread(target=listen, args=(pipe, jobs), daemon=True).start()
+    results.run.directory.says = only_its_name  # where the run stands is for the first process to say
     only = only_writer(place.parent / "steps", is_directory=True)
     with stop_on_interrupt(), only, parallel.join_ranks(results.run.trainings["reward"]):
         for job in iter(jobs.get, None):

@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from gramr2.extras.results import Results
-from gramr2.files import digest, publish_file, read_json, read_text, short_hash
+from gramr2.files import JsonRow, digest, publish_file, read_json, read_text, short_hash
 from gramr2.seals import CARD, read_signed
 from gramr2.tokenizer import Tokenizer
 
 
-def write_cards(results: Results, root: Path) -> None:
+def write_cards(results: Results, rows: list[JsonRow]) -> None:
     """The cards of a self-training run's models, with the accuracies of all of them."""
-    told = {"results": results.rows, "tested": digest(results.inputs.test)}
-    told["inputs"] = read_signed(root / "plan.json")["inputs"]
+    told: JsonRow = {"results": rows, "tested": digest(results.inputs.test)}
+    told["inputs"] = read_signed(results.run.directory.root / "plan.json")["inputs"]
     for step, start in results.run.starts.items():
         model = results.run.directory.paths[step] / "model"
         write_card(model, start, [name for name in results.models if results.models[name] == model], **told)

@@ -21,10 +21,10 @@ What it leaves out: fetching, sampling and mixing of sets, and scoring of benchm
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # Ctrl-C may come while the rest is imported
-    from gramr2.interrupts import quit_on_interrupt
+if __name__ == "__main__":  # Ctrl-C may come while the rest is imported, or a package be missing
+    from gramr2.interrupts import end_in_one_line
 
-    quit_on_interrupt()
+    end_in_one_line()
 
 import bisect
 import codecs

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 
-from gramr2.files import JsonRow, visible
+from gramr2.files import JsonRow, as_started, visible
 from gramr2.rankings import Ranking
 from gramr2.records import UNDECIDED, Pair, show
 
@@ -56,7 +56,7 @@ def unread_lines(votes: Sequence[JsonRow], format: str) -> Iterator[str]:
         text = excerpt(texts[0])
         yield f"  {len(texts)} unreadable: {reason}" + (f"; one reads “{text}”" if text else "")
     if unread and format != "label" and all(vote["label"] is None for vote in votes):
-        yield UNTRAINED
+        yield as_started(UNTRAINED)
 
 
 def excerpt(text: str) -> str:

@@ -2,10 +2,10 @@
 
     python -m gramr2.extras.report runs/toy        writes a run's report again
 
-A run that ends by itself writes it. It is made from the run's directory alone (plan.json, steps/,
-results.json), so a run that was interrupted can have one too: it says what is missing. Here the figures are
-made; the page that shows them is the template report.html beside this file, with its style and its filter in
-report.css and report.js.
+A run writes it when it begins, as it goes on (progress.py), and when it ends. It is made from the run's
+directory (plan.json, steps/, results.json), so a run that was interrupted can have one too: it says what is
+missing. Here the figures are made; the page that shows them is the template report.html beside this file,
+with its style in report.css; report.js filters its examples and draws its curves.
 
 Responses and rationales are text that somebody else wrote. The template engine escapes all that it fills in,
 and the page's policy allows its own style and script, by their hashes, and nothing else. Long texts are
@@ -16,17 +16,20 @@ It leaves out: anything that would need a model. The truth is read here for repo
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # Ctrl-C may come while the rest is imported
-    from gramr2.interrupts import quit_on_interrupt
+if __name__ == "__main__":  # Ctrl-C may come while the rest is imported, or a package be missing
+    from gramr2.interrupts import end_in_one_line
 
-    quit_on_interrupt()
+    end_in_one_line()
 
 import base64
+import contextlib
 import hashlib
 import heapq
 import math
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 from statistics import fmean
@@ -34,14 +37,16 @@ from typing import Any, NamedTuple
 
 from gramr2 import denoise
 from gramr2.extras.evaluate import score_leanings
-from gramr2.extras.results import FUNNEL, JudgedPair, RunReader, accuracy_row, read_round
+from gramr2.extras.results import FUNNEL, JudgedPair, RunReader, accuracy_rows, gain_in_words, read_round
 from gramr2.extras.toyworld import world_rules
-from gramr2.files import JsonRow, Parser, publish_file, run_command
+from gramr2.files import InputError, JsonRow, Parser, only_writer, parse_json, publish_file, run_command
 from gramr2.records import UNDECIDED, Judgment, Pair, show
 from gramr2.settings import SelfTrainSettings
 from gramr2.stages import STAGES
 
 EXAMPLES = 200  # pairs in a report
+FEW = 20  # in one that a run writes as it goes on, which is to cost little
+POINTS = 100  # of a training's curve
 SHOWN_AS = {"wellformed": "well-formed"}  # a stage of the funnel, in words
 
 # ---------------------------------------------------------------------------------- the figures
@@ -58,9 +63,7 @@ class Strip(NamedTuple):
 
 def accuracy(run: RunReader) -> JsonRow:
     """Accuracy on the held-out pairs, by model; from the tests' files where there are no results yet."""
-    tests = [step for step in run.steps if step.startswith("test-")]
-    known = run.results.get("rows")
-    rows = known or [accuracy_row(step[5:], run.rows(step, "judged.jsonl")) for step in tests]
+    rows = run.results.get("rows") or accuracy_rows(run, run.steps)
     strips = []
     for row in rows:
         kind = "ours" if row["name"].startswith(("round", "fine", "voting")) else "other"
@@ -70,6 +73,21 @@ def accuracy(run: RunReader) -> JsonRow:
     domains = sorted({name for row in rows for name in row["by_domain"]})
     cells = [[row["name"], row["n"], *map(row["by_domain"].get, domains)] for row in rows]
     return {"strips": strips, "domains": domains, "rows": cells}
+
+
+def curves(run: RunReader) -> Iterator[JsonRow]:
+    """Loss and learning rate of each training, also of one that is going on, for the page to draw."""
+    for name, path in run.paths.items():
+        metrics = path / "metrics.jsonl"
+        # The last row may be half written.
+        whole = metrics.read_bytes().rpartition(b"\n")[0].splitlines() if metrics.is_file() else []
+        rows = [row for row in map(parse_json, whole) if row["loss"] is not None]
+        if rows:
+            size = math.ceil(len(rows) / POINTS)
+            groups = [rows[start : start + size] for start in range(0, len(rows), size)]
+            loss, rate = ([fmean(row[key] for row in group) for group in groups] for key in ("loss", "lr"))
+            last = {"step": rows[-1]["step"], "seconds": sum(row["seconds"] for row in rows)}
+            yield {"name": name, "done": name in run.steps, "loss": loss, "lr": rate, **last}
 
 
 def funnel(run: RunReader, number: int, pairs: list[JudgedPair]) -> JsonRow:
@@ -208,11 +226,22 @@ def as_filtered(run: RunReader, row: JsonRow) -> tuple[Pair, Judgment]:
 # ---------------------------------------------------------------------------------- the page
 
 
+def seen_from_without(run: RunReader) -> JsonRow:
+    """Where a run without results is, as its directory shows it; of how many steps is not known here."""
+    ends = {name: (path / "done.json").stat().st_mtime for name, path in run.steps.items()}
+    state, last = "going on", max(ends, key=lambda name: ends[name], default="none")
+    with contextlib.suppress(InputError), only_writer(run.root, is_directory=True):
+        state = "stopped"
+    says, at = f"its last finished step is {last}", ends.get(last, time.time())
+    return {"state": state, "says": says, "at": at, "done": len(ends), "steps": 0}
+
+
+def clock(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
 def gaps(run: RunReader, truth: dict[str, str]) -> Iterator[str]:
     """What a reader would look for and not find."""
-    if not run.results:
-        last = list(run.steps.values())[-1].name if run.steps else "none"
-        yield f"This run is not finished. Its last finished step: {last}. Below is what it has left so far."
     if len(run.rounds) < run.settings["iters"]:
         yield f"Of its {run.settings['iters']} rounds, {len(run.rounds)} have been judged."
     if run.rounds and not truth:
@@ -230,22 +259,34 @@ def flat(value: Any, name: str = "") -> list[tuple[str, Any]]:
     return [(name, value)]
 
 
-def page(run: RunReader) -> str:
+@cache
+def template() -> tuple[Any, str, str]:
+    """The page, its style and its script."""
     import jinja2
 
     here = Path(__file__)
+    text, style, script = (here.with_suffix(end).read_text("utf-8") for end in (".html", ".css", ".js"))
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters |= {"show": show, "digest": digest, "clock": clock}
+    return environment.from_string(text), style, script
+
+
+def page(run: RunReader, standing: JsonRow | None) -> str:
     truth = run.truth()
     rounds = {number: read_round(run, number, truth) for number in run.rounds}
     pairs = [pair for each in rounds.values() for pair in each]
-    wanted = pick(pairs)
-    style, script = (here.with_suffix(end).read_text(encoding="utf-8") for end in (".css", ".js"))
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"show": show, "digest": digest}
-    return environment.from_string(here.with_suffix(".html").read_text(encoding="utf-8")).render(
+    most = FEW if standing and standing["state"] == "going on" else EXAMPLES
+    wanted = dict(islice(pick(pairs).items(), most))
+    html, style, script = template()
+    return html.render(
         name=run.root.resolve().name,
+        root=run.root,
         style=style,
         script=script,
+        standing=None if run.results else standing or seen_from_without(run),
         gaps=list(gaps(run, truth)),
+        curves=list(curves(run)),
+        gains=list(map(gain_in_words, run.results.get("gains", ()))),
         accuracy=accuracy(run),
         rounds=[funnel(run, *each) for each in rounds.items()],
         confidence=confidence(run, pairs),
@@ -254,6 +295,7 @@ def page(run: RunReader) -> str:
         signals={f"round {number}": found for number in run.rounds if (found := signals(run, number))},
         examples=examples(run, wanted),
         every=len(pairs),
+        most=most,
         outcomes=sorted({pair.outcome for pair in wanted.values()}),
         settings=flat(run.settings),
         stages=[(name, each.equation) for name, each in STAGES.items() if f"train {name}" in run.settings],
@@ -265,9 +307,9 @@ def digest(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def write_report(root: str | Path) -> Path:
+def write_report(root: str | Path, standing: JsonRow | None = None) -> Path:
     """Makes report.html in a run's directory, from what the run has left there."""
-    path, text = Path(root) / "report.html", page(RunReader(root))
+    path, text = Path(root) / "report.html", page(RunReader(root), standing)
     with publish_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,6 @@ from gramr2.files import (
     as_started,
     read_json,
     read_rows,
-    visible,
     write_json,
     write_rows,
 )
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 # The stages that a pair of a round passes, or at one of which it is dropped.
 FUNNEL = ("judged", "agreed", "confident", "wellformed", "kept")
 LONGER = "longer response"
+CONTROL = "labelled only, 2x steps"
 ORDER = (
     "longer",
     "backbone",
@@ -61,17 +62,15 @@ ORDER = (
 
 
 class Results:
-    """What results.json will say, gathered as the run goes."""
+    """What is tested as the run goes, and what results.json will say of it."""
 
     def __init__(self, run: Run, inputs: RunInputs):
         self.run, self.inputs, self.model = run, inputs, inputs.backbone
-        self.rows: list[JsonRow] = []
-        self.models: dict[str, Path] = {}  # whose accuracy each row is
+        self.models: dict[str, Path] = {}  # by what is tested
 
     def test(self, name: str, model: Path, votes: int = 1, baseline: bool = False) -> None:
-        """A model's accuracy on the held-out pairs; a single vote is greedy and in the given order."""
-        judged = self.run.judge(test_step(name), model, self.inputs.test, votes, self.run.settings.test_limit)
-        self.rows.append(self.run.ranks.on_rank_0(lambda: accuracy_row(name, read_rows(judged))))
+        """A model on the held-out pairs; a single vote is greedy and in the given order."""
+        self.run.judge(test_step(name), model, self.inputs.test, votes, self.run.settings.test_limit)
         self.models[name], self.model = model, self.model if baseline else model
 
     @property
@@ -87,8 +86,6 @@ class Results:
             if step.to_do:
                 tested = self.inputs.test, self.run.settings.test_limit or None
                 step.close(self.run.ranks.on_rank_0(lambda: judge_by_length(*tested, step.path)))
-        rows = step.path / "judged.jsonl"
-        self.rows.append(self.run.ranks.on_rank_0(lambda: accuracy_row(LONGER, read_rows(rows))))
 
     def compare(self, name: str, step: str, stage: str, data: Sequence[Path], times: float = 1) -> None:
         """A baseline: a model that the step trains from the backbone, and its accuracy under `name`."""
@@ -119,13 +116,15 @@ class Results:
 
     def to_json(self, stopped: str) -> JsonRow:
         directory, reader = self.run.directory, RunReader(self.run.directory.root)
+        rows = accuracy_rows(reader, [name for name in reader.steps if name in directory.seconds])
         filtered = [number for number in reader.rounds if f"round-{number}-labels" in directory.counts]
         return {
             "seed": self.run.settings.seed,
             "model": os.path.relpath(self.model, directory.root),
             "seconds": {name: directory.seconds[name] for name in reader.steps if name in directory.seconds},
             "data": directory.counts["data"],
-            "rows": sorted(self.rows, key=lambda row: ORDER.index(re.split(r"\W", row["name"])[0])),
+            "rows": rows,
+            "gains": list(gains(reader, [row["name"] for row in rows])),
             "prover": directory.counts.get("wrong-labels"),
             "signals": {
                 f"round {number}": directory.counts[step]
@@ -134,13 +133,37 @@ class Results:
             },
             "rounds": [round_counts(reader, number) for number in filtered],
             "stopped": stopped,
-            "next": as_started(f"python infer.py --pair {directory.root / 'pair.json'}"),
+            "next": as_started(f"python infer.py --pair {shlex.quote(str(directory.root / 'pair.json'))}"),
         }
 
 
 def test_step(name: str) -> str:
     """The step that tests what is called `name` in the table."""
     return "test-" + name.replace(" ", "-").replace(",", "")
+
+
+def tested_name(step: str) -> str:
+    """What a step that tests is called in the table."""
+    names = {test_step(name): name for name in (CONTROL, "fine-tuned")}
+    return names.get(step, step.removeprefix("test-").replace("-", " "))
+
+
+def accuracy_rows(run: RunReader, steps: Iterable[str]) -> list[JsonRow]:
+    """The table, of those among some steps that test."""
+    tests = ((tested_name(step), run.rows(step, "judged.jsonl")) for step in steps if step[:5] == "test-")
+    rows = [accuracy_row(*test) for test in tests]
+    return sorted(rows, key=lambda row: ORDER.index(re.split(r"\W", row["name"])[0]))
+
+
+def gains(run: RunReader, names: Sequence[str]) -> Iterator[JsonRow]:
+    """Points that the last round, and the fine-tuned model, gained over the control, on the same pairs: their
+    luck is the same for both."""
+    over = CONTROL if CONTROL in names else "initial"
+    last = [name for name in names if name.startswith("round")][-1:]
+    for name in last + [name for name in names if name == "fine-tuned"]:
+        tests = (run.rows(test_step(each), "judged.jsonl") for each in (name, over))
+        more = [is_right(ours) - is_right(theirs) for ours, theirs in zip(*tests, strict=True)]
+        yield {**average(name, [more]), "over": over}
 
 
 def judge_by_length(pairs: Path, limit: int | None, place: Path) -> JsonRow:
@@ -179,8 +202,10 @@ class RunReader:
         self.settings = plan.get("settings", dict)
         path = self.root / "results.json"
         self.results = Fields(read_json(path), f"{path}: ").row if path.is_file() else {}
-        paths = step_paths(self.root).items()
-        self.steps = {name: path for name, path in paths if (path / "done.json").exists()}
+        # A second process may be ahead with some, which have no number yet (beside.py).
+        ahead = {path.name.removeprefix("ahead-"): path for path in self.root.glob("steps/ahead-*")}
+        self.paths = step_paths(self.root) | ahead
+        self.steps = {name: path for name, path in self.paths.items() if (path / "done.json").exists()}
         judged = range(1, plan.object("settings").get("iters", int, low=1, high=1000) + 1)
         self.rounds = [number for number in judged if f"round-{number}-predict" in self.steps]
 
@@ -273,23 +298,8 @@ def round_counts(run: RunReader, number: int) -> JsonRow:
 # ---------------------------------------------------------------------------------- what a person sees
 
 
-def show(results: JsonRow, root: Path) -> None:
-    """The end of a run, as a person reads it."""
-    print(visible("\n".join(lines_of(results, root))))
-
-
-def signal_lines(name: str, found: JsonRow) -> Iterator[str]:
-    """A table: what knows which of a round's labels are wrong."""
-    yield f"\n{name}: which of {found['pairs']} labels are the {found['wrong']} wrong ones?"
-    for number, (signal, each) in enumerate(found["signals"].items()):
-        kept = [key for key in each if key.startswith("kept")]
-        if not number:
-            yield f"{'signal':28}  area   95% interval" + "".join(f"{f'% {key} wrong':>20}" for key in kept)
-        span = f"{each['low']:.3f} – {each['high']:.3f}"
-        yield f"{signal:28} {each['area']:.3f}  {span}" + "".join(f"{each[key]:20.1f}" for key in kept)
-
-
-def lines_of(results: JsonRow, root: Path) -> Iterator[str]:
+def lines_of(results: JsonRow, root: Path, again: str) -> Iterator[str]:
+    """The end of a run, as a person reads it: one screen. All the rest is in its report."""
     names = sorted({name for row in results["rows"] for name in row["by_domain"]})
     domains = names if 1 < len(names) <= 6 else []
     yield f"{'accuracy, %':26}        95% interval   pairs" + "".join(f"  {name:>10}" for name in domains)
@@ -297,20 +307,25 @@ def lines_of(results: JsonRow, root: Path) -> Iterator[str]:
         cells = "".join(f"  {row['by_domain'].get(x, math.nan):{max(10, len(x))}.1f}" for x in domains)
         span = f"{row['low']:5.1f} – {row['high']:5.1f}"
         yield f"{row['name']:26}{row['accuracy']:6.1f}  {span} {row['n']:7}{cells}"
+    heads = "".join(f"{head:>12}" for head in (*FUNNEL, "right, %", "of the kept"))
+    if results["rounds"]:
+        yield f"\n{'labels of pairs':18}{heads}"
     for number, each in enumerate(results["rounds"], 1):
-        right = ["" if hit is None else f"{hit:.1f}" for hit in each["label_accuracy"].values()]
-        lines = {f"round {number}": FUNNEL, "pairs": [each[stage] for stage in FUNNEL]}
-        yield ""
-        for head, columns in {**lines, "labels right, %": right}.items():
-            yield f"{head:18}" + "".join(f"{cell:>12}" for cell in columns)
-        dropped = ", ".join(f"{name} {n}" for name, n in each["dropped"].items() if n)
-        yield f"dropped by {dropped or 'nothing'}"
-    if results["prover"]:
-        asked = (f"{each['passed']} of {each['asked']} {label}" for label, each in results["prover"].items())
-        yield f"\nproofs that pass every rule, by the label asked for: {', '.join(asked)}"
-    for name, found in results["signals"].items():
-        yield from signal_lines(name, found) if found["signals"] else ()
-    seconds = ", ".join(f"{name} {value:.1f}" for name, value in results["seconds"].items())
-    yield "\n" + textwrap.fill(f"seconds: {seconds}", 110, break_on_hyphens=False)
-    yield f"model:   {os.path.normpath(root / results['model'])}\nsteps:   {root / 'steps'}"
-    yield f"results: {root / 'results.json'}, {root / 'report.html'}\nnext:    {results['next']}"
+        right = (each[f"label_accuracy_{when}"] for when in ("before", "after"))
+        shares = ("" if hit is None else f"{hit:.1f}" for hit in right)
+        yield f"round {number:<12}" + "".join(f"{value:>12}" for value in (*map(each.get, FUNNEL), *shares))
+    for each in results["gains"]:
+        yield "\n" + textwrap.fill(gain_in_words(each), 110)
+    yield f"\nmodel:   {os.path.normpath(root / results['model'])}"
+    yield f"report:  {root / 'report.html'}, for a browser; its figures: {root / 'results.json'}"
+    yield f"steps:   {root / 'steps'}, which took {sum(results['seconds'].values()):,.0f} seconds together"
+    yield f"next:\n    {results['next']}\n        judges a pair with the last model"
+    yield f"    head -n 2 {shlex.quote(str(root))}/steps/*/dropped.jsonl\n        what was dropped, and why"
+    yield f"    {again}\n        the same with another seed, to see what is luck"
+
+
+def gain_in_words(gain: JsonRow) -> str:
+    points = f"{abs(gain['value']):.1f} points {'more' if gain['value'] >= 0 else 'less'} right"
+    chance = "That may be chance." if gain["low"] <= 0 <= gain["high"] else "That is more than chance."
+    span = f"95% interval, over the same {gain['n']} pairs: {gain['low']:+.1f} to {gain['high']:+.1f}"
+    return f"{gain['name']} gets {points} than the control, “{gain['over']}” ({span}). {chance}"

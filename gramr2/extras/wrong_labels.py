@@ -37,7 +37,7 @@ def ask_wrong_labels(run: Run, name: str, prover: Path, pairs: Path) -> None:
     run.directory.say(
         f"proofs that pass every rule: {right:.0%} for the right label, {wrong:.0%} for the wrong one"
     )
-    if wrong > DECEPTIVE * right:
+    if wrong > DECEPTIVE * right and "coherence" not in run.settings.without:
         run.directory.say(
             "warning: it argues for wrong labels too: the rules on rationales will let most wrong "
             "pseudo-labels through, and only the votes stand against them; [train.prover] hide_label in "
