@@ -44,12 +44,14 @@ class Forks:
 
 
 def child(words: list[str]) -> int:
+    from gramr2 import judge
     from gramr2.commands import infer
-    from gramr2.extras import bulk
+    from gramr2.extras import remote
     from gramr2.files import exit_status
 
     os.dup2(2, 1)  # stdout is for pids and statuses
-    bulk.pairs_per_call = lambda _: 4
+    judge.pairs_per_call = lambda _: 4
+    remote.FIRST_WAIT, remote.SECONDS = 0.01, 0.5
     return exit_status(infer.main, words)
 
 
