@@ -158,12 +158,11 @@ def judge_list(path: Path, method: str, settings: JudgeSettings, as_json: bool) 
 
 def judge_file(path: Path, out: Path, settings: JudgeSettings, limit: int | None, as_json: bool) -> None:
     counts = judge_into(out, settings, Store(path, Pair.from_json), path, limit)
-    if not counts:  # a rank that is not the first
-        return
     line = "{judged} judged ({unread} of them unreadable), {before} were there before, {failed} failed: {out}"
-    if counts["forged"]:
+    if counts.get("forged"):
         line += "\n{forged} hold a line of the judge's own prompt, and may speak in its name"
-    print(json.dumps(counts) if as_json else line.format(**counts, out=out))
+    if counts:  # as the first rank has them
+        print(json.dumps(counts) if as_json else line.format(**counts, out=out))
 
 
 def judge_benchmark(

@@ -47,6 +47,7 @@ from gramr2.weights import fingerprint, load
 MAX_NEW_TOKENS = 4096
 CALIBRATION = "calibration.json"  # in the model directory
 Found = TypeVar("Found")
+Judged = tuple[Pair, Judgment | InputError]
 
 
 class RewardModel:
@@ -113,7 +114,7 @@ class RewardModel:
         self, pairs: Iterable[Pair], votes: int = 4, seed: int = 0, *,
         temperature: float | None = None, top_p: float = 1.0, top_k: int = 0,
         max_new_tokens: int = MAX_NEW_TOKENS, progress: bool = True, per_call: int | None = 0,
-    ) -> Iterator[tuple[Pair, Judgment | InputError]]:  # fmt: skip
+    ) -> Iterator[Judged]:  # fmt: skip
         """(pair, judgment) in the pairs' order; a pair that cannot be judged comes with the reason.
 
         One vote is greedy and in the given order; more are sampled at temperature 1, half in each order.
@@ -136,12 +137,10 @@ class RewardModel:
         """Pairs that suit one call."""
         return pairs_per_call(self.model.head_weight.device.type)
 
-    def _judged(
-        self, calls: Iterable[list[Pair]], votes: int, seed: int, max_new_tokens: int, **sampling: Any
-    ) -> Iterator[tuple[Pair, Judgment | InputError]]:
+    def _judged(self, calls: Iterable[list[Pair]], *how: Any, **sampling: Any) -> Iterator[Judged]:
         for together in calls:
             if self.voter:
-                judged = self.voter.judgments(together, votes, seed, max_new_tokens, **sampling)
+                judged = self.voter.judgments(together, *how, **sampling)
             else:
                 judged = [self._compare_scores(pair) for pair in together]
             yield from zip(together, judged, strict=True)

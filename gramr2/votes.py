@@ -45,6 +45,7 @@ class Format:
     openings: tuple[str, ...] = ()  # how the verdicts that `parse` reads may begin
     parse: Callable[[str, bool], prompts.Verdict] | None = None  # (text, thinking_open) → the verdict
     prompt: str = prompts.JUDGE_PROMPT  # asked where the checkpoint brings none
+    roles: bool = False  # where an endpoint takes the responses as turns of their own, with its own prompt
 
     @property
     def reading(self) -> str:
@@ -82,9 +83,14 @@ class Answer(NamedTuple):
     p_at: Callable[[int], tuple[float | None, str]]
 
 
-class Asker:
-    """Asks for votes on pairs, and reads the answers. Who answers is a subclass's: `ask` and `answers`."""
+Answers = Iterable[Iterable[Answer]]  # to each of several queries
 
+
+class Asker:
+    """Asks for votes on pairs, and reads the answers. Who answers is a subclass's."""
+
+    ask: Callable[[Pair, str], Query]  # a pair in one order
+    answers: Callable[..., Answers]  # (queries, n, seed, max_new_tokens) → n to each
     thinking_open = False  # whether answers begin inside the thinking
     threads = 1  # that prompts are made in
 
@@ -95,15 +101,6 @@ class Asker:
     def content(self, pair: Pair, order: str) -> str:
         """What is asked about a pair; neither label nor rationale is shown to a judge."""
         return prompts.judge_prompt(pair.swapped() if order == "BA" else pair, self.template)
-
-    def ask(self, pair: Pair, order: str) -> Query:
-        raise NotImplementedError
-
-    def answers(
-        self, queries: Sequence[Query], n: int, seed: int, max_new_tokens: int, **sampling: Any
-    ) -> Iterable[Iterable[Answer]]:
-        """n answers to each query."""
-        raise NotImplementedError
 
     def queries(self, count: int, pair: Pair) -> list[Query] | InputError:
         """A pair as it is asked for so many votes, or why it cannot be."""
@@ -188,21 +185,11 @@ class Voter(Asker):
         tokens = max((len(query.prompt) for query in queries), default=0)
         return queries if tokens < room else InputError(f"pair {pair.id}: {too_long(tokens, room)}")
 
-    def answers(
-        self, queries: Sequence[Query], n: int, seed: int, max_new_tokens: int, **sampling: Any
-    ) -> Iterable[Iterable[Answer]]:
-        room = self.model.config.max_positions
-        sampled = generate(
-            self.model,
-            [query.prompt for query in queries],
-            n=n,
-            max_new_tokens=[min(max_new_tokens, room - len(query.prompt)) for query in queries],
-            watch=self.letters,
-            seed=seed,
-            keys=[query.key for query in queries],
-            engine=self.engine,
-            **sampling,
-        )
+    def answers(self, queries: Sequence[Query], n: int, seed: int, most: int, **sampling: Any) -> Answers:
+        asked, room = [query.prompt for query in queries], self.model.config.max_positions
+        sampling |= {"max_new_tokens": [min(most, room - len(ids)) for ids in asked], "engine": self.engine}
+        keys = [query.key for query in queries]
+        sampled = generate(self.model, asked, n=n, watch=self.letters, seed=seed, keys=keys, **sampling)
         for query, samples in zip(queries, sampled, strict=True):
             seeds = (noise_seed(seed, query.key, number) for number in range(n))
             yield [self.answer(query, *each) for each in zip(samples, seeds, strict=True)]

@@ -48,8 +48,11 @@ class Endpoint:
         return {"data": [{"index": 0, "object": "pooling", "data": [[0.0], [score]]}]}
 
     def verdict(self, body):
-        first = re.search(r"\[Response A\]\n(.*?)\n\[End of Response A\]", body["messages"][0]["content"])
-        side = 0 if GOOD in first[1] else 1
+        shown = re.search(r"\[Response A\]\n(.*?)\n\[End of Response A\]", body["messages"][0]["content"])
+        first = (
+            shown[1] if shown else {each["role"]: each["content"] for each in body["messages"]}["response_1"]
+        )
+        side = 0 if GOOD in first else 1
         written = "" if body.get("max_tokens") == 1 else "<think>\nFor a reason.\n</think>\n"
         text = written + self.endings[side]
         message = {"role": "assistant", "content": text}

@@ -34,7 +34,7 @@ class Forks:
         return self.run_ranks(1, words, None if kill_at is None else there)[0]
 
     def run_ranks(self, ranks: int, words, kill_when=None) -> list[int]:
-        """The exit statuses of each rank; with `kill_when`, SIGKILL to the last one as soon as that is true."""
+        """The exit statuses of each rank; with `kill_when`, SIGKILL to the last as soon as that is true."""
         self.parent.stdin.write(json.dumps([ranks, *map(str, words)]) + "\n")
         self.parent.stdin.flush()
         pids, latest = self.parent.stdout.readline().split(), time.monotonic() + 60

@@ -61,11 +61,13 @@ def test_each_format_is_asked_in_both_orders_and_read_at_its_letter(name, tmp_pa
     """p is the letter's own among what the endpoint finds likely there, and is turned back with the order."""
     with Endpoint(FORMATS[name].endings) as server:
         judged = judge_one(capsys, tmp_path, server, "--format", name)
-    assert judged["label"] == "A" and judged["p_a"] == pytest.approx(SURE)
+    roles = FORMATS[name].roles
+    assert judged["label"] == "A" and judged["p_a"] == pytest.approx(1.0 if roles else SURE)
     assert judged["votes"] == {"A": 2, "B": 0, "none": 0} and judged["orders_agree"]
     path, body, _ = server.asked[0]
     assert path == "/v1/chat/completions" and body["model"] == "some" and body["top_logprobs"] == 20
-    assert FORMATS[name].prompt.partition("{")[0] in body["messages"][0]["content"]
+    first = body["messages"][0]["content"]
+    assert first == "q0?" if roles else FORMATS[name].prompt.partition("{question}")[0] in first
     assert len({body.get("seed") for _, body, _ in server.asked}) == 2
 
 
@@ -164,7 +166,9 @@ def test_failures_that_pass_are_tried_again_and_others_are_rows_that_the_same_co
         assert "tokens in" in err and "failed tries" in err
         (failed,) = [row for row in read(out) if "error" in row]
         assert (
-            "400 too long" in failed["error"] and [row["pair"]["question"] for row in read(out)][7] == "q7?"
+            " 400 " in failed["error"]
+            and "too long" in failed["error"]
+            and [row["pair"]["question"] for row in read(out)][7] == "q7?"
         )
         refuses[0], before = False, len(server.asked)
         status, said, _ = run(capsys, *words)
@@ -221,6 +225,18 @@ def test_what_every_request_would_meet_ends_the_run(status, headers, tmp_path, c
         and len([1 for line in err.splitlines() if "error: " in line]) == 1
     )
     assert len(server.asked) < 10 or status == 307
+
+
+def test_where_nobody_is_there_the_run_ends_and_leaves_the_rest(tmp_path, capsys, monkeypatch):
+    """Eight tries of each of a million pairs would take a year, and fill the file with one reason."""
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(remote, "MOST_IN_A_ROW", 6)
+    with Endpoint() as server:
+        gone = server.base
+    words = ("--pairs", pairs(tmp_path / "in.jsonl", 50), "--out", tmp_path / "o", "--in-flight", 2)
+    status, _, err = run(capsys, *words, "--model", f"{gone}/v1#some")
+    assert status == 2 and "refused" in err and "requests in a row" in err
+    assert len(read(tmp_path / "o")) < 10
 
 
 @pytest.mark.parametrize(

@@ -13,42 +13,29 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from gramr2.data import Store
 from gramr2.extras.printing import unread_lines
 from gramr2.extras.row_log import RowLog, read_log
-from gramr2.files import (
-    InputError,
-    JsonRow,
-    disk_errors_as_input_errors,
-    need,
-    publish_rows,
-    short_hash,
-    visible,
-    write_rows,
-)
+from gramr2.files import InputError, JsonRow, disk_errors_as_input_errors, need, visible, write_rows
 from gramr2.rankings import Ranking
 from gramr2.records import Judgment, Pair, nothing_read
 from gramr2.run_directory import Step, finished_runs, model_of, write_shard
 from gramr2.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from gramr2.extras.remote import Endpoint
-    from gramr2.judge import RewardModel
     from gramr2.parallel import Ranks
-    from gramr2.votes import Format
 
 ROW = b'{"id": '  # what a judged row begins with
 SMALL, SHORT_ANSWER, LONG_ANSWER = 10**9, 1024, 4096  # a model of fewer parameters; most tokens of an answer
@@ -95,17 +82,12 @@ class Judge:
         from gramr2.extras.formats import format_named  # brings torch, which takes seconds
 
         format = None if settings.format is None else format_named(settings.format)
-        self.endpoint: Endpoint | None = None
-        if isinstance(place, str):
-            self.model = self.elsewhere(place, settings, format)
-        else:
-            self.model = self.here(place, settings, format)
-            self.model.keep_engine()
+        self.model = self.load(place, settings, format)
+        self.endpoint = getattr(self.model, "endpoint", None)
         drawn = self.how_to_draw(settings, None if self.endpoint else Path(place))
         self.sampling: JsonRow = {"votes": settings.votes, "seed": settings.seed, **drawn}
-        calibrated = self.model.calibrates(
-            settings.votes, drawn["temperature"], drawn["top_p"], drawn["top_k"]
-        )
+        how = (drawn[name] for name in ("temperature", "top_p", "top_k"))
+        calibrated = self.model.calibrates(settings.votes, *how)
         stated = {name: value for name, value in self.sampling.items() if (name, value) not in NEUTRAL}
         self.judged_with = {"model": str(place), "format": self.model.format.name, **stated}
         self.judged_with |= {"prompt": self.model.prompt_hash}
@@ -114,25 +96,24 @@ class Judge:
             fitted = "{votes} votes, greedy: {greedy}, drawn: {drawn}".format_map(self.model.calibration)
             print(f"warning: not calibrated: the calibration is for {fitted}, of its judge", file=sys.stderr)
 
-    def here(self, directory: Path, settings: JudgeSettings, format: Format | None) -> RewardModel:
+    def load(self, place: Path | str, settings: JudgeSettings, format: Any) -> Any:
+        """The model that is here, or the one that is elsewhere."""
         import torch
 
+        from gramr2.extras.remote import EndpointModel
         from gramr2.judge import RewardModel
 
+        if isinstance(place, str):
+            said = settings.device, settings.dtype
+            need(said == ("auto", "auto"), "--device and --dtype are for a model here, not for one at a URL")
+            return EndpointModel(place, settings.prompt, format, settings.in_flight)
         cuda = settings.device != "cpu" and torch.cuda.is_available()
         if settings.device == "cuda" and not cuda:
             raise InputError("--device cuda: there is no CUDA device here")
         device, dtype = ("cuda", "bfloat16") if cuda else ("cpu", "float32")
         dtype = dtype if settings.dtype == "auto" else settings.dtype
-        return RewardModel.load(directory, device, dtype, settings.prompt, format)
-
-    def elsewhere(self, url: str, settings: JudgeSettings, format: Format | None) -> RewardModel:
-        from gramr2.extras.remote import EndpointModel
-
-        said = settings.device, settings.dtype
-        need(said == ("auto", "auto"), "--device and --dtype are for a model here, not for one behind a URL")
-        model = EndpointModel.at(url, settings.prompt, format, settings.in_flight)
-        self.endpoint = model.endpoint
+        model = RewardModel.load(place, device, dtype, settings.prompt, format)
+        model.keep_engine()
         return model
 
     def how_to_draw(self, settings: JudgeSettings, directory: Path | None) -> JsonRow:
@@ -200,116 +181,105 @@ def judge_into(
     need(len(source) > 0, f"{path}: holds no row")
     size = min(len(source), limit or len(source))
     need(not (out.exists() and out.samefile(path)), f"{out}: is what is to be judged; give another --out")
-    with all_ranks(settings) as ranks, ranks.only_writer(out, is_directory=False):
+    import torch
+
+    from gramr2.parallel import join_ranks
+
+    joining = TrainSettings(device=settings.device, threads=torch.get_num_threads())
+    with join_ranks(joining) as ranks, ranks.only_writer(out, is_directory=False):
         ranks.on_rank_0(lambda: sum(1 for _ in judged_rows(out)))  # before the model, which takes its time
         with ranks.errors_on_all_ranks(), redirect_stderr(sys.stderr if ranks.is_first else io.StringIO()):
             judge = Judge(settings)
             judge.sign_rows()
         need(not (judge.endpoint and ranks.size > 1), "--model URL: one process asks it, without torchrun")
         done = ranks.on_rank_0(lambda: keep_finished(out, judge.judged_with))
-        tally, unreadable = Tally(done.total()), list[JsonRow]()
-        waiting = pending(source, size, done, unreadable)
+        work = Work(out, judge, source, size, done)
         if ranks.size > 1 or any(out.parent.glob(f".{out.name}.shards-*")):
-            judge_in_shards(out, ranks, judge, source, list(waiting), unreadable, tally)
+            work.in_shards(ranks)
         else:
-            append_rows(out, judge, source, waiting, unreadable, tally, size)
-        ranks.on_rank_0(lambda: tally.conclude(out, judge, f"{path}: none of {size} rows could be judged"))
-        return tally.counts if ranks.is_first else {}
+            work.one_by_one()
+        ranks.on_rank_0(lambda: work.conclude(f"{path}: none of {size} rows could be judged"))
+        return work.counts if ranks.is_first else {}
 
 
-@contextmanager
-def all_ranks(settings: JudgeSettings) -> Iterator[Ranks]:
-    """This process among those that torchrun started; alone, with the threads that it has."""
-    import torch
+class Work:
+    """Rows that are to be judged into a file, and what they come to."""
 
-    from gramr2.parallel import Ranks, join_ranks
-
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        with join_ranks(TrainSettings(device=settings.device)) as ranks:
-            yield ranks
-    else:
-        cuda = settings.device != "cpu" and torch.cuda.is_available()
-        yield Ranks(0, 1, torch.device("cuda" if cuda else "cpu"))
-
-
-class Tally:
-    """What the rows of a call come to."""
-
-    def __init__(self, before: int):
-        self.counts = {"judged": 0, "before": before, "failed": 0, "unread": 0, "forged": 0}
+    def __init__(self, out: Path, judge: Judge, source: Source, size: int, done: Counter[bytes]):
+        self.out, self.judge, self.source, self.size = out, judge, source, size
+        self.counts = {"judged": 0, "before": done.total(), "failed": 0, "unread": 0, "forged": 0}
         self.unread: list[JsonRow] = []  # the votes of one pair of which none could be read
+        self.unreadable: list[JsonRow] = []  # rows that are no pairs; known when `waiting` is through
+        self.waiting = pending(source, size, done, self.unreadable)
 
-    def add(self, row: JsonRow) -> JsonRow:
-        self.counts["failed" if "error" in row else "judged"] += 1
-        if "votes" in row and nothing_read(row["votes"]):
-            self.counts["unread"] += 1
-            self.unread = self.unread or row["details"]
-        self.counts["forged"] += bool(row.get("forged"))
-        return row
+    def rows(self, places: Sequence[int], progress: bool) -> Iterator[JsonRow]:
+        yield from self.judge.rows([self.source[place] for place in places], progress)
 
-    def conclude(self, out: Path, judge: Judge, nothing: str) -> None:
+    def counted(self, rows: Iterable[JsonRow]) -> Iterator[JsonRow]:
+        for row in rows:
+            self.counts["failed" if "error" in row else "judged"] += 1
+            if "votes" in row and nothing_read(row["votes"]):
+                self.counts["unread"] += 1
+                self.unread = self.unread or row["details"]
+            self.counts["forged"] += bool(row.get("forged"))
+            yield row
+
+    def failed(self) -> Iterator[JsonRow]:
+        return (row | {"judge": self.judge.judged_with} for row in self.unreadable)
+
+    def one_by_one(self) -> None:
+        """In one process: a row is in the file as soon as it is judged."""
+        with RowLog(self.out, ROW) as log, tqdm(total=self.size, unit="pair") as bar:
+            bar.update(self.counts["before"])
+            while places := list(islice(self.waiting, self.judge.model.per_call)):
+                # A bar below a bar moves the cursor, which is for terminals alone.
+                for row in self.counted(self.rows(places, sys.stderr.isatty())):
+                    log.write(row)
+                    bar.set_postfix_str(self.judge.endpoint.cost if self.judge.endpoint else "", False)
+                    bar.update()
+                log.sync()
+            for row in self.counted(self.failed()):
+                log.write(row)
+
+    def in_shards(self, ranks: Ranks) -> None:
+        """In several: each takes shards as it becomes free, and the first puts the rows into the file, in
+        their order and all at once. Shards of a call that was cut serve the next one with the same rows."""
+        waiting = list(self.waiting)
+        asked = [self.judge.judged_with, [key_of(self.source[place]).hex() for place in waiting]]
+        name = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+        shards = f".{self.out.name}.shards-"
+        step = Step(self.out.with_name(shards + name), ranks, None, 0.0)
+
+        def begin() -> None:
+            for other in {*self.out.parent.glob(f"{shards}*")} - {step.path}:
+                shutil.rmtree(other)
+            step.path.mkdir(parents=True, exist_ok=True)
+            for left in (*step.path.glob("shards/*.claim"), *step.path.glob("shards/.*.tmp-*")):
+                left.unlink()
+
+        def publish() -> None:
+            fresh = self.counted(chain(step.rows(), self.failed()))
+            write_rows(self.out, chain(judged_rows(self.out), fresh))
+            shutil.rmtree(step.path)
+
+        with disk_errors_as_input_errors(step.path):
+            ranks.on_rank_0(begin)
+            with ranks.errors_on_all_ranks():
+                for shard, places in step.shards(waiting):
+                    write_shard(shard, self.rows(places, False))
+            ranks.on_rank_0(publish)
+
+    def conclude(self, nothing: str) -> None:
         """Says what is to be said of all rows."""
-        if judge.endpoint:
-            print(f"asked: {judge.endpoint.cost}", file=sys.stderr)
+        if self.judge.endpoint:
+            print(f"asked: {self.judge.endpoint.cost}", file=sys.stderr)
         if self.counts["unread"] == self.counts["judged"] > 0:
             print("warning: no answer could be read; the first pair's:", file=sys.stderr)
-            lines = unread_lines(self.unread, judge.model.format.name)
+            lines = unread_lines(self.unread, self.judge.model.format.name)
             print(*map(visible, lines), sep="\n", file=sys.stderr)
         if not self.counts["judged"] + self.counts["before"]:
-            reason = next(row["error"] for row in judged_rows(out) if "error" in row)
+            reason = next(row["error"] for row in judged_rows(self.out) if "error" in row)
             raise InputError(f"{nothing}; the first: {reason}")
-
-
-def append_rows(
-    out: Path, judge: Judge, source: Source, waiting: Iterator[int], unreadable: list[JsonRow], tally: Tally,
-    size: int,
-) -> None:  # fmt: skip
-    """One process: row by row, as they are judged."""
-    with RowLog(out, ROW) as log, tqdm(total=size, unit="pair") as bar:
-        bar.update(tally.counts["before"])
-        while together := list(islice(waiting, judge.model.per_call)):
-            # A bar below a bar moves the cursor, which is for terminals alone.
-            for row in judge.rows([source[place] for place in together], progress=sys.stderr.isatty()):
-                log.write(tally.add(row))
-                bar.set_postfix_str(judge.endpoint.cost if judge.endpoint else "", refresh=False)
-                bar.update()
-            log.sync()
-        for row in unreadable:
-            log.write(tally.add(row | {"judge": judge.judged_with}))
-
-
-def judge_in_shards(
-    out: Path, ranks: Ranks, judge: Judge, source: Source, waiting: list[int], unreadable: list[JsonRow],
-    tally: Tally,
-) -> None:  # fmt: skip
-    """Several processes: each takes shards as it becomes free, and the first puts the rows into `out`, in
-    their order and all at once. The shards of a call that was cut serve the next one with the same rows."""
-    asked = [judge.judged_with, [key_of(source[place]).hex() for place in waiting]]
-    work = out.with_name(f".{out.name}.shards-{short_hash(json.dumps(asked, sort_keys=True).encode())}")
-    step = Step(work, ranks, None, 0.0)
-
-    def begin() -> None:
-        for other in {*out.parent.glob(f".{out.name}.shards-*")} - {work}:
-            shutil.rmtree(other)
-        work.mkdir(parents=True, exist_ok=True)
-        for left in (*work.glob("shards/*.claim"), *work.glob("shards/.*.tmp-*")):
-            left.unlink()
-
-    def publish() -> None:
-        with publish_rows(out) as write:
-            for row in judged_rows(out):
-                write(row)
-            failed = (row | {"judge": judge.judged_with} for row in unreadable)
-            for row in (*step.rows(), *failed):
-                write(tally.add(row))
-        shutil.rmtree(work)
-
-    with disk_errors_as_input_errors(work):
-        ranks.on_rank_0(begin)
-        with ranks.errors_on_all_ranks():
-            for shard, places in step.shards(waiting):
-                write_shard(shard, judge.rows([source[place] for place in places], progress=False))
-        ranks.on_rank_0(publish)
 
 
 def judged_rows(path: Path) -> Iterator[JsonRow]:

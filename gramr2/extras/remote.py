@@ -32,22 +32,20 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
-from email.utils import parsedate_to_datetime
 from functools import partial
-from queue import SimpleQueue
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from gramr2 import prompts
 from gramr2.fields import Fields
 from gramr2.files import InputError, JsonRow, need, parse_json, read_text
-from gramr2.judge import RewardModel
+from gramr2.judge import Judged, RewardModel
 from gramr2.kernels.choice import noise_seed
 from gramr2.records import Judgment, Messages, Pair
-from gramr2.votes import SCALAR, THINK, Answer, Asker, Format, Query
+from gramr2.votes import SCALAR, THINK, Answer, Answers, Asker, Format, Query
 
 KEY = "GRAMR2_API_KEY"  # the environment variable
 TRIES, FIRST_WAIT, LONGEST_WAIT = 8, 1.0, 60.0  # of one request; seconds between two tries
@@ -57,10 +55,10 @@ MOST_BYTES = 1 << 26  # of an answer
 PASSING = {408, 409, 425, 429}  # and 5xx
 FOR_ALL = {401, 402, 404, 405}  # what one request meets every other would: key, money, address
 SCORERS = ("classify", "pooling", "get_reward")
-TOP_LOGPROBS = 20, 5  # alternatives at each token that are asked for: first, and where that is refused
-PAIRS_PER_CALL = 1024
+TOP_LOGPROBS = 20  # alternatives at each token that are asked for
+PAIRS_PER_CALL = 512
+MOST_IN_A_ROW = 32  # requests of which all tries failed: nobody is there
 
-Given = TypeVar("Given")
 Made = TypeVar("Made")
 
 
@@ -72,20 +70,16 @@ class Endpoint:
         self.url = self.url.rstrip("/")
         parts = urlsplit(self.url)
         sound = parts.scheme in ("http", "https") and parts.hostname and not parts.query
-        need(
-            bool(sound),
-            f"{self.url}: expected http://HOST[:PORT]/PATH#NAME, as https://api.openai.com/v1#NAME",
-        )
+        need(bool(sound), f"{self.url}: expected http://HOST[:PORT]/PATH#NAME")
         need("@" not in parts.netloc, f"--model: no name or key inside an address; put the key into {KEY}")
         self.kind = parts.path.rpartition("/")[2] if parts.path.endswith(SCORERS) else "chat"
         need(self.kind == "get_reward" or self.name != "", f"{self.url}: say which model: {self.url}#NAME")
         self.key = os.environ.get(KEY, "").strip()
         need(self.key.isascii() and self.key.isprintable(), f"{KEY}: holds what no key does")
-        self.in_flight = in_flight
-        self.requests = Workers(in_flight)  # one for each request that is under way
-        self.pairs = Workers(in_flight)  # pairs that wait for their votes' requests
-        self.lock, self.not_before, self.asked, self.again = threading.Lock(), 0.0, 0, 0
-        self.tokens = {"prompt_tokens": 0, "completion_tokens": 0}
+        # A thread for each request that is under way, and one for each pair that waits for its requests.
+        self.requests, self.pairs = ThreadPool(in_flight), ThreadPool(in_flight)
+        self.lock, self.not_before, self.in_a_row = threading.Lock(), 0.0, 0
+        self.asked = self.again = self.tokens_in = self.tokens_out = 0
         self.refused: InputError | None = None  # what would be refused of every request
         self.opener = urllib.request.build_opener(_Stay)
 
@@ -99,7 +93,11 @@ class Endpoint:
             try:
                 answer = Fields(parse_json(self._once(path, body)))
                 found = read(answer)
-                self._count(answer)
+                used = answer.object("usage")
+                with self.lock:
+                    self.asked, self.in_a_row = self.asked + 1, 0
+                    self.tokens_in += used.get("prompt_tokens", int, 0)
+                    self.tokens_out += used.get("completion_tokens", int, 0)
                 return found
             except urllib.error.HTTPError as error:
                 said, asked_wait = self._said(error), _seconds(error.headers.get("Retry-After"))
@@ -108,19 +106,23 @@ class Endpoint:
                 if error.code not in PASSING and error.code < 500:
                     raise self.refused or Declined(said) from None
             except (OSError, http.client.HTTPException, ValueError) as error:
-                said, asked_wait = f"{self.url}: {self._without_key(error)}", None
+                said, asked_wait = self._without_key(error), 0.0
             with self.lock:
                 self.again += 1
-                if asked_wait is not None:  # no other request has to hear that again
-                    self.not_before = max(self.not_before, time.monotonic() + asked_wait)
-            if number < TRIES and asked_wait is None:
-                wait = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (number - 1))
-                time.sleep(wait * random.uniform(0.5, 1))
-        raise InputError(f"{said} ({TRIES} tries)")
+                self.not_before = max(self.not_before, time.monotonic() + asked_wait)  # for all requests
+            if number < TRIES:
+                time.sleep(min(LONGEST_WAIT, FIRST_WAIT * 2 ** (number - 1)) * random.uniform(0.5, 1))
+        self.in_a_row += 1
+        failed = InputError(f"{said} ({TRIES} tries)")
+        if self.in_a_row >= MOST_IN_A_ROW:
+            self.refused = InputError(
+                f"{failed}, {self.in_a_row} requests in a row; the same command goes on"
+            )
+        raise failed
 
     def _once(self, path: str, body: JsonRow) -> bytes:
         """The body of an answer, within SECONDS for all of it."""
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        headers = {"Content-Type": "application/json"}
         headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
         request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
         content, latest = b"", time.monotonic() + SECONDS
@@ -131,30 +133,21 @@ class Endpoint:
                     raise ValueError("the answer has no end")
         return content
 
-    def _count(self, answer: Fields) -> None:
-        used = answer.row.get("usage")
-        with self.lock:
-            self.asked += 1
-            for name in self.tokens if isinstance(used, dict) else ():
-                self.tokens[name] += used[name] if type(used.get(name)) is int else 0
-
     def _said(self, error: urllib.error.HTTPError) -> str:
         """An endpoint's refusal, on one line."""
+        said = error.reason
         with contextlib.suppress(OSError, http.client.HTTPException):
-            said = error.read(2000).decode("utf-8", "replace")
-            found = re.search(r'"(?:message|detail)"\s*:\s*("(?:[^"\\]|\\.)*")', said)
-            with contextlib.suppress(ValueError):
-                said = json.loads(found[1]) if found else said
-            return f"{self.url}: {error.code} {self._without_key(' '.join(said.split()))[:400]}"
-        return f"{self.url}: {error.code} {error.reason}"
+            said = " ".join(error.read(2000).decode("utf-8", "replace").split()) or said
+        return self._without_key(f"{error.code} {said}")
 
-    def _without_key(self, text: Any) -> str:
-        return str(text).replace(self.key, f"[{KEY}]") if self.key else str(text)
+    def _without_key(self, error: Any) -> str:
+        said = str(error).replace(self.key, f"[{KEY}]") if self.key else str(error)
+        return f"{self.url}: {said[:400]}"
 
     @property
     def cost(self) -> str:
-        tokens = "{prompt_tokens:,} tokens in, {completion_tokens:,} out".format_map(self.tokens)
-        return f"{self.asked:,} answers, {tokens}" + (f", {self.again:,} failed tries" if self.again else "")
+        failed = f", {self.again:,} failed tries" if self.again else ""
+        return f"{self.asked:,} answers, {self.tokens_in:,} tokens in, {self.tokens_out:,} out{failed}"
 
 
 class Declined(InputError):
@@ -166,48 +159,12 @@ class _Stay(urllib.request.HTTPRedirectHandler):
         """Follows none: the key and the texts are for the host that was named."""
 
 
-def _seconds(retry_after: str | None) -> float | None:
-    """What a Retry-After asks for: seconds, or a date."""
+def _seconds(retry_after: str | None) -> float:
+    """How long a Retry-After asks us to wait. (A date is passed over: endpoints give seconds.)"""
     try:
-        wait = float(retry_after or "")
+        return min(max(0.0, float(retry_after or 0)), LONGEST_ASKED_WAIT)
     except ValueError:
-        try:
-            wait = parsedate_to_datetime(retry_after or "").timestamp() - time.time()
-        except ValueError:
-            return None
-    return min(max(wait, 0.0), LONGEST_ASKED_WAIT) if math.isfinite(wait) else None
-
-
-class Workers:
-    """Threads that do one piece of work each at a time. Nobody waits for them where the process ends."""
-
-    def __init__(self, count: int):
-        self.queue: SimpleQueue[tuple[Future, Callable[[], Any]]] = SimpleQueue()
-        for _ in range(count):
-            threading.Thread(target=self._work, daemon=True).start()
-
-    def _work(self) -> None:
-        while True:
-            future, work = self.queue.get()
-            try:
-                future.set_result(work())
-            except BaseException as error:
-                future.set_exception(error)
-
-    def submit(self, work: Callable[[], Made]) -> Future[Made]:
-        future: Future[Made] = Future()
-        self.queue.put((future, work))
-        return future
-
-    def map(self, work: Callable[[Given], Made], items: Iterable[Given], ahead: int) -> Iterator[Made]:
-        """Results in the items' order; so many are under way, or wait for an earlier one."""
-        waiting: deque[Future[Made]] = deque()
-        for item in items:
-            waiting.append(self.submit(partial(work, item)))
-            if len(waiting) >= ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        return 0.0
 
 
 # ---------------------------------------------------------------------------------- verdicts
@@ -218,47 +175,48 @@ class EndpointVoter(Asker):
 
     def __init__(self, endpoint: Endpoint, template: str, format: Format):
         super().__init__(template, format)
-        self.endpoint, self.limit, self.seeded = endpoint, "max_tokens", True
-        self.top: int | None = TOP_LOGPROBS[0]
+        self.endpoint = endpoint
+        self.words: dict[str, str] = {}  # of the protocol, as it has them; "": it has none
 
     def ask(self, pair: Pair, order: str) -> Query:
-        return Query(f"{pair.id} {order}", order, self.content(pair, order))
+        turns = [("user", self.content(pair, order))]
+        if self.format.roles:
+            shown = pair.swapped() if order == "BA" else pair
+            turns = [*pair.messages, ("response_1", shown.response_a), ("response_2", shown.response_b)]
+        messages = [{"role": role, "content": text} for role, text in turns]
+        return Query(f"{pair.id} {order}", order, messages)
 
-    def answers(
-        self, queries: Sequence[Query], n: int, seed: int, max_new_tokens: int, **sampling: Any
-    ) -> Iterable[Iterable[Answer]]:
+    def answers(self, queries: Sequence[Query], n: int, seed: int, most: int, **sampling: Any) -> Answers:
         asked = []
         for query in queries:
             seeds = [noise_seed(seed, query.key, number) % 2**31 for number in range(n)]
-            works = [partial(self._answer, query.prompt, each, max_new_tokens, sampling) for each in seeds]
-            asked.append([self.endpoint.requests.submit(work) for work in works])
-        return [[each.result() for each in one] for one in asked]
+            every = [(query.prompt, each, most, sampling) for each in seeds]
+            asked.append([self.endpoint.requests.apply_async(self._answer, each) for each in every])
+        return [[each.get() for each in one] for one in asked]
 
-    def _answer(self, content: str, seed: int, most: int, sampling: JsonRow) -> Answer:
-        body: JsonRow = {"model": self.endpoint.name, "messages": [{"role": "user", "content": content}]}
-        body |= {name: sampling[name] for name in ("temperature", "top_p")}
-        body |= {"top_k": sampling["top_k"]} if sampling["top_k"] else {}
+    def _answer(self, messages: list[JsonRow], seed: int, most: int, sampling: JsonRow) -> Answer:
+        how: JsonRow = {"temperature": sampling["temperature"], "top_p": sampling["top_p"]}
+        how |= {"top_k": sampling["top_k"]} if sampling["top_k"] else {}
+        how |= {"max_tokens": most, "seed": seed, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
         while True:
-            how: JsonRow = {self.limit: most} | ({"seed": seed} if self.seeded else {})
-            how |= {"logprobs": True, "top_logprobs": self.top} if self.top else {}
+            words = dict(self.words)
+            body = {words.get(name, name): value for name, value in how.items() if words.get(name, name)}
+            body |= {"model": self.endpoint.name, "messages": messages}
             try:
-                return self.endpoint.post("/chat/completions", body | how, partial(self._read, seed))
+                return self.endpoint.post("/chat/completions", body, partial(self._read, seed))
             except Declined as error:
-                if not self._asks_otherwise(how, str(error)):
+                self._learn(str(error))
+                if self.words == words:
                     raise
 
-    def _asks_otherwise(self, how: JsonRow, said: str) -> bool:
-        """After a refusal that names what can be left out, or said in another word."""
-        if "logprobs" in said and "logprobs" in how:
-            if how["top_logprobs"] == self.top:  # no other thread was told before
-                self.top = TOP_LOGPROBS[1] if self.top == TOP_LOGPROBS[0] else None
-        elif "max_completion_tokens" in said and "max_tokens" in how:
-            self.limit = "max_completion_tokens"
-        elif re.search(r"\bseed\b", said) and "seed" in how:
-            self.seeded = False
-        else:
-            return False
-        return True
+    def _learn(self, said: str) -> None:
+        """From a refusal that names what can be left out, or said in another word."""
+        if "logprobs" in said:
+            self.words |= {"logprobs": "", "top_logprobs": ""}
+        elif "max_completion_tokens" in said:
+            self.words["max_tokens"] = "max_completion_tokens"
+        elif re.search(r"\bseed\b", said):
+            self.words["seed"] = ""
 
     def _read(self, seed: int, fields: Fields) -> Answer:
         choice = Fields((fields.get("choices", list) or [None])[0], "choices: ")
@@ -277,7 +235,7 @@ class EndpointVoter(Asker):
             p_a = _p_among(spelled[0][1], "", "A", "B") if spelled else None
             label = prompts.parse_letter(text.strip(" \n.*")).label
         else:
-            letter = _LETTER.search(text, start)
+            letter = None if self.format.roles else _LETTER.search(text, start)  # a scale has no two letters
             p_a = _p_where(content, spelled, letter, len(text) - len(content)) if letter else None
             label = self.format.parse(text, self.thinking_open).label
         if p_a is not None or label is None:
@@ -303,14 +261,11 @@ def _spelled(rows: list) -> Spelled:
 
 def _p_where(content: str, spelled: Spelled, letter: re.Match, before: int) -> float | None:
     """p(A) where a verdict's letter was sampled; `before`: what the text has before the content."""
-    whole, said = b"".join(token for token, _ in spelled), content.encode()
+    whole, said, own = b"".join(token for token, _ in spelled), content.encode(), letter[0]
     place = whole.rfind(said) + len(content[: letter.start() - before].encode())
-    if said not in whole:
-        return None
-    for token, likely in spelled:
+    a, b = (own, _OTHER[own]) if own in "Aa1" else (_OTHER[own], own)
+    for token, likely in spelled if said in whole else ():
         if place < len(token):
-            own = letter[0]
-            a, b = (own, _OTHER[own]) if own in "Aa1" else (_OTHER[own], own)
             return _p_among(likely, token[:place].decode("utf-8", "replace"), a, b)
         place -= len(token)
     return None
@@ -335,38 +290,29 @@ class EndpointModel(RewardModel):
 
     per_call = PAIRS_PER_CALL
 
-    def __init__(self, endpoint: Endpoint, template: str, format: Format):
-        self.endpoint, self.template, self.format = endpoint, template, format
-        self.voter = EndpointVoter(endpoint, template, format) if format.endings else None
+    def __init__(self, url: str, prompt: Path | None, format: Format | None, in_flight: int):
+        """The model that a URL names, with the prompt of a file or the format's own."""
+        self.endpoint = Endpoint(url, in_flight)
+        scores = self.endpoint.kind != "chat"
+        self.format = format or (SCALAR if scores else THINK)
+        need(scores == (self.format == SCALAR), f"{url}: cannot be read as {self.format.name}")
+        need(not (prompt and (scores or self.format.roles)), f"--prompt: {url} is asked none of ours")
+        self.template = prompts.check_template(read_text(prompt) if prompt else self.format.prompt)
+        self.voter = None if scores else EndpointVoter(self.endpoint, self.template, self.format)
         self.calibration, self.weights = {}, ""
 
-    @classmethod
-    def at(cls, url: str, prompt: Any, format: Format | None, in_flight: int) -> EndpointModel:
-        """The model that a URL names, with the prompt of a file or the format's own."""
-        endpoint = Endpoint(url, in_flight)
-        scores = endpoint.kind != "chat"
-        format = format or (SCALAR if scores else THINK)
-        need(scores == (format == SCALAR), f"{url}: cannot be read as {format.name}")
-        need(format.endings is not None or prompt is None, f"--prompt: {url} scores, and is asked none")
-        template = (
-            prompts.check_template(read_text(prompt), "judge", str(prompt)) if prompt else format.prompt
-        )
-        return cls(endpoint, template, format)
+    def _judged(self, calls: Iterable[list[Pair]], *how: Any, **sampling: Any) -> Iterator[Judged]:
+        """Pair by pair: what one of them meets is its own, and is known as soon as it is there."""
 
-    def _judged(
-        self, calls: Iterable[list[Pair]], votes: int, seed: int, max_new_tokens: int, **sampling: Any
-    ) -> Iterator[tuple[Pair, Judgment | InputError]]:
         def judged(pair: Pair) -> Judgment | InputError:
-            if self.voter is None:
-                return self._compare_scores(pair)
             try:
-                return self.voter.judgments([pair], votes, seed, max_new_tokens, **sampling)[0]
+                found = self.voter.judgments([pair], *how, **sampling)[0] if self.voter else None
             except InputError as error:
                 return InputError(f"pair {pair.id}: {error}")
+            return found or self._compare_scores(pair)
 
         for together in calls:
-            found = self.endpoint.pairs.map(judged, together, 4 * self.endpoint.in_flight)
-            for pair, judgment in zip(together, found, strict=True):
+            for pair, judgment in zip(together, self.endpoint.pairs.imap(judged, together), strict=True):
                 if self.endpoint.refused:
                     raise self.endpoint.refused
                 yield pair, judgment
@@ -378,7 +324,7 @@ class EndpointModel(RewardModel):
         if self.endpoint.kind == "get_reward":
             question = Pair(messages, "", "").question
             body = {"query": [question + response], "prompts": [question], "labels": [""]}
-        return self.endpoint.requests.submit(partial(self.endpoint.post, "", body, _read_score)).result()
+        return self.endpoint.requests.apply(self.endpoint.post, ("", body, _read_score))
 
 
 def _read_score(fields: Fields) -> float:
@@ -388,7 +334,5 @@ def _read_score(fields: Fields) -> float:
         first = Fields((fields.get("data", list) or [None])[0], "data: ")
         found = first.get("probs" if "probs" in first.row else "data", list)
         found = found[-1] if found and isinstance(found[-1], list) else found
-    need(
-        isinstance(found, list) and len(found) == 1, "not one number for a response: no reward model's score"
-    )
+    need(isinstance(found, list) and len(found) == 1, "not one number for a response")
     return Fields({"score": found[0]}).get("score", float)
