@@ -48,7 +48,9 @@ class Endpoint:
         return {"data": [{"index": 0, "object": "pooling", "data": [[0.0], [score]]}]}
 
     def verdict(self, body):
-        shown = re.search(r"\[Response A\]\n(.*?)\n\[End of Response A\]", body["messages"][0]["content"])
+        shown = re.search(
+            r"\[Response A\]\n(.*?)\n\[End of Response A\]", body["messages"][0]["content"], re.DOTALL
+        )
         first = (
             shown[1] if shown else {each["role"]: each["content"] for each in body["messages"]}["response_1"]
         )

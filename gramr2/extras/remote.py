@@ -50,7 +50,7 @@ from gramr2.votes import SCALAR, THINK, Answer, Answers, Asker, Format, Query
 KEY = "GRAMR2_API_KEY"  # the environment variable
 TRIES, FIRST_WAIT, LONGEST_WAIT = 8, 1.0, 60.0  # of one request; seconds between two tries
 LONGEST_ASKED_WAIT = 600.0  # that an endpoint's Retry-After is followed
-SECONDS = 1800.0  # for one answer: a reasoning judge writes long
+SECONDS = 900.0  # for one answer: a reasoning judge writes long
 MOST_BYTES = 1 << 26  # of an answer
 PASSING = {408, 409, 425, 429}  # and 5xx
 FOR_ALL = {401, 402, 404, 405}  # what one request meets every other would: key, money, address
