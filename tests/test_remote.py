@@ -235,7 +235,7 @@ def test_where_nobody_is_there_the_run_ends_and_leaves_the_rest(tmp_path, capsys
         gone = server.base
     words = ("--pairs", pairs(tmp_path / "in.jsonl", 50), "--out", tmp_path / "o", "--in-flight", 2)
     status, _, err = run(capsys, *words, "--model", f"{gone}/v1#some")
-    assert status == 2 and "refused" in err and "requests in a row" in err
+    assert status == 2 and "refused" in err and "times in a row" in err
     assert len(read(tmp_path / "o")) < 10
 
 

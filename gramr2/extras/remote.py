@@ -115,9 +115,7 @@ class Endpoint:
         self.in_a_row += 1
         failed = InputError(f"{said} ({TRIES} tries)")
         if self.in_a_row >= MOST_IN_A_ROW:
-            self.refused = InputError(
-                f"{failed}, {self.in_a_row} requests in a row; the same command goes on"
-            )
+            self.refused = InputError(f"{failed}, {self.in_a_row} times in a row; the same command goes on")
         raise failed
 
     def _once(self, path: str, body: JsonRow) -> bytes:
