@@ -6,6 +6,8 @@
     python infer.py --pairs in.jsonl --out judged.jsonl --votes 4     many pairs; the same command goes on
     python infer.py --bench judgebench FILE --out judged.jsonl        a benchmark, and its table
     python infer.py --score judgebench judged.jsonl     the table again, without a model
+    python infer.py --pair a.json --model http://HOST:PORT/v1#NAME    a model that is served elsewhere
+    torchrun --nproc_per_node=8 infer.py --bench rm-bench FILE --out judged.jsonl     all GPUs of a node
     python infer.py --calibrate judged.jsonl --model DIR    labelled pairs make DIR's probabilities honest
     python infer.py --formats                           what can be judged with, and how it is read
 
@@ -14,7 +16,8 @@ list file has "responses" instead (--json counts them from 0). Without --model t
 under runs/ judges. One vote is greedy and in the given order; an even number of votes is sampled, half of
 them with the responses exchanged: as the flags say, or the checkpoint's generation_config.json, or at
 temperature 1. A benchmark takes votes per order: 1 is greedy in both. Benchmarks: rm-bench, judgebench, ppe,
-helpsteer3, pairs. Exit status: 0 done, 2 bad input, 130 interrupted, 141 its reader left.
+helpsteer3, pairs. An endpoint's key is taken from GRAMR2_API_KEY. Exit status: 0 done, 2 bad input, 130
+interrupted, 141 its reader left.
 """
 
 from __future__ import annotations
@@ -26,13 +29,14 @@ if __name__ == "__main__":  # Ctrl-C may come while the rest is imported, or a p
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gramr2.data import Store
 from gramr2.extras import evaluate
-from gramr2.extras.bulk import Judge, JudgeSettings, judge_into, newest_model
+from gramr2.extras.bulk import Judge, JudgeSettings, judge_into, model_place, newest_model
 from gramr2.extras.printing import judgment_text, ranking_lines
 from gramr2.fields import Fields, typed
 from gramr2.files import InputError, Parser, need, read_json, run_command, visible
@@ -57,7 +61,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     one("--formats", action="store_true", help="list the kinds of judges")
     add = parser.add_argument
     add("--out", type=Path, metavar="OUT.jsonl", help="where the judgments of --pairs or --bench go")
-    add("--model", type=Path, metavar="DIR", help="a model directory [the newest run's]")
+    model = "a model directory; or, served elsewhere, URL#NAME [the newest run's]"
+    add("--model", type=model_place, metavar="DIR", help=model)
+    add("--in-flight", type=int, default=16, metavar="N", help="requests to an endpoint at one time [16]")
     add("--prompt", type=Path, metavar="FILE", help="a judge prompt instead of the model's own")
     add("--format", metavar="NAME", help="the kind of judge, see --formats [think; scalar with such a head]")
     add("--method", choices=METHODS, default="merge", help="how --rank compares [merge]")
@@ -93,6 +99,8 @@ def main(argv: Sequence[str]) -> int:
         if (kind in ("pairs", "bench")) != (given.out is not None):
             raise InputError("--out OUT.jsonl goes with --pairs and with --bench, which both need it")
         need(given.limit is None or kind in ("pairs", "bench"), "--limit goes with --pairs and with --bench")
+        alone = kind in ("pairs", "bench") or os.environ.get("WORLD_SIZE", "1") == "1"
+        need(alone, f"--{kind}: one process does it; start it without torchrun")
         settings = judge_settings(kind, given)
         if kind == "pair":
             judge_pair(given.pair, settings, given.json)
@@ -120,7 +128,8 @@ def judge_settings(kind: str, given: argparse.Namespace) -> JudgeSettings:
     greedy = votes == 1
     votes *= 2 if kind == "bench" else 1  # given for each order
     where = given.model, given.prompt, given.format, given.device, given.dtype
-    return JudgeSettings(*where, votes, given.seed, greedy, drawn)
+    in_flight = typed(given.in_flight, int, "--in-flight", low=1, high=1024)
+    return JudgeSettings(*where, votes, given.seed, greedy, drawn, in_flight)
 
 
 # ---------------------------------------------------------------------------------- one pair, one list, many
@@ -150,16 +159,17 @@ def judge_list(path: Path, method: str, settings: JudgeSettings, as_json: bool) 
 def judge_file(path: Path, out: Path, settings: JudgeSettings, limit: int | None, as_json: bool) -> None:
     counts = judge_into(out, settings, Store(path, Pair.from_json), path, limit)
     line = "{judged} judged ({unread} of them unreadable), {before} were there before, {failed} failed: {out}"
-    if counts["forged"]:
+    if counts.get("forged"):
         line += "\n{forged} hold a line of the judge's own prompt, and may speak in its name"
-    print(json.dumps(counts) if as_json else line.format(**counts, out=out))
+    if counts:  # as the first rank has them
+        print(json.dumps(counts) if as_json else line.format(**counts, out=out))
 
 
 def judge_benchmark(
     name: str, path: Path, out: Path, settings: JudgeSettings, limit: int | None, as_json: bool
 ) -> None:
-    judge_into(out, settings, list(evaluate.read_benchmark(name, path)), path, limit)
-    print_score(name, [out], as_json)
+    if judge_into(out, settings, list(evaluate.read_benchmark(name, path)), path, limit):
+        print_score(name, [out], as_json)
 
 
 # ---------------------------------------------------------------------------------- what goes in
@@ -196,8 +206,11 @@ def print_formats(as_json: bool) -> None:
     print(json.dumps(readings, indent=2) if as_json else "\n".join(lines))
 
 
-def print_calibration(judged: Path, model: Path | None, as_json: bool) -> None:
-    path, fitted = evaluate.calibrate(judged, model or newest_model())
+def print_calibration(judged: Path, model: Path | str | None, as_json: bool) -> None:
+    model = model or newest_model()
+    if isinstance(model, str):
+        raise InputError(f"--calibrate: its map lies in a model's directory, and {model} has none here")
+    path, fitted = evaluate.calibrate(judged, model)
     line = f"calibrated on {fitted['pairs']} pairs of {fitted['votes']} votes: {path}"
     print(json.dumps(fitted) if as_json else line)
 

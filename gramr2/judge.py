@@ -41,12 +41,13 @@ from gramr2.requests import Limits
 from gramr2.scoring import softmax_of
 from gramr2.settings import pairs_per_call
 from gramr2.tokenizer import Tokenizer
-from gramr2.votes import SCALAR, THINK, Format, Voter, too_long
+from gramr2.votes import SCALAR, THINK, Asker, Format, Voter, too_long
 from gramr2.weights import fingerprint, load
 
 MAX_NEW_TOKENS = 4096
 CALIBRATION = "calibration.json"  # in the model directory
 Found = TypeVar("Found")
+Judged = tuple[Pair, Judgment | InputError]
 
 
 class RewardModel:
@@ -56,7 +57,7 @@ class RewardModel:
         self, model: Decoder, tokenizer: Tokenizer, template=prompts.JUDGE_PROMPT, format: Format = THINK
     ):
         self.model, self.tokenizer, self.template, self.format = model, tokenizer, template, format
-        self.voter = Voter(model, tokenizer, template, format) if format.endings else None
+        self.voter: Asker | None = Voter(model, tokenizer, template, format) if format.endings else None
         self.calibration: JsonRow = {}  # fitted by extras/evaluate.py; empty: none
         self.weights = ""  # a hash of them, where a calibration was fitted to some
 
@@ -91,7 +92,7 @@ class RewardModel:
     def keep_engine(self, limits: Limits | None = None) -> None:
         """For many calls in a row: what sampling takes of the device (on CUDA most of its memory) is kept
         from one to the next. Not for a judge beside a training, which needs that memory in between."""
-        if self.voter:
+        if isinstance(self.voter, Voter):
             self.voter.engine = Engine(self.model, limits)
 
     @property
@@ -113,7 +114,7 @@ class RewardModel:
         self, pairs: Iterable[Pair], votes: int = 4, seed: int = 0, *,
         temperature: float | None = None, top_p: float = 1.0, top_k: int = 0,
         max_new_tokens: int = MAX_NEW_TOKENS, progress: bool = True, per_call: int | None = 0,
-    ) -> Iterator[tuple[Pair, Judgment | InputError]]:  # fmt: skip
+    ) -> Iterator[Judged]:  # fmt: skip
         """(pair, judgment) in the pairs' order; a pair that cannot be judged comes with the reason.
 
         One vote is greedy and in the given order; more are sampled at temperature 1, half in each order.
@@ -127,16 +128,22 @@ class RewardModel:
             votes, temperature, max_new_tokens = 2, 0.0, 1
         calibrated = self.calibrates(votes, temperature, top_p, top_k)
         sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "progress": progress}
-        pairs = iter(pairs)
-        if per_call == 0:
-            per_call = pairs_per_call(self.model.head_weight.device.type)
-        while together := list(islice(pairs, per_call)):
+        calls = iter_calls(pairs, self.per_call if per_call == 0 else per_call)
+        for pair, judgment in self._judged(calls, votes, seed, max_new_tokens, **sampling):
+            yield pair, self._calibrated(judgment) if calibrated else judgment
+
+    @property
+    def per_call(self) -> int:
+        """Pairs that suit one call."""
+        return pairs_per_call(self.model.head_weight.device.type)
+
+    def _judged(self, calls: Iterable[list[Pair]], *how: Any, **sampling: Any) -> Iterator[Judged]:
+        for together in calls:
             if self.voter:
-                judged = self.voter.judgments(together, votes, seed, max_new_tokens, **sampling)
+                judged = self.voter.judgments(together, *how, **sampling)
             else:
                 judged = [self._compare_scores(pair) for pair in together]
-            for pair, judgment in zip(together, judged, strict=True):
-                yield pair, self._calibrated(judgment) if calibrated else judgment
+            yield from zip(together, judged, strict=True)
 
     def calibrates(self, votes: int, temperature: float, top_p: float = 1.0, top_k: int = 0) -> bool:
         """Whether the directory's calibration is for such votes of this judge, with these weights and this
@@ -163,19 +170,21 @@ class RewardModel:
         if pair.response_a == pair.response_b:
             return Judgment.from_votes([])
         try:
-            both = pair.response_a, pair.response_b
-            sequences = [self.tokenizer.example(pair.messages, each)[0] for each in both]
-        except InputError as error:  # a template may refuse a conversation's roles
+            a, b = (self.score(pair.messages, each) for each in (pair.response_a, pair.response_b))
+        except InputError as error:  # too long; a template may refuse a conversation's roles
             return InputError(f"pair {pair.id}: {error}")
-        tokens, room = max(map(len, sequences)), self.model.config.max_positions
-        if tokens > room:
-            return too_long(pair, tokens, room)
-        a, b = self.scores(sequences)
         p_a = softmax_of(a, b)
         if p_a is None:
             return Judgment.from_votes([Vote(None, "AB", None, "the scores are not finite")])
         label = None if a == b else "A" if a > b else "B"
         return Judgment(label, p_a, {"A": 0, "B": 0, "none": 0})
+
+    def score(self, messages: Messages, response: str) -> float:
+        """What a scoring model gives a response."""
+        ids, _ = self.tokenizer.example(messages, response)
+        if len(ids) > self.model.config.max_positions:
+            raise too_long(len(ids), self.model.config.max_positions)
+        return self.scores([ids])[0]
 
     @torch.no_grad()
     def scores(self, sequences: Sequence[Sequence[int]]) -> list[float]:
@@ -256,8 +265,7 @@ class RewardModel:
             raise InputError("reward: prompts, completions and references must be as many")
         questions = [(("user", prompt),) for prompt in prompts]
         if references is None and self.format.endings is None:
-            both = zip(questions, completions, strict=True)
-            return self.scores([self.tokenizer.example(*each)[0] for each in both])
+            return [self.score(*each) for each in zip(questions, completions, strict=True)]
         if references is not None:
             pairs = [Pair(*each) for each in zip(questions, completions, references, strict=True)]
         else:
@@ -268,6 +276,13 @@ class RewardModel:
             log += judged
         preferences = [preference(judgment) for _, judgment in judged]
         return preferences if references is not None else _shares_won(duels, preferences, len(prompts))
+
+
+def iter_calls(pairs: Iterable[Pair], per_call: int | None) -> Iterator[list[Pair]]:
+    """Pairs, so many together; None: all of them."""
+    pairs = iter(pairs)
+    while together := list(islice(pairs, per_call)):
+        yield together
 
 
 def _shares_won(duels: Sequence[Duel], preferences: Sequence[float], count: int) -> list[float]:

@@ -73,10 +73,10 @@ class Ranks:
         return tqdm(total=total, disable=not self.is_first or total < least, mininterval=often, **shown)
 
     @contextlib.contextmanager
-    def only_writer(self, place: Path) -> Iterator[None]:
-        """Holds a directory against other runs; the first rank does, for all."""
+    def only_writer(self, place: Path, is_directory: bool = True) -> Iterator[None]:
+        """Holds a directory, or a file, against other runs; the first rank does, for all."""
         with contextlib.ExitStack() as held:
-            self.on_rank_0(lambda: held.enter_context(only_writer(place, is_directory=True)))
+            self.on_rank_0(lambda: held.enter_context(only_writer(place, is_directory)))
             yield
 
     def all_reduce_sum(self, *numbers: float) -> list[float]:

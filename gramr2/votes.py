@@ -1,4 +1,4 @@
-"""Votes: pairs asked in both orders, one generate call, and each sampled answer read into a `Vote`.
+"""Votes: pairs asked in both orders, and each answer read into a `Vote`.
 
 Half of a pair's votes are asked with the responses exchanged, and turned back when they are read. A verdict
 comes with a probability, the softmax over the two letters at the place where its letter stands among the
@@ -6,15 +6,16 @@ sampled ids. Where a sample writes its verdict in another way than the canonical
 scored after its rationale instead. What cannot be read is an abstention, counted, and never A or B.
 
 `Format` is all that tells one kind of judge from another. Two kinds stand here: `THINK`, the paper's, and
-`SCALAR`, the discriminative baseline, which casts no votes.
+`SCALAR`, the discriminative baseline, which casts no votes. `Asker` asks and reads, whoever answers; `Voter`
+asks a model that is here, in one generate call.
 
 It leaves out: what votes come to (records.Judgment), how a verdict is parsed (prompts.py), sampling itself
-(sampler.py), other published judges (extras/formats.py).
+(sampler.py), other published judges (extras/formats.py), judges elsewhere (extras/remote.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -44,6 +45,7 @@ class Format:
     openings: tuple[str, ...] = ()  # how the verdicts that `parse` reads may begin
     parse: Callable[[str, bool], prompts.Verdict] | None = None  # (text, thinking_open) → the verdict
     prompt: str = prompts.JUDGE_PROMPT  # asked where the checkpoint brings none
+    roles: bool = False  # where an endpoint takes the responses as turns of their own, with its own prompt
 
     @property
     def reading(self) -> str:
@@ -67,31 +69,40 @@ class Query(NamedTuple):
 
     key: str  # names it to the sampler's noise
     order: str  # "AB" as given, "BA" exchanged
-    ids: list[int]
+    prompt: Any  # ids for a model that is here, the text itself for one that is elsewhere
 
 
-class Voter:
-    """A model that is asked about pairs, and the reader of its answers."""
+class Answer(NamedTuple):
+    """What a judge wrote to one query."""
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer, template: str, format: Format):
+    text: str
+    finish: str  # "stop", "length", "error" (a model's logits were not finite), or an endpoint's own word
+    seed: int  # of its own noise
+    tokens: int
+    # p(A) among {A, B}, and what there is to say of it: of the verdict that begins at a place in the text.
+    p_at: Callable[[int], tuple[float | None, str]]
+
+
+Answers = Iterable[Iterable[Answer]]  # to each of several queries
+
+
+class Asker:
+    """Asks for votes on pairs, and reads the answers. Who answers is a subclass's."""
+
+    ask: Callable[[Pair, str], Query]  # a pair in one order
+    answers: Callable[..., Answers]  # (queries, n, seed, max_new_tokens) → n to each
+    thinking_open = False  # whether answers begin inside the thinking
+    threads = 1  # that prompts are made in
+
+    def __init__(self, template: str, format: Format):
         assert format.endings is not None, "a judge that writes nothing has no votes"
-        self.model, self.tokenizer, self.template = model, tokenizer, template
-        self.engine: Engine | None = None  # of many calls in a row (judge.RewardModel.keep_engine)
-        self.format, self.endings = format, format.endings
-        a, b = map(tokenizer.encode, self.endings)
-        differ = _first_difference(a, b)
-        # The ids that tell the two verdicts apart, and the text that stands before them.
-        self.letters, self.verdict_prefix = (a[differ], b[differ]), tokenizer.decode(a[:differ])
-        self.thinking_open = tokenizer.opens_thinking
+        self.template, self.format, self.endings = template, format, format.endings
 
-    def ask(self, pair: Pair, order: str) -> Query:
-        """A pair's prompt; neither label nor rationale is shown to a judge."""
-        shown = pair.swapped() if order == "BA" else pair
-        content = prompts.judge_prompt(shown, self.template)
-        ids = self.tokenizer.chat([{"role": "user", "content": content}])
-        return Query(f"{pair.id} {order}", order, ids)
+    def content(self, pair: Pair, order: str) -> str:
+        """What is asked about a pair; neither label nor rationale is shown to a judge."""
+        return prompts.judge_prompt(pair.swapped() if order == "BA" else pair, self.template)
 
-    def _queries(self, count: int, pair: Pair) -> list[Query] | InputError:
+    def queries(self, count: int, pair: Pair) -> list[Query] | InputError:
         """A pair as it is asked for so many votes, or why it cannot be."""
         orders = ("AB", "BA")[: 1 + (count > 1)] if pair.response_a != pair.response_b else ()
         try:
@@ -103,40 +114,20 @@ class Voter:
         self, pairs: Sequence[Pair], count: int, seed: int,
         max_new_tokens: int, **sampling: Any,
     ) -> list[Judgment | InputError]:  # fmt: skip
-        """Each pair by `count` votes, all from one generate call; by none on identical responses.
+        """Each pair by `count` votes, all asked at once; by none on identical responses.
 
-        `sampling` goes to it: temperature, top_p, top_k, progress.
+        `sampling` goes on to who answers: temperature, top_p, top_k, progress.
         """
         found: list[list[Vote] | InputError] = []
         asked: list[tuple[Query, list[Vote]]] = []  # with the list that its votes go to
-        room = self.model.config.max_positions
-        threads = encoding_threads(self.model.head_weight.device.type)
-        every = in_threads(partial(self._queries, count), pairs, threads)
-        for pair, queries in zip(pairs, every, strict=True):
-            if isinstance(queries, InputError):
-                found.append(queries)
-                continue
+        for queries in in_threads(partial(self.queries, count), pairs, self.threads):
             ballot: list[Vote] = []
-            tokens = max((len(query.ids) for query in queries), default=0)
-            if tokens < room:
-                found.append(ballot)
-                asked += [(query, ballot) for query in queries]
-            else:
-                found.append(too_long(pair, tokens, room))
-        answers = generate(
-            self.model,
-            [query.ids for query, _ in asked],
-            n=max(1, count // 2),
-            max_new_tokens=[min(max_new_tokens, room - len(query.ids)) for query, _ in asked],
-            watch=self.letters,
-            seed=seed,
-            keys=[query.key for query, _ in asked],
-            engine=self.engine,
-            **sampling,
-        )
-        for (query, ballot), samples in zip(asked, answers, strict=True):
-            for number, sample in enumerate(samples):
-                ballot.append(self.read(query, sample, noise_seed(seed, query.key, number)))
+            found.append(queries if isinstance(queries, InputError) else ballot)
+            asked += [(query, ballot) for query in ([] if isinstance(queries, InputError) else queries)]
+        each_n, every = max(1, count // 2), [query for query, _ in asked]
+        answers = self.answers(every, each_n, seed, max_new_tokens, **sampling)
+        for (query, ballot), given in zip(asked, answers, strict=True):
+            ballot += [self.read(query, answer) for answer in given]
         return [
             each
             if isinstance(each, InputError)
@@ -144,34 +135,85 @@ class Voter:
             for pair, each in zip(pairs, found, strict=True)
         ]
 
-    def read(self, query: Query, sample: Sample, seed: int) -> Vote:
-        """One sampled answer as a vote in the pair's own order."""
-        text, p_a, label = self.tokenizer.decode(sample.ids), None, None
-        if sample.finish == "error":
+    def read(self, query: Query, answer: Answer) -> Vote:
+        """One answer as a vote in the pair's own order."""
+        text, p_a, label = answer.text, None, None
+        if answer.finish == "error":
             reason = "no finite logits"
         elif self.format.parse is None:
-            p_a = softmax_of(*sample.watched[0]) if sample.watched else None
+            p_a, reason = answer.p_at(0)
             label = None if p_a is None or p_a == UNDECIDED else "A" if p_a > UNDECIDED else "B"
-            reason = "no finite logits" if p_a is None else "" if label else "both letters are as likely"
-        elif sample.finish == "length":
+            reason = reason if label or p_a is None else "both letters are as likely"
+        elif answer.finish == "length":
             reason = "cut at the length limit"
+        elif answer.finish != "stop":
+            reason = f"ended by {answer.finish}"
         else:
             label, reason = self.format.parse(text, self.thinking_open)
             if label is not None:
                 start = max(map(text.rfind, self.format.openings))  # of the verdict that was read
-                p_a = self._softmax_at_letter(sample, text, start)
-                if p_a is None:
-                    p_a = self._softmax_after(query.ids, text[:start])
-                if p_a is None:
-                    label, reason = None, "no room to score the verdict, or no finite logits"
+                p_a, note = answer.p_at(start)
+                label, reason = label if p_a is not None else None, note or reason
         if query.order == "BA":
             label, p_a = OTHER[label], None if p_a is None else 1 - p_a
-        return Vote(label, query.order, p_a, reason, text, seed, len(sample.ids))
+        return Vote(label, query.order, p_a, reason, text, answer.seed, answer.tokens)
+
+
+class Voter(Asker):
+    """A model here that is asked about pairs."""
+
+    def __init__(self, model: Decoder, tokenizer: Tokenizer, template: str, format: Format):
+        super().__init__(template, format)
+        self.model, self.tokenizer = model, tokenizer
+        self.engine: Engine | None = None  # of many calls in a row (judge.RewardModel.keep_engine)
+        a, b = map(tokenizer.encode, self.endings)
+        differ = _first_difference(a, b)
+        # The ids that tell the two verdicts apart, and the text that stands before them.
+        self.letters, self.verdict_prefix = (a[differ], b[differ]), tokenizer.decode(a[:differ])
+        self.thinking_open = tokenizer.opens_thinking
+        self.threads = encoding_threads(model.head_weight.device.type)
+
+    def ask(self, pair: Pair, order: str) -> Query:
+        """A pair's prompt in the checkpoint's own frame."""
+        ids = self.tokenizer.chat([{"role": "user", "content": self.content(pair, order)}])
+        return Query(f"{pair.id} {order}", order, ids)
+
+    def queries(self, count: int, pair: Pair) -> list[Query] | InputError:
+        queries, room = super().queries(count, pair), self.model.config.max_positions
+        if isinstance(queries, InputError):
+            return queries
+        tokens = max((len(query.prompt) for query in queries), default=0)
+        return queries if tokens < room else InputError(f"pair {pair.id}: {too_long(tokens, room)}")
+
+    def answers(self, queries: Sequence[Query], n: int, seed: int, most: int, **sampling: Any) -> Answers:
+        asked, room = [query.prompt for query in queries], self.model.config.max_positions
+        sampling |= {"max_new_tokens": [min(most, room - len(ids)) for ids in asked], "engine": self.engine}
+        keys = [query.key for query in queries]
+        sampled = generate(self.model, asked, n=n, watch=self.letters, seed=seed, keys=keys, **sampling)
+        for query, samples in zip(queries, sampled, strict=True):
+            seeds = (noise_seed(seed, query.key, number) for number in range(n))
+            yield [self.answer(query, *each) for each in zip(samples, seeds, strict=True)]
+
+    def answer(self, query: Query, sample: Sample, seed: int) -> Answer:
+        """A sample, as it is read."""
+        text = self.tokenizer.decode(sample.ids)
+        p_at = partial(self._p_at, query, sample, text)
+        return Answer(text, sample.finish, seed, len(sample.ids), p_at)
+
+    def _p_at(self, query: Query, sample: Sample, text: str, start: int) -> tuple[float | None, str]:
+        """What was sampled, or, where the verdict is written otherwise, its canonical form scored instead."""
+        if self.format.parse is None:
+            p_a = softmax_of(*sample.watched[0]) if sample.watched else None
+            return p_a, "" if p_a is not None else "no finite logits"
+        p_a = self._softmax_at_letter(sample, text, start)
+        if p_a is None:
+            p_a = self._softmax_after(query.prompt, text[:start])
+        return p_a, "" if p_a is not None else "no room to score the verdict, or no finite logits"
 
     def reading(self, pair: Pair, rationale: str) -> float | None:
         """p(A) among {A, B} where the judge is given a rationale, as shown, instead of writing one."""
         written = prompts.continued(f"<think>\n{rationale}\n</think>\n", self.thinking_open)
-        return self._softmax_after(self.ask(pair, "AB").ids, written)
+        return self._softmax_after(self.ask(pair, "AB").prompt, written)
 
     def _softmax_at_letter(self, sample: Sample, text: str, start: int) -> float | None:
         """p(A) among {A, B} where the verdict at `start` was sampled in its canonical form."""
@@ -205,5 +247,5 @@ def _first_difference(a: Sequence[int], b: Sequence[int]) -> int:
     return differ[0]
 
 
-def too_long(pair: Pair, tokens: int, room: int) -> InputError:
-    return InputError(f"pair {pair.id}: {tokens} tokens are too many for the model's {room} positions")
+def too_long(tokens: int, room: int) -> InputError:
+    return InputError(f"{tokens} tokens are too many for the model's {room} positions")

@@ -103,5 +103,5 @@ def test_p_belongs_to_the_verdict_that_was_read(monkeypatch, name, text):
     ids = TOKENIZER.encode(text)
     sample = Sample(ids, [0.0] * len(ids), [[0.0, -6.0]] * len(ids), "stop")
     monkeypatch.setattr(voter, "_softmax_after", lambda prompt_ids, written: 0.01)
-    vote = voter.read(Query("key", "AB", [1]), sample, 0)
+    vote = voter.read(query := Query("key", "AB", [1]), voter.answer(query, sample, 0))
     assert (vote.label, vote.p_a) == ("B", 0.01)

@@ -293,3 +293,31 @@ def test_killed_three_times_and_continued_every_pair_is_judged_once(model, tmp_p
     finally:
         forks.close()
     assert len(read(out)) == 40 and out.read_bytes() == whole.read_bytes()
+
+
+def test_two_ranks_judge_the_same_file_and_go_on_where_one_was_killed(model, tmp_path):
+    """Level 1: the same bytes as one process's, in the same order, whoever was first."""
+    rows = [pair(n) for n in range(40)]
+    rows[5] = {"question": "no responses"}
+    rows[9] = pair(9, response_a="word " * 300)  # a failure, which the same command tries again
+    source = write(tmp_path / "in.jsonl", rows)
+    words = ["--pairs", source, "--model", model, "--votes", 4, "--max-new-tokens", 16, "--out"]
+    forks, out, whole = Forks(), tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+
+    def shards() -> int:
+        return len(list(tmp_path.glob(".out.jsonl.shards-*/shards/*.jsonl")))
+
+    try:
+        assert forks.run([*words, whole], whole) == 0
+        statuses = forks.run_ranks(2, [*words, out], lambda: shards() >= 3)
+        assert statuses[1] == -9 and statuses[0] == 1 and not out.exists() and shards() >= 3
+        assert forks.run_ranks(2, [*words, out]) == [0, 0]
+        assert out.read_bytes() == whole.read_bytes() and not list(tmp_path.glob(".out*"))
+        rows[9] = pair(9)
+        write(source, rows)
+        assert forks.run_ranks(2, [*words, out]) == [0, 0]  # one row for two ranks
+        assert forks.run([*words, whole], whole) == 0
+    finally:
+        forks.close()
+    assert out.read_bytes() == whole.read_bytes() and sum("error" in row for row in read(out)) == 1
+    assert len(read(out)) == 40

@@ -243,17 +243,17 @@ def test_a_letter_is_as_likely_as_transformers_finds_it(model, tokenizer, their_
     """Format label, in both orders: nothing is sampled, so that a vote is a number that others compute."""
     voter = gramr2.RewardModel(model, tokenizer, FORMATS["label"].prompt, FORMATS["label"]).voter
     queries = [voter.ask(PAIR, order) for order in ("AB", "BA")]
-    asked = [query.ids for query in queries]
+    asked = [query.prompt for query in queries]
     options = dict(max_new_tokens=1, temperature=0.0, watch=voter.letters, progress=False)
     for query, (sample,) in zip(queries, gramr2.generate(model, asked, **options), strict=True):
         shown = PAIR if query.order == "AB" else PAIR.swapped()
         turns = [{"role": "user", "content": prompts.judge_prompt(shown, voter.template)}]
         frame = dict(add_generation_prompt=True, return_dict=False)
-        assert query.ids == their_tokenizer.apply_chat_template(turns, **frame)
+        assert query.prompt == their_tokenizer.apply_chat_template(turns, **frame)
         letters = [their_tokenizer.encode(letter, add_special_tokens=False)[0] for letter in "AB"]
-        first = float(their_logits(their_model, query.ids)[-1][letters].softmax(0)[0])
+        first = float(their_logits(their_model, query.prompt)[-1][letters].softmax(0)[0])
         expected = first if query.order == "AB" else 1 - first
-        assert voter.read(query, sample, seed=0).p_a == pytest.approx(expected, abs=1e-4)
+        assert voter.read(query, voter.answer(query, sample, 0)).p_a == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_judge_reads_the_votes_of_a_published_model_and_counts_what_it_cannot(model, tokenizer):
@@ -269,7 +269,8 @@ def test_a_verdict_is_read_where_its_letter_stands_in_a_published_vocabulary(mod
     ids = [*tokenizer.encode(prompts.judge_target(RATIONALE, label)), tokenizer.turn_end]
     place = max(i for i, each in enumerate(ids) if each in voter.letters)
     watched = [[math.log(0.7), math.log(0.1)] if i == place else [-9.0, -9.0] for i in range(len(ids))]
-    vote = voter.read(voter.ask(PAIR, "AB"), Sample(ids, [0.0] * len(ids), watched, "stop"), seed=0)
+    query, sample = voter.ask(PAIR, "AB"), Sample(ids, [0.0] * len(ids), watched, "stop")
+    vote = voter.read(query, voter.answer(query, sample, 0))
     assert (vote.label, vote.p_a) == (label, pytest.approx(0.7 / 0.8))
 
 

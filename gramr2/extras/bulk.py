@@ -1,7 +1,7 @@
 """Many items and one judge: a file of judged rows that grows, and goes on where it was cut.
 
 `Judge` is the reward model that somebody named, with the settings that go into every row; what cannot be
-judged is a row with the reason. `judge_into` appends rows call by call: what was judged before, by the same
+judged is a row with the reason. `judge_into` appends rows: what was judged before, by the same
 weights under the same prompt, stays; what failed is tried again, and a row that stands twice in what goes in
 is judged twice. A file of other rows is refused as it stands, and so is a second process.
 
@@ -11,29 +11,37 @@ It leaves out: what the rows are worth (evaluate.py), and the command line (infe
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from gramr2.data import Store
 from gramr2.extras.printing import unread_lines
 from gramr2.extras.row_log import RowLog, read_log
-from gramr2.files import InputError, JsonRow, need, only_writer, visible, write_rows
+from gramr2.files import InputError, JsonRow, disk_errors_as_input_errors, need, visible, write_rows
 from gramr2.rankings import Ranking
 from gramr2.records import Judgment, Pair, nothing_read
-from gramr2.run_directory import finished_runs, model_of
-from gramr2.settings import pairs_per_call
+from gramr2.run_directory import Step, finished_runs, model_of, write_shard
+from gramr2.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from gramr2.parallel import Ranks
 
 ROW = b'{"id": '  # what a judged row begins with
 SMALL, SHORT_ANSWER, LONG_ANSWER = 10**9, 1024, 4096  # a model of fewer parameters; most tokens of an answer
 NEUTRAL = (("top_p", 1.0), ("top_k", 0))  # go without saying
 Item = Pair | JsonRow  # of bulk work: a pair, or one of a benchmark's lists
+Source = Store | list[Item]
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class JudgeSettings:
     """What the command line says of the judge. No model: the newest run's. `drawn`: how answers are to be
     drawn (settings.SAMPLING), where it says so."""
 
-    model: Path | None
+    model: Path | str | None  # a text: the URL of one that is elsewhere (remote.py)
     prompt: Path | None
     format: str | None
     device: str
@@ -50,6 +58,12 @@ class JudgeSettings:
     seed: int
     greedy: bool  # where nothing else is said
     drawn: JsonRow
+    in_flight: int  # requests to an endpoint at one time
+
+
+def model_place(text: str) -> Path | str:
+    """What --model names: a directory, or an address."""
+    return text if "://" in text else Path(text)
 
 
 def newest_model() -> Path:
@@ -64,42 +78,56 @@ class Judge:
     """The model that the settings name, and what its rows say that they were judged with."""
 
     def __init__(self, settings: JudgeSettings):
-        directory = settings.model or newest_model()
-        import torch  # takes seconds, which --help and tables need not wait for
+        place = settings.model or newest_model()
+        from gramr2.extras.formats import format_named  # brings torch, which takes seconds
 
-        from gramr2.extras.formats import format_named
-        from gramr2.judge import RewardModel
-
-        cuda = settings.device != "cpu" and torch.cuda.is_available()
-        if settings.device == "cuda" and not cuda:
-            raise InputError("--device cuda: there is no CUDA device here")
-        device, dtype = ("cuda", "bfloat16") if cuda else ("cpu", "float32")
-        dtype = dtype if settings.dtype == "auto" else settings.dtype
         format = None if settings.format is None else format_named(settings.format)
-        self.model = RewardModel.load(directory, device, dtype, settings.prompt, format)
-        self.model.keep_engine()
-        drawn = self.how_to_draw(settings, Path(directory))
+        self.model = self.load(place, settings, format)
+        self.endpoint = getattr(self.model, "endpoint", None)
+        drawn = self.how_to_draw(settings, None if self.endpoint else Path(place))
         self.sampling: JsonRow = {"votes": settings.votes, "seed": settings.seed, **drawn}
-        calibrated = self.model.calibrates(
-            settings.votes, drawn["temperature"], drawn["top_p"], drawn["top_k"]
-        )
+        how = (drawn[name] for name in ("temperature", "top_p", "top_k"))
+        calibrated = self.model.calibrates(settings.votes, *how)
         stated = {name: value for name, value in self.sampling.items() if (name, value) not in NEUTRAL}
-        self.judged_with = {"model": str(directory), "format": self.model.format.name, **stated}
+        self.judged_with = {"model": str(place), "format": self.model.format.name, **stated}
         self.judged_with |= {"prompt": self.model.prompt_hash}
         self.judged_with["calibrated"] = calibrated and self.model.calibration_hash
         if self.model.calibration and not calibrated:
             fitted = "{votes} votes, greedy: {greedy}, drawn: {drawn}".format_map(self.model.calibration)
             print(f"warning: not calibrated: the calibration is for {fitted}, of its judge", file=sys.stderr)
 
-    def how_to_draw(self, settings: JudgeSettings, directory: Path) -> JsonRow:
+    def load(self, place: Path | str, settings: JudgeSettings, format: Any) -> Any:
+        """The model that is here, or the one that is elsewhere."""
+        import torch
+
+        from gramr2.extras.remote import EndpointModel
+        from gramr2.judge import RewardModel
+
+        if isinstance(place, str):
+            said = settings.device, settings.dtype
+            need(said == ("auto", "auto"), "--device and --dtype are for a model here, not for one at a URL")
+            return EndpointModel(place, settings.prompt, format, settings.in_flight)
+        cuda = settings.device != "cpu" and torch.cuda.is_available()
+        if settings.device == "cuda" and not cuda:
+            raise InputError("--device cuda: there is no CUDA device here")
+        device, dtype = ("cuda", "bfloat16") if cuda else ("cpu", "float32")
+        dtype = dtype if settings.dtype == "auto" else settings.dtype
+        model = RewardModel.load(place, device, dtype, settings.prompt, format)
+        model.keep_engine()
+        return model
+
+    def how_to_draw(self, settings: JudgeSettings, directory: Path | None) -> JsonRow:
         """As the command line says, or else the checkpoint, or else we; and says so, with the most that it
         costs."""
-        writes, model = self.model.format.parse is not None, self.model.model
-        is_small = sum(each.numel() for each in model.parameters()) < SMALL
+        writes, most = self.model.format.parse is not None, 10**7
+        is_small = foreign = False  # of a model elsewhere nothing is known
+        if directory:
+            is_small = sum(each.numel() for each in self.model.model.parameters()) < SMALL
+            # A judge that was trained here was measured as is usual here; its file may still be its base's.
+            foreign = writes and not (directory / "training.json").is_file()
+            most = self.model.model.config.max_positions
         usual: JsonRow = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
         usual["max_new_tokens"] = SHORT_ANSWER if writes and is_small else LONG_ANSWER
-        # A judge that was trained here was measured as is usual here; its file may still be its base's.
-        foreign = writes and not (directory / "training.json").is_file()
         own = self.model.tokenizer.sampling if foreign else {}
         if settings.greedy:
             usual["temperature"] = 0.0
@@ -112,7 +140,7 @@ class Judge:
             how = "temperature {temperature:g}, top-p {top_p:g}, top-k {top_k}".format_map(drawn)
             how = how if drawn["temperature"] else "greedy"
             how += f" ({', '.join(own)}: the checkpoint's generation_config.json)" if own else ""
-            most = min(drawn["max_new_tokens"], model.config.max_positions)
+            most = min(drawn["max_new_tokens"], most)
             cost = f"{settings.votes} x {most:,} tokens at most, less where the prompt leaves less room"
             print(f"votes: each pair takes {cost}; {how}", file=sys.stderr)
         return drawn
@@ -121,6 +149,8 @@ class Judge:
         """Rows say from now on which weights they are of: a file of them may meet others under one name."""
         from gramr2.weights import fingerprint
 
+        if self.endpoint:  # which of its weights an endpoint serves, nothing tells
+            return
         self.judged_with["weights"] = self.model.weights or fingerprint(self.judged_with["model"])
 
     def rows(self, items: Sequence[Item], progress: bool = True) -> Iterator[JsonRow]:
@@ -141,51 +171,115 @@ class Judge:
 
 
 def judge_into(
-    out: Path, settings: JudgeSettings, source: Store | list[Item], path: Path, limit: int | None = None
+    out: Path, settings: JudgeSettings, source: Source, path: Path, limit: int | None = None
 ) -> dict[str, int]:
-    """Appends rows call by call. What succeeded before stays, what failed is tried again.
+    """Appends rows. What succeeded before stays, what failed is tried again.
 
     `path` is where `source` was read from; `limit`: only so many of its first rows. Nothing judged is an
-    error, and not an empty result.
+    error, and not an empty result. Under torchrun the first rank is told what it comes to, the others {}.
     """
     need(len(source) > 0, f"{path}: holds no row")
     size = min(len(source), limit or len(source))
     need(not (out.exists() and out.samefile(path)), f"{out}: is what is to be judged; give another --out")
-    with only_writer(out):
-        for _ in judged_rows(out):  # before the model, which takes its time
-            pass
-        judge = Judge(settings)
-        judge.sign_rows()
-        done = keep_finished(out, judge.judged_with)
-        unreadable: list[JsonRow] = []
-        waiting = pending(source, size, done, unreadable)
-        per_call = pairs_per_call(judge.model.model.head_weight.device.type)
-        counts = {"judged": 0, "before": done.total(), "failed": 0, "unread": 0, "forged": 0}
-        unread: list[JsonRow] = []  # the votes of one pair of which none could be read
-        with RowLog(out, ROW) as log, tqdm(total=size, unit="pair") as bar:
-            bar.update(done.total())
-            while together := list(islice(waiting, per_call)):
+    import torch
+
+    from gramr2.parallel import join_ranks
+
+    joining = TrainSettings(device=settings.device, threads=torch.get_num_threads())
+    with join_ranks(joining) as ranks, ranks.only_writer(out, is_directory=False):
+        ranks.on_rank_0(lambda: sum(1 for _ in judged_rows(out)))  # before the model, which takes its time
+        with ranks.errors_on_all_ranks(), redirect_stderr(sys.stderr if ranks.is_first else io.StringIO()):
+            judge = Judge(settings)
+            judge.sign_rows()
+        need(not (judge.endpoint and ranks.size > 1), "--model URL: one process asks it, without torchrun")
+        done = ranks.on_rank_0(lambda: keep_finished(out, judge.judged_with))
+        work = Work(out, judge, source, size, done)
+        if ranks.size > 1 or any(out.parent.glob(f".{out.name}.shards-*")):
+            work.in_shards(ranks)
+        else:
+            work.one_by_one()
+        ranks.on_rank_0(lambda: work.conclude(f"{path}: none of {size} rows could be judged"))
+        return work.counts if ranks.is_first else {}
+
+
+class Work:
+    """Rows that are to be judged into a file, and what they come to."""
+
+    def __init__(self, out: Path, judge: Judge, source: Source, size: int, done: Counter[bytes]):
+        self.out, self.judge, self.source, self.size = out, judge, source, size
+        self.counts = {"judged": 0, "before": done.total(), "failed": 0, "unread": 0, "forged": 0}
+        self.unread: list[JsonRow] = []  # the votes of one pair of which none could be read
+        self.unreadable: list[JsonRow] = []  # rows that are no pairs; known when `waiting` is through
+        self.waiting = pending(source, size, done, self.unreadable)
+
+    def rows(self, places: Sequence[int], progress: bool) -> Iterator[JsonRow]:
+        yield from self.judge.rows([self.source[place] for place in places], progress)
+
+    def counted(self, rows: Iterable[JsonRow]) -> Iterator[JsonRow]:
+        for row in rows:
+            self.counts["failed" if "error" in row else "judged"] += 1
+            if "votes" in row and nothing_read(row["votes"]):
+                self.counts["unread"] += 1
+                self.unread = self.unread or row["details"]
+            self.counts["forged"] += bool(row.get("forged"))
+            yield row
+
+    def failed(self) -> Iterator[JsonRow]:
+        return (row | {"judge": self.judge.judged_with} for row in self.unreadable)
+
+    def one_by_one(self) -> None:
+        """In one process: a row is in the file as soon as it is judged."""
+        with RowLog(self.out, ROW) as log, tqdm(total=self.size, unit="pair") as bar:
+            bar.update(self.counts["before"])
+            while places := list(islice(self.waiting, self.judge.model.per_call)):
                 # A bar below a bar moves the cursor, which is for terminals alone.
-                rows = list(judge.rows(together, progress=sys.stderr.isatty()))
-                for row in rows:
+                for row in self.counted(self.rows(places, sys.stderr.isatty())):
                     log.write(row)
-                    counts["failed" if "error" in row else "judged"] += 1
-                    if "votes" in row and nothing_read(row["votes"]):
-                        counts["unread"] += 1
-                        unread = unread or row["details"]
-                    counts["forged"] += bool(row.get("forged"))
+                    bar.set_postfix_str(self.judge.endpoint.cost if self.judge.endpoint else "", False)
+                    bar.update()
                 log.sync()
-                bar.update(len(rows))
-            for row in unreadable:
-                log.write(row | {"judge": judge.judged_with})
-    counts["failed"] += len(unreadable)
-    if counts["unread"] == counts["judged"] > 0:
-        print("warning: no answer could be read; the first pair's:", file=sys.stderr)
-        print(*map(visible, unread_lines(unread, judge.model.format.name)), sep="\n", file=sys.stderr)
-    if not counts["judged"] + counts["before"]:
-        reason = next(row["error"] for row in judged_rows(out) if "error" in row)
-        raise InputError(f"{path}: none of {size} rows could be judged; the first: {reason}")
-    return counts
+            for row in self.counted(self.failed()):
+                log.write(row)
+
+    def in_shards(self, ranks: Ranks) -> None:
+        """In several: each takes shards as it becomes free, and the first puts the rows into the file, in
+        their order and all at once. Shards of a call that was cut serve the next one with the same rows."""
+        waiting = list(self.waiting)
+        asked = [self.judge.judged_with, [key_of(self.source[place]).hex() for place in waiting]]
+        name = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+        shards = f".{self.out.name}.shards-"
+        step = Step(self.out.with_name(shards + name), ranks, None, 0.0)
+
+        def begin() -> None:
+            for other in {*self.out.parent.glob(f"{shards}*")} - {step.path}:
+                shutil.rmtree(other)
+            step.path.mkdir(parents=True, exist_ok=True)
+            for left in (*step.path.glob("shards/*.claim"), *step.path.glob("shards/.*.tmp-*")):
+                left.unlink()
+
+        def publish() -> None:
+            fresh = self.counted(chain(step.rows(), self.failed()))
+            write_rows(self.out, chain(judged_rows(self.out), fresh))
+            shutil.rmtree(step.path)
+
+        with disk_errors_as_input_errors(step.path):
+            ranks.on_rank_0(begin)
+            with ranks.errors_on_all_ranks():
+                for shard, places in step.shards(waiting):
+                    write_shard(shard, self.rows(places, False))
+            ranks.on_rank_0(publish)
+
+    def conclude(self, nothing: str) -> None:
+        """Says what is to be said of all rows."""
+        if self.judge.endpoint:
+            print(f"asked: {self.judge.endpoint.cost}", file=sys.stderr)
+        if self.counts["unread"] == self.counts["judged"] > 0:
+            print("warning: no answer could be read; the first pair's:", file=sys.stderr)
+            lines = unread_lines(self.unread, self.judge.model.format.name)
+            print(*map(visible, lines), sep="\n", file=sys.stderr)
+        if not self.counts["judged"] + self.counts["before"]:
+            reason = next(row["error"] for row in judged_rows(self.out) if "error" in row)
+            raise InputError(f"{nothing}; the first: {reason}")
 
 
 def judged_rows(path: Path) -> Iterator[JsonRow]:
@@ -218,22 +312,19 @@ def keep_finished(path: Path, judged_with: JsonRow) -> Counter[bytes]:
     return done
 
 
-def pending(
-    source: Store | list[Item], size: int, done: Counter[bytes], unreadable: list[JsonRow]
-) -> Iterator[Item]:
-    """What of the first `size` is still to be judged, as often as it stands there; `unreadable` is given what
-    is no pair."""
+def pending(source: Source, size: int, done: Counter[bytes], unreadable: list[JsonRow]) -> Iterator[int]:
+    """The places of what of the first `size` is still to be judged, as often as it stands there; `unreadable`
+    is given what is no pair."""
     met: Counter[bytes] = Counter()
     for place in range(size):
         try:
-            item = source[place]
-            key = key_of(item)
+            key = key_of(source[place])
         except InputError as error:
             unreadable.append({"id": f"row {place + 1}", "error": str(error)})
             continue
         met[key] += 1
         if met[key] > done[key]:
-            yield item
+            yield place
 
 
 def key_of(item: Item) -> bytes:

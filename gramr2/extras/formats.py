@@ -11,6 +11,7 @@ checkpoint brings none, it is asked with ours, and that is said.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from gramr2 import prompts
 from gramr2.files import InputError
@@ -20,18 +21,22 @@ from gramr2.votes import SCALAR, THINK, Format
 # Patterns of what stands where the letter belongs.
 _BRACKETS = r"\[\[([^\[\]]*)\]\]"
 _BOX = r"\\boxed\{(?:\\text\{)?(?:Assistant )?([^{}]*)\}"
+_SCALE = r"\\boxed\{\s*([1-6])\s*\}"
 _ARENA = r"(?:\[\[|\\boxed\{)([AB](?=>)|[AB]=[AB])>{0,2}[AB]?(?:\]\]|\})"
 
 
-def _last(pattern: str, text: str, thinking_open: bool) -> Verdict:
-    """The last match of `pattern`'s group after any thinking; 1 and 2 are A and B."""
+_NUMBERS = {"1": "A", "2": "B"}
+
+
+def _last(pattern: str, text: str, thinking_open: bool, letters: Mapping[str, str] = _NUMBERS) -> Verdict:
+    """The last match of `pattern`'s group after any thinking; `letters`: what stands for A and B."""
     after, reason = prompts.after_thinking(text, thinking_open)
     if after is None:
         return Verdict(None, reason)
     found = re.findall(pattern, after, re.DOTALL)
     if not found:
         return Verdict(None, "no answer")
-    return prompts.parse_letter({"1": "A", "2": "B"}.get(found[-1], found[-1]))
+    return prompts.parse_letter(letters.get(found[-1], found[-1]))
 
 
 def parse_brackets(text: str, thinking_open: bool = False) -> Verdict:
@@ -58,6 +63,11 @@ def parse_arena(text: str, thinking_open: bool = False) -> Verdict:
     return _last(_ARENA, text, thinking_open)
 
 
+def parse_scale(text: str, thinking_open: bool = False) -> Verdict:
+    r"""Nemotron-GenRM: the last \boxed{1} … \boxed{6}; up to 3 the first is better, from 4 on the second"""
+    return _last(_SCALE, text, thinking_open, dict(zip("123456", "AAABBB", strict=True)))
+
+
 def _asking_for(endings: tuple[str, str], prompt: str = prompts.JUDGE_PROMPT) -> str:
     """Our own prompt, with these verdicts in place of ours."""
     return prompt.replace(prompts.label_target("A or B"), " or ".join(endings))
@@ -67,6 +77,7 @@ _LETTERS = ("A", "B")
 _IN_BRACKETS = ("[[A]]", "[[B]]")
 _R1 = ("<answer>[[A]]</answer>", "<answer>[[B]]</answer>")
 _BOXES = (r"\boxed{Assistant 1}", r"\boxed{Assistant 2}")
+_RANKS = (r"\boxed{2}", r"\boxed{5}")
 _ARROWS = ("[[A>B]]", "[[B>A]]")
 _LABEL = _asking_for(_LETTERS, prompts.LABEL_PROMPT)
 
@@ -79,6 +90,8 @@ FORMATS = {each.name: each for each in (
     Format("boxed", f"RRM: the last {_BOXES[0]}", _BOXES, (r"\boxed{",), parse_boxed, _asking_for(_BOXES)),
     Format("arena", "Arena: the last [[A>B]] or [[A>>B]]", _ARROWS, ("[[", r"\boxed{"), parse_arena,
            _asking_for(_ARROWS)),
+    Format("scale", r"Nemotron-GenRM: the last \boxed{1} (A) to \boxed{6} (B)", _RANKS, (r"\boxed{",),
+           parse_scale, _asking_for(_RANKS), roles=True),
     SCALAR,
     Format("logit", "Nemotron-Reward: the higher logit of id 0 where an answer begins"),
 )}  # fmt: skip

@@ -131,7 +131,7 @@ def can_say(prover: Prover, word: str) -> bool:
 def of_readings(judge: RewardModel, pairs: Sequence[Pair], best: dict[str, list[Proof | None]]) -> Values:
     """The judge's verdict behind a proof's argument, without its conclusion: of the label's, and of both."""
     voter = judge.voter
-    assert voter is not None, "the loop's judges write"
+    assert isinstance(voter, Voter), "the loop's judges write"
     read = {
         side: [verdict_behind(voter, *each) for each in zip(pairs, proofs, strict=True)]
         for side, proofs in best.items()
