@@ -20,7 +20,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from gramr2 import prompts
-from gramr2.engine import Engine
 from gramr2.files import InputError, need
 from gramr2.kernels.choice import noise_seed
 from gramr2.model import Decoder
@@ -76,7 +75,9 @@ class Voter:
     def __init__(self, model: Decoder, tokenizer: Tokenizer, template: str, format: Format):
         assert format.endings is not None, "a judge that writes nothing has no votes"
         self.model, self.tokenizer, self.template = model, tokenizer, template
-        self.engine: Engine | None = None  # of many calls in a row (judge.RewardModel.keep_engine)
+        # What the model is asked by: with an engine that is kept, or as one caller of a server among others.
+        self.generate: Callable[..., list[list[Sample]]] | None = None
+        self.logprobs = logprobs
         self.format, self.endings = format, format.endings
         a, b = map(tokenizer.encode, self.endings)
         differ = _first_difference(a, b)
@@ -123,7 +124,7 @@ class Voter:
                 asked += [(query, ballot) for query in queries]
             else:
                 found.append(too_long(pair, tokens, room))
-        answers = generate(
+        answers = (self.generate or generate)(
             self.model,
             [query.ids for query, _ in asked],
             n=max(1, count // 2),
@@ -131,7 +132,6 @@ class Voter:
             watch=self.letters,
             seed=seed,
             keys=[query.key for query, _ in asked],
-            engine=self.engine,
             **sampling,
         )
         for (query, ballot), samples in zip(asked, answers, strict=True):
@@ -195,7 +195,7 @@ class Voter:
         differ = _first_difference(a, b)
         if len(prompt_ids) + differ >= self.model.config.max_positions:
             return None
-        scored = logprobs(self.model, [prompt_ids + ending[: differ + 1] for ending in (a, b)])
+        scored = self.logprobs(self.model, [prompt_ids + ending[: differ + 1] for ending in (a, b)])
         return softmax_of(float(scored[0][-1]), float(scored[1][-1]))
 
 

@@ -45,8 +45,8 @@ class EngineWithGraphs(engine.Engine):
         super().__init__(model)
         self.item_rows, self.uses_graphs = 2, True
 
-    def begin(self, capacity, options):
-        call = super().begin(capacity, options)
+    def begin(self, capacity):
+        call = super().begin(capacity)
         self._clear(list(range(self.pages)))  # with graphs it leaves this to kernels that need it not
         return call
 
