@@ -72,17 +72,29 @@ def generate_iter(
     once where many calls follow each other, so that they find its memory and its graphs ready. Everything is
     checked before anything is generated.
     """
+    how = temperature, top_p, top_k, stop_ids, stop_texts, tokenizer, watch, seed, keys
+    request = request_of(model, prompts, n, max_new_tokens, *how)
+    engine = engine or Engine(model)
+    need(engine.decoder is model, "engine: is of another model")
+    limits = limits or engine.limits
+    capacity = request.capacity(model.config, model.head_weight, limits, engine.pool_bytes)
+    return _loop(request, capacity, engine, progress)
+
+
+def request_of(
+    model: Decoder, prompts: Sequence[Sequence[int]], n: int = 1, max_new_tokens: int | Sequence = 1024,
+    temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, stop_ids: Sequence[int] | None = None,
+    stop_texts: Sequence[str] = (), tokenizer: Decodes | None = None, watch: Sequence[int] = (),
+    seed: int = 0, keys: Sequence[str] | None = None,
+) -> Request:  # fmt: skip
+    """The arguments of `generate`, checked but for what they take of the cache."""
     watch_W = torch.tensor(list(watch), dtype=torch.int64, device=model.head_weight.device)
     options = Options(temperature, top_p, top_k, watch_W)
     # Whole numbers: a tensor's elements are equal to none of the ids that are drawn.
     ends = frozenset(map(int, model.stop_ids if stop_ids is None else stop_ids))
     request = Request(prompts, n, max_new_tokens, options, ends, tuple(stop_texts), tokenizer, seed, keys)
     request.check(model.config)
-    engine = engine or Engine(model)
-    need(engine.decoder is model, "engine: is of another model")
-    limits = limits or engine.limits
-    capacity = request.capacity(model.config, model.head_weight, limits, engine.pool_bytes)
-    return _loop(request, capacity, engine, progress)
+    return request
 
 
 @functools.wraps(generate_iter, assigned=(), updated=())

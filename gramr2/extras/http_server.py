@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import json
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
@@ -71,13 +71,13 @@ class Reader(asyncio.StreamReader):
         super().feed_eof()
         self.gone.set()
 
-    def set_exception(self, exc: BaseException) -> None:
+    def set_exception(self, exc: Exception) -> None:
         super().set_exception(exc)
         self.gone.set()
 
 
 class HttpServer:
-    def __init__(self, answer: Callable[[Call], Awaitable[Answer]]):
+    def __init__(self, answer: Callable[[Call], Coroutine[Any, Any, Answer]]):
         self.answer, self.reading = answer, 0
         self.connections: set[asyncio.Task] = set()
         self.answering = 0
@@ -85,10 +85,10 @@ class HttpServer:
     async def open(self, host: str, port: int) -> int:
         """Listens → the port, which is a free one where 0 was asked for."""
 
-        def connect() -> asyncio.StreamReaderProtocol:
-            return asyncio.StreamReaderProtocol(Reader(), self._connected)
+        self.server = await asyncio.get_running_loop().create_server(
+            lambda: asyncio.StreamReaderProtocol(Reader(), self._connected), host, port, backlog=CONNECTIONS
+        )
 
-        self.server = await asyncio.get_running_loop().create_server(connect, host, port, backlog=CONNECTIONS)
         return self.server.sockets[0].getsockname()[1]
 
     async def close(self) -> None:
@@ -100,9 +100,8 @@ class HttpServer:
             task.cancel()
         await asyncio.gather(*self.connections, return_exceptions=True)
 
-    async def _connected(self, reader: Reader, writer: asyncio.StreamWriter) -> None:  # type: ignore[override]
-        task = asyncio.current_task()
-        assert task
+    async def _connected(self, reader: Any, writer: asyncio.StreamWriter) -> None:
+        task: Any = asyncio.current_task()
         self.connections.add(task)
         try:
             while await self._exchange(reader, writer):
@@ -115,46 +114,34 @@ class HttpServer:
 
     async def _exchange(self, reader: Reader, writer: asyncio.StreamWriter) -> bool:
         """One request and its answer → whether the connection is kept."""
-        keeps = False
         try:
             if len(self.connections) > CONNECTIONS:
                 raise Refusal(503, f"more than {CONNECTIONS} connections; come again", retry_after="1")
             call = await self._read(reader, writer)
-            keeps = call.keeps
         except Refusal as refusal:
-            answer = refusal.answer
-        else:
-            self.answering += 1
-            try:
-                found = await self._answer_unless_gone(call, reader)
-                if found is None:
-                    return False
-                await self._write(writer, found, keeps)
-            finally:
-                self.answering -= 1
-            return keeps
-        await self._write(writer, answer, False)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LINGER):
-                while await reader.read(HEAD):
-                    pass
-        return False
+            await self._write(writer, refusal.answer, keeps=False)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LINGER):
+                    while await reader.read(HEAD):
+                        pass
+            return False
+        self.answering += 1
+        try:
+            found = await self._answer_unless_gone(call, reader)
+            if found:
+                await self._write(writer, found, call.keeps)
+            return found is not None and call.keeps
+        finally:
+            self.answering -= 1
 
     async def _answer_unless_gone(self, call: Call, reader: Reader) -> Answer | None:
-        work, leaves = asyncio.create_task(self._answered(call)), asyncio.create_task(reader.gone.wait())
+        work, leaves = asyncio.create_task(self.answer(call)), asyncio.create_task(reader.gone.wait())
         try:
             await asyncio.wait({work, leaves}, return_when=asyncio.FIRST_COMPLETED)
+            return work.result() if work.done() else None
         finally:
             leaves.cancel()
-            if not work.done():
-                work.cancel()
-        return work.result() if work.done() else None
-
-    async def _answered(self, call: Call) -> Answer:
-        try:
-            return await self.answer(call)
-        except Refusal as refusal:
-            return refusal.answer
+            work.cancel()
 
     async def _read(self, reader: Reader, writer: asyncio.StreamWriter) -> Call:
         try:
@@ -204,7 +191,8 @@ def as_call(head: bytes) -> Call:
         headers[name] = found[2]
     method, target, minor = first.groups()
     path, _, query = target.partition("?")
-    return Call(method, path, query, headers, minor == "1" and headers.get("connection", "").lower() != "close")
+    keeps = minor == "1" and headers.get("connection", "").lower() != "close"
+    return Call(method, path, query, headers, keeps)
 
 
 def body_length(call: Call) -> int:
