@@ -5,9 +5,9 @@
 The run's last judge is asked about the run's test pairs, each request with a seed of its own. First CLIENTS
 callers at once, each with its own connection and REQUESTS requests one after the other; then one caller
 with the same requests, one by one. Every answer must be the same to the last bit, and there must be one for
-each request. Then a process with WAITING requests under way is killed with SIGKILL, and the pages of the cache
-must come back; and the server is told to stop with WAITING requests under way: each must be answered, and who
-comes later told that it stops.
+each request. Then a process with WAITING requests under way is killed with SIGKILL, and the pages of the
+cache must come back; and the server is told to stop with WAITING requests under way: each must be answered,
+and who comes later told that it stops.
 
 Left out: a network between them, and answers as long as a large judge's.
 """

@@ -1,4 +1,4 @@
-"""A server of infer.py in a process of its own, and clients of it that speak plain HTTP."""
+"""Servers of judges, in a process of their own and in this one, and clients that speak plain HTTP."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+
+from gramr2.extras.http_server import HttpServer
+from gramr2.extras.serve import JudgeServer
 
 ROOT = Path(__file__).parents[1]
 
@@ -99,3 +103,36 @@ async def until(port: int, holds, seconds: float = 60) -> dict[str, float]:
         assert time.monotonic() < latest, found
         await asyncio.sleep(0.02)
     return found
+
+
+class Here:
+    """A server in a thread of this process: `server` is what answers, `port` where."""
+
+    def __init__(self, judge, key=None, most=64, timeout=60.0):
+        self.loop, ready = asyncio.new_event_loop(), threading.Event()
+        self.ended = threading.Event()
+
+        async def begin():
+            self.server = JudgeServer(judge, key, most, timeout, self.ended.set)
+            self.http = HttpServer(self.server.answer)
+            self.port = await self.http.open("127.0.0.1", 0)
+            self.server.thread.start()
+            ready.set()
+
+        def run():
+            self.loop.create_task(begin())
+            self.loop.run_forever()
+
+        threading.Thread(target=run, daemon=True).start()
+        assert ready.wait(60)
+
+    def ask(self, path: str, row=None, **headers):
+        """→ the status, and what the JSON says."""
+        status, body = asyncio.run(once(self.port, path, row, **headers))
+        assert body.count(b"\n") == 1 and body.endswith(b"\n")
+        return status, json.loads(body)
+
+    def close(self):
+        asyncio.run_coroutine_threadsafe(self.http.close(), self.loop).result(60)
+        self.server.thread.end()
+        self.loop.call_soon_threadsafe(self.loop.stop)

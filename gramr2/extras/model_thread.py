@@ -62,6 +62,7 @@ class ModelThread(threading.Thread):
         self.jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.open: dict[Request, Open] = {}
         self.failure: BaseException | None = None
+        self.over = False
         self.tokens = 0  # drawn so far
 
     # ------------------------------------------------------------------ for the callers' threads
@@ -87,21 +88,19 @@ class ModelThread(threading.Thread):
 
     def end(self) -> None:
         """When nobody waits any more."""
-        self.jobs.put(lambda: self._fail(Cut("the server has stopped")))
+        self.jobs.put(self._end)
         self.join()
 
     # ------------------------------------------------------------------ in this thread
 
     def run(self) -> None:
-        while not self.failure:
+        while not self.over:
             try:
-                job = self.jobs.get(block=not self.batch.busy)
+                job = self.jobs.get(block=self.failure is not None or not self.batch.busy)
             except queue.Empty:
                 self._step()
             else:
                 job()
-        while not self.jobs.empty():
-            self.jobs.get()()
 
     def _step(self) -> None:
         try:
@@ -139,6 +138,9 @@ class ModelThread(threading.Thread):
                 self.batch.drop(request)
                 del self.open[request]
                 open.answer.set_exception(Cut())
+
+    def _end(self) -> None:
+        self.over = True
 
     def _fail(self, error: BaseException) -> None:
         self.failure = error
