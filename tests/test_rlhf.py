@@ -1,4 +1,4 @@
-"""docs/rlhf.md: each snippet does what the page says, with the package where it is, or as it is called there."""
+"""docs/rlhf.md: each snippet does what the page says, called by the package, or as that package calls it."""
 
 from __future__ import annotations
 
