@@ -76,6 +76,7 @@ def test_verl_calls_the_function_with_its_batch(here, snippet):
 def test_trl_trains_three_steps_on_the_judges_rewards(here, snippet, place, tmp_path):
     trl = pytest.importorskip("trl", reason="TRL is not here; no extra brings it: pip install trl")
     datasets, transformers = pytest.importorskip("datasets"), pytest.importorskip("transformers")
+    pyarrow = pytest.importorskip("pyarrow")
     judged, seen = snippet("trl")["judged"], []
 
     def noted(prompts, completions, **columns):
@@ -91,10 +92,11 @@ def test_trl_trains_three_steps_on_the_judges_rewards(here, snippet, place, tmp_
         gradient_checkpointing=False, disable_tqdm=True,
     )  # fmt: skip
     questions = [{"prompt": f"What is {number}?"} for number in range(8)]
+    table = datasets.table.InMemoryTable(pyarrow.Table.from_pylist(questions))
     model = transformers.AutoModelForCausalLM.from_pretrained(place)
     trainer = trl.GRPOTrainer(
         model=model, reward_funcs=noted, args=config, processing_class=tokenizer,
-        train_dataset=datasets.Dataset.from_list(questions),
+        train_dataset=datasets.Dataset(table, fingerprint="questions"),
     )  # fmt: skip
     before = model.lm_head.weight.detach().clone()
     trainer.train()
@@ -116,5 +118,7 @@ def test_openais_own_client_finds_the_model(here):
         each["message"]["content"] for each in plain["choices"]
     ]
     assert found.usage.completion_tokens == 12
-    with pytest.raises(openai.BadRequestError, match="stream"):
+    with pytest.raises(openai.BadRequestError, match="not served: logit_bias"):
+        client.chat.completions.create(**asked, logit_bias={"5": 1})
+    with pytest.raises(openai.BadRequestError):
         client.chat.completions.create(**asked, stream=True)

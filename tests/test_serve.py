@@ -170,7 +170,7 @@ def test_the_model_under_the_judge_answers_as_generate_does(here, place):
     assert (status, found["usage"]["prompt_tokens"]) == (200, len(ids))
     for more in {"stream": True}, {"tools": [{}]}, {"model": "gpt-4o"}, {"logprobs": True}, {"messages": []}:
         status, said = here.ask("/v1/chat/completions", row | more)
-        assert status == 400 and len(said["error"]) < 200
+        assert status == 400 and len(said["error"]["message"]) < 200
 
 
 # ---------------------------------------------------------------------------------- who leaves, and too many
@@ -218,7 +218,8 @@ def test_a_model_that_fails_is_said_to_everybody_and_ends_the_server(place, caps
         raise RuntimeError("out of memory")
 
     here.server.thread.batch.engine.launch = launch
-    assert here.ask("/judge", pair(0)) == (500, {"error": "the server failed: RuntimeError"})
+    said = {"message": "the server failed: RuntimeError", "code": 500}
+    assert here.ask("/judge", pair(0)) == (500, {"error": said})
     assert here.ask("/judge", pair(0))[0] == 500
     assert here.ended.wait(10) and "out of memory" in capsys.readouterr().err
     here.close()
@@ -290,7 +291,7 @@ def test_200_fuzzed_bodies_are_refused_in_one_line_and_the_server_lives(here):
         client = Client(here.port)
         for path in itertools.islice(itertools.cycle(PATHS), 200):
             status, answer = await client.ask(path, body=(body := fuzzed(draw)))
-            said = parse_json(answer)["error"]
+            said = parse_json(answer)["error"]["message"]
             assert 400 <= status < 500 and answer.count(b"\n") == 1 and said, (path, body, status, answer)
 
     asyncio.run(all_of_them())
@@ -332,7 +333,7 @@ def test_what_is_no_request_is_refused(here, monkeypatch, name):
         return int(head.split()[1]), json.loads(body)
 
     status, said = asyncio.run(speak())
-    assert status == wanted and said["error"]
+    assert status == wanted == said["error"]["code"] and said["error"]["message"]
 
 
 def test_requests_sent_ahead_are_answered_in_their_order_and_slow_ones_let_go(here, monkeypatch):

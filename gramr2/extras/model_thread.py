@@ -96,19 +96,19 @@ class ModelThread(threading.Thread):
     def run(self) -> None:
         while not self.over:
             try:
-                job = self.jobs.get(block=self.failure is not None or not self.batch.busy)
-            except queue.Empty:
-                self._step()
-            else:
-                job()
+                self._next()
+            except BaseException as error:
+                self._fail(error)
+                self.when_it_fails()
 
-    def _step(self) -> None:
+    def _next(self) -> None:
+        """A job, if there is one; otherwise a step."""
         try:
+            job = self.jobs.get(block=self.failure is not None or not self.batch.busy)
+        except queue.Empty:
             tokens, done = self.batch.step()
-        except BaseException as error:
-            self._fail(error)
-            self.when_it_fails()
-            return
+        else:
+            return job()
         self.tokens += tokens
         for prompt, number, sample in done:
             open = self.open[prompt.request]

@@ -56,7 +56,7 @@ GATHER = 120.0  # seconds that the first of a group waits for the others: OpenRL
 SETTINGS: dict[str, tuple[Any, JsonRow]] = {"votes": (int, {"low": 1, "high": VOTES}), "seed": (int, SEEDS)}
 SETTINGS |= SAMPLING
 # Special tokens that end a completion, as model families spell them.
-ENDS = re.compile(r"(\s*(<\|[\w.-]{1,40}\|>|</s>|<eos>|<end_of_turn>|<｜[\w▁]{1,40}｜>))+\s*\Z")
+END = re.compile(r"(<\|[\w.-]{1,40}\|>|</s>|<eos>|<end_of_turn>|<｜[\w▁]{1,40}｜>)\Z")
 # What a client of OpenAI's may say that changes nothing here.
 HARMLESS = {"user", "metadata", "store", "service_tier"}
 
@@ -251,7 +251,7 @@ class JudgeServer:
         for asked, prompt in zip(queries, prompts, strict=True):
             _, found, rest = asked.partition(prompt)
             need(bool(found), "a query should hold its prompt, and its rollout behind it")
-            completions.append(ENDS.sub("", rest))
+            completions.append(without_ends(rest))
         labels = fields.get("labels", list, [])
         references = labels if labels and all(isinstance(each, str) and each for each in labels) else None
         size = parse_qs(query).get("group", ["1"])[0]
@@ -315,6 +315,9 @@ class JudgeServer:
         for name, default in ("temperature", 1.0), ("top_p", 1.0), ("top_k", 0):
             options[name] = fields.get(name, SAMPLING[name][0], default, **SAMPLING[name][1])
         stops = fields.get("stop", tuple[str, ...], ())
+        need(
+            len(stops) <= 4 and all(len(each) <= 100 for each in stops), "stop: expected up to 4 short texts"
+        )
         served = {"model", "messages", "max_tokens", "max_completion_tokens", "stop", *options, *HARMLESS}
         more = ", ".join(name for name in body if body[name] and name not in served)
         need(not more, f"not served: {more:.80}; leave it out")
@@ -344,6 +347,15 @@ def few(*sizes: int) -> None:
     """Each against each of these many is not more than a request may ask for."""
     asked = sum(n * (n - 1) // 2 for n in sizes)
     need(asked <= COMPARISONS, f"{asked} comparisons; a request may ask for {COMPARISONS}")
+
+
+def without_ends(text: str) -> str:
+    """A rollout as a reader sees it."""
+    for _ in range(8):
+        kept = text.rstrip()
+        if found := END.search(kept, max(0, len(kept) - 48)):
+            text = kept[: found.start()]
+    return text
 
 
 def as_turn(row: JsonRow) -> JsonRow:
