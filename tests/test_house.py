@@ -42,7 +42,7 @@ LAYERS = [
     ["gramr2.extras"],
     ["gramr2.commands"],
 ]
-BUDGET = {"core": 5700, "kernels": 1060, "extras": 3400}
+BUDGET = {"core": 5760, "kernels": 1060, "extras": 3720}
 LARGEST = 350  # lines of code of one file of the core
 
 
