@@ -9,6 +9,7 @@
     python infer.py --pair a.json --model http://HOST:PORT/v1#NAME    a model that is served elsewhere
     torchrun --nproc_per_node=8 infer.py --bench rm-bench FILE --out judged.jsonl     all GPUs of a node
     python infer.py --calibrate judged.jsonl --model DIR    labelled pairs make DIR's probabilities honest
+    python infer.py --serve --port 8000                 a judge for others: /judge, /rank, /reward, /v1, …
     python infer.py --formats                           what can be judged with, and how it is read
 
 A pair file: {"question": "…", "response_a": "…", "response_b": "…"}, or "messages" instead of "question"; a
@@ -44,7 +45,7 @@ from gramr2.rankings import METHODS
 from gramr2.records import Messages, Pair, messages_of
 from gramr2.settings import SAMPLING, SEEDS
 
-VOTES = {"pair": 16, "rank": 4, "pairs": 4, "bench": 1}  # 16 is what the paper's best figures use
+VOTES = {"pair": 16, "rank": 4, "pairs": 4, "bench": 1, "serve": 4}  # 16 is what the paper's best figures use
 
 Made = TypeVar("Made")
 
@@ -58,6 +59,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     one("--bench", nargs=2, metavar=("NAME", "FILE"), help="a published benchmark; needs --out")
     one("--score", nargs="+", metavar=("NAME", "FILE"), help="a benchmark's table from judged files")
     one("--calibrate", type=Path, metavar="FILE", help="fit --model's calibration on judged pairs")
+    one("--serve", action="store_true", default=None, help="an HTTP server, until it is told to stop")
     one("--formats", action="store_true", help="list the kinds of judges")
     add = parser.add_argument
     add("--out", type=Path, metavar="OUT.jsonl", help="where the judgments of --pairs or --bench go")
@@ -67,7 +69,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--prompt", type=Path, metavar="FILE", help="a judge prompt instead of the model's own")
     add("--format", metavar="NAME", help="the kind of judge, see --formats [think; scalar with such a head]")
     add("--method", choices=METHODS, default="merge", help="how --rank compares [merge]")
-    votes = "1, or an even number [16; 4 for --pairs and --rank; 1 for --bench]"
+    votes = "1, or an even number [16; 4 for --pairs, --rank, --serve; 1 for --bench]"
     add("--votes", type=int, metavar="N", help=votes)
     add("--seed", type=int, default=0, metavar="S", help="the same seed gives the same votes [0]")
     own = "checkpoint's, or"
@@ -79,6 +81,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--max-new-tokens", type=int, metavar="N", help=longest)
     add("--limit", type=int, metavar="N", help="only the first N rows of --pairs or --bench")
+    add("--host", default="127.0.0.1", help="where --serve listens; elsewhere needs a key [127.0.0.1]")
+    add("--port", type=int, default=8000, help="[8000; 0: a free one]")
+    add("--api-key-file", type=Path, metavar="FILE", help="the key that callers of --serve must give")
+    add("--queue", type=int, default=1024, metavar="N", help="most requests at once, of --serve [1024]")
+    add("--timeout", type=float, default=600.0, metavar="S", help="most seconds of a request [600]")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="[cuda where there is one]")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="[bfloat16 on cuda]")
     add("--json", action="store_true", help="nothing but JSON on standard output")
@@ -104,6 +111,8 @@ def main(argv: Sequence[str]) -> int:
         settings = judge_settings(kind, given)
         if kind == "pair":
             judge_pair(given.pair, settings, given.json)
+        elif kind == "serve":
+            return serve_judge(given, settings)
         elif kind == "rank":
             judge_list(given.rank, given.method, settings, given.json)
         elif kind == "pairs":
@@ -170,6 +179,16 @@ def judge_benchmark(
 ) -> None:
     if judge_into(out, settings, list(evaluate.read_benchmark(name, path)), path, limit):
         print_score(name, [out], as_json)
+
+
+def serve_judge(given: argparse.Namespace, settings: JudgeSettings) -> int:
+    typed(given.port, int, "--port", low=0, high=65535)
+    typed(given.queue, int, "--queue", low=1, high=10**4)
+    typed(given.timeout, float, "--timeout", above=0, high=10**6)
+    from gramr2.extras.serve import read_key, serve  # brings torch
+
+    key = read_key(given.host, given.api_key_file)
+    return serve(Judge(settings), given.host, given.port, key, given.queue, given.timeout)
 
 
 # ---------------------------------------------------------------------------------- what goes in

@@ -34,7 +34,7 @@ from gramr2.requests import CUDA_CACHE_SHARE, free_bytes
 from gramr2.sampler import Limits, generate
 
 K, PROMPT = 8, 256
-# What a sampler over pages cannot do without, by torch's names: the rest of its time is many small operations.
+# What a sampler over pages cannot do without, by torch's names; the rest is many small operations.
 KINDS = {
     "in_matrices": ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise"),
     "in_attention": ("aten::_scaled_dot_product_flash_attention_for_cpu",),

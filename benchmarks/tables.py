@@ -322,6 +322,29 @@ def judging(result):
     return f"{about} {where(result['environment'])}\n\n{grid(header, lines)}"
 
 
+@table("serving", "serving", "python benchmarks/serving.py")
+def serving(result):
+    count, together, alone = result["requests"], result["seconds"], result["seconds_alone"]
+    killed, stopped = result["killed"], result["stopped"]
+    rows = []
+    for who, seconds in (f"{result['clients']} callers at once", together), ("one caller, one by one", alone):
+        rows.append((who, f"{count / seconds:.1f}", f"{result['tokens'] / seconds:,.0f}"))
+    about = (
+        f"{count:,} requests of {result['votes']} votes, {result['answer']} tokens of answer at most; half "
+        f"were answered within {result['median']:.1f} s, 95% within {result['p95']:.1f} s. "
+        f"{result['answered']:,} were answered, {result['same']:,} to the last bit as alone, and "
+        f"{alone / together:.1f} times as fast."
+    )
+    after = (
+        f"A client that was killed with {killed['requests']} requests under way held "
+        f"{killed['pages']['before']:.0f} pages of the cache; {killed['seconds']:.1f} s later "
+        f"{killed['pages']['after']:.0f} were in use. Told to stop with {stopped['accepted']} requests under "
+        f"way, the server answered {stopped['answered']} of them, and {stopped['late']} to who came later."
+    )
+    table = grid(("", "requests/s", "tokens/s"), rows)
+    return f"{about} {where(result['environment'])}\n\n{table}\n\n{after}"
+
+
 @table("speed-cpu")
 def speed_cpu(read):
     """docs/results.md's comparison with transformers: units a second of both, from four benchmarks."""

@@ -30,7 +30,7 @@ from gramr2.kernels.linear_cpu import Packed, laid_out, rows_needed
 from gramr2.kernels.packed_attention import Attend, upload
 from gramr2.kernels.reads import Reads
 from gramr2.model import Decoder, ModelConfig, rope_tables
-from gramr2.requests import Capacity, Chunk, DeviceStep, Limits
+from gramr2.requests import Capacity, Chunk, DeviceStep, Limits, Request
 
 MOST_OPTIONS = 8  # ways to choose that graphs are kept for
 QUERY_ROWS = 64  # of one item, on CUDA: what a program of the kernel takes; the CPU takes any number
@@ -58,20 +58,17 @@ class Engine:
         self.options_seen: dict[tuple, Options] = {}  # graphs read the tensors of these
         self.places_seen: list[int] = []
         self.rows: DecodeRows | None = None
+        self.options: Options  # of these rows
         self.prefix: Reads[Tensor]
 
     @property
     def pool_bytes(self) -> int:
         return self.keys_LNGPK.nbytes + self.values_LNGPK.nbytes
 
-    def begin(self, capacity: Capacity, options: Options) -> int:
+    def begin(self, capacity: Capacity) -> int:
         """Makes ready for a call → its number, which `launch` is given. Calls that came before are over."""
         self.capacity = capacity
         self.calls += 1
-        key = (options.temperature, options.top_p, options.top_k, *options.watch_W.tolist())
-        if key not in self.options_seen and len(self.options_seen) == MOST_OPTIONS:
-            self.options_seen, self.graphs = {}, None
-        self.options = self.options_seen.setdefault(key, options)
         self.rows, self.batch_version = None, (0, 0)
         self._see_weights()
         if capacity.pages > self.pages or capacity.page_size != self.page_size:
@@ -81,8 +78,22 @@ class Engine:
             self.last_id_S = torch.zeros(capacity.running + 1, dtype=torch.int64, device=self.device)
             self.graphs = None
         if self.uses_graphs and not (self.graphs and self.graphs.hold(capacity)):
-            self.graphs = DecodeGraphs(self.device, capacity, self.item_rows or 1)
+            self._make_graphs()
         return self.calls
+
+    def _make_graphs(self) -> None:
+        self.graphs = DecodeGraphs(self.device, self.capacity, self.item_rows or 1)
+
+    def _choose_by(self, request: Request) -> Options:
+        """Its options; rows are laid out anew when they change. Graphs are kept for a few."""
+        if request.way not in self.options_seen and len(self.options_seen) == MOST_OPTIONS:
+            self.options_seen = {}
+            if self.graphs:
+                self._make_graphs()
+        options = self.options_seen.setdefault(request.way, request.options)
+        if self.rows and options is not self.options:
+            self.rows = None
+        return options
 
     def _see_weights(self) -> None:
         """Lays weights out, where that helps, and anew once they change; graphs read them where they were."""
@@ -128,6 +139,7 @@ class Engine:
             self.last_id_S[slots] = self._upload([sample.ids[-1] for sample in step.joined])
         if not step.samples:
             return None
+        self.options = self._choose_by(next(iter(step.samples)).prompt.request)
         if step.joined or not self.rows or (step.batch_version != self.batch_version and not self.graphs):
             self.rows = DecodeRows(step, self.capacity.page_size, self.item_rows, self.capacity.share_prefix)
             if not self.graphs:

@@ -38,6 +38,7 @@ class CapturedGraph:
     input_F: Tensor
     outputs_RC: Tensor
     host_buffers: Iterator[tuple[Tensor, ...]]  # pinned: for the input, for the outputs; in turns, for ever
+    options: Options  # kept, since it goes by their id
 
 
 class DecodeGraphs:
@@ -67,9 +68,9 @@ class DecodeGraphs:
         rows, prefixes = len(batch.slots_R), len(batch.prefix.rows_IJ)
         # Prefixes come in powers of two: none has no launch, and few have few that are padding.
         sizes = min(graph_size(rows), self.running), prefixes and 1 << (prefixes - 1).bit_length()
-        key = sizes, id(options)  # the engine keeps them
+        key = sizes, id(options)
         if key not in self.captured:
-            self.captured[key] = self._capture(sizes, decode)
+            self.captured[key] = self._capture(sizes, decode, options)
         captured = self.captured[key]
         host_F, host_RC = next(captured.host_buffers)
         self._write(batch, host_F, sizes)
@@ -103,7 +104,7 @@ class DecodeGraphs:
             buffer[...] = fill
             buffer[tuple(map(slice, array.shape))] = array
 
-    def _capture(self, sizes: Sizes, decode: Decode) -> CapturedGraph:
+    def _capture(self, sizes: Sizes, decode: Decode, options: Options) -> CapturedGraph:
         length = sum(map(math.prod, self._shapes(sizes)))
         input_F = torch.empty(length, dtype=torch.int64, device=self.device)
         views = self._views(input_F, sizes)
@@ -115,7 +116,7 @@ class DecodeGraphs:
             tuple(torch.empty(each.shape, dtype=each.dtype, pin_memory=pinned) for each in copied)
             for _ in range(3)
         ]
-        return CapturedGraph(graph, input_F, outputs_RC, itertools.cycle(host_buffers))
+        return CapturedGraph(graph, input_F, outputs_RC, itertools.cycle(host_buffers), options)
 
     def _record(self, decode: Decode, batch: DecodeBatch[Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         # The first run compiles and allocates, on a batch of padding, which leaves no trace.

@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import combinations, islice
 from pathlib import Path
 from statistics import fmean
@@ -38,6 +39,7 @@ from gramr2.model import Decoder
 from gramr2.rankings import Contest, Duel, Ranking, preference
 from gramr2.records import UNDECIDED, Judgment, Messages, Pair, Vote
 from gramr2.requests import Limits
+from gramr2.sampler import generate
 from gramr2.scoring import softmax_of
 from gramr2.settings import pairs_per_call
 from gramr2.tokenizer import Tokenizer
@@ -93,7 +95,7 @@ class RewardModel:
         """For many calls in a row: what sampling takes of the device (on CUDA most of its memory) is kept
         from one to the next. Not for a judge beside a training, which needs that memory in between."""
         if isinstance(self.voter, Voter):
-            self.voter.engine = Engine(self.model, limits)
+            self.voter.generate = partial(generate, engine=Engine(self.model, limits))
 
     @property
     def prompt_hash(self) -> str:

@@ -93,7 +93,7 @@ class Decodes(Protocol):
 # One call of generate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
     """The arguments of `generate_iter`, which explains them."""
 
@@ -127,7 +127,7 @@ class Request:
     def capacity(self, config: ModelConfig, weight: Tensor, limits: Limits, held: int = 0) -> Capacity:
         """Checks every prompt against model and cache; -> what runs at once. `weight`: any of the model's;
         `held`: bytes that its engine has for the cache already."""
-        cuda, room = weight.device.type == "cuda", config.max_positions
+        cuda = weight.device.type == "cuda"
         size = limits.page_size or (64 if cuda else 16)
         budget = limits.token_budget or (8192 if cuda else 1024)
         need(kernels.KEYS % size == 0, f"page_size is {size}; it must divide {kernels.KEYS}")
@@ -136,7 +136,18 @@ class Request:
         usual = int(free * CUDA_CACHE_SHARE) if cuda else CPU_CACHE_BYTES
         cache_bytes = limits.cache_bytes or usual
         allowed = cache_bytes if limits.cache_bytes or cuda else max(usual, MEMORY_BYTES // 2)
-        wanted, longest = 2, 0  # the null page, and one
+        wanted, longest = self.needs(config, size, per_page, allowed)
+        if cuda:  # the next call may want some more, and should find them there
+            wanted = 1 << (wanted - 1).bit_length()
+        # The longest must run, alone if need be: its pages, one for a copy, and the null page.
+        pages = min(max(cache_bytes // per_page, -(-longest // size) + 2), wanted)
+        running = limits.running or (running_on_cuda(free, config.vocab_size) if cuda else 256)
+        return Capacity(pages, size, longest, running, budget, limits.share_prefix)
+
+    def needs(self, config: ModelConfig, size: int, per_page: int, allowed: int) -> tuple[int, int]:
+        """Checks every prompt against the model, and `allowed` bytes of cache in pages of `size` tokens and
+        `per_page` bytes; -> pages that all of it takes, and tokens of the longest sequence."""
+        wanted, longest, room = 2, 0, config.max_positions  # the null page, and one
         for index, ids in enumerate(self.prompts):
             most = self._checked_most(index, ids, config.vocab_size - 1)
             total = len(ids) + most
@@ -147,12 +158,7 @@ class Request:
             takes = f"{(needed + 1) * per_page:,} bytes of cache; the limit is {allowed:,}"
             need(needed + 1 <= allowed // per_page, f"{asked}, which takes {takes}")
             wanted, longest = wanted + self.n * needed, max(longest, total)
-        if cuda:  # the next call may want some more, and should find them there
-            wanted = 1 << (wanted - 1).bit_length()
-        # The longest must run, alone if need be: its pages, one for a copy, and the null page.
-        pages = min(max(cache_bytes // per_page, -(-longest // size) + 2), wanted)
-        running = limits.running or (running_on_cuda(free, config.vocab_size) if cuda else 256)
-        return Capacity(pages, size, longest, running, budget, limits.share_prefix)
+        return wanted, longest
 
     def _checked_most(self, index: int, ids: Sequence[int], last: int) -> int:
         """Checks a prompt in itself; -> the most tokens that a sample of it may get."""
@@ -169,6 +175,12 @@ class Request:
         value = self.max_new_tokens if isinstance(self.max_new_tokens, int) else self.max_new_tokens[index]
         return [value] * self.n if isinstance(value, int) else list(value)
 
+    @cached_property
+    def way(self) -> tuple:
+        """Its options as plain values: requests with the same ones are decoded in the same steps."""
+        temperature, top_p, top_k, watch_W = self.options
+        return temperature, top_p, top_k, *watch_W.tolist()
+
     def queue(self) -> Iterator[Prompt]:
         """The prompts, taken in one by one: those that wait cost their ids and nothing else."""
         seen: Counter[str] = Counter()
@@ -178,7 +190,7 @@ class Request:
             key = f"{digest}/{seen[digest]}" if self.keys is None else self.keys[index]
             seen[digest] += 1
             seeds = [noise_seed(self.seed, key, number) for number in range(self.n)]
-            yield Prompt(index, ids, self.new_tokens(index), seeds)
+            yield Prompt(self, index, ids, self.new_tokens(index), seeds)
 
     def ends_text(self, ids: list[int]) -> bool:
         """Whether the last id ends a stop text. A token is rarely less than a character."""
@@ -194,6 +206,7 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
+    request: Request
     index: int
     ids: list[int]
     limits: list[int]  # how many tokens each of its samples may get
@@ -209,6 +222,7 @@ class TokenSequence:
     """Tokens that stand in the cache, or will: what a prompt's source and a sample have in common."""
 
     prompt: Prompt
+    place: int  # of the prompt, among all that were taken in
     number: int = 0  # among its prompt's samples
     table: PageTable = field(default_factory=PageTable)
     done: int = 0  # tokens whose keys and values are computed, or planned
@@ -228,7 +242,7 @@ class TokenSequence:
     @property
     def order(self) -> tuple[int, int]:
         """Older first: the oldest is admitted first, and the youngest gives way."""
-        return self.prompt.index, self.number
+        return self.place, self.number
 
 
 class PromptSource(TokenSequence):

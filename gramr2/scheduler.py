@@ -1,6 +1,7 @@
 """The scheduler: which prompts and samples run in the next step of the device.
 
-Work enters and leaves a running batch as samples finish. Prompts are computed in chunks, under a token
+Requests come and go; their prompts are taken in turn about. Work enters and leaves a running batch as
+samples finish. Prompts are computed in chunks, under a token
 budget, beside the samples that are decoded; a computed prompt is the source that its samples are forked
 from. When pages run out the youngest gives its own back, and is computed again later.
 
@@ -14,7 +15,16 @@ from collections.abc import Iterable, Iterator
 from operator import attrgetter
 
 from gramr2.cache import PagePool, PageTable
-from gramr2.requests import Capacity, Chunk, DeviceStep, OpenSample, Prompt, PromptSource, TokenSequence
+from gramr2.requests import (
+    Capacity,
+    Chunk,
+    DeviceStep,
+    OpenSample,
+    Prompt,
+    PromptSource,
+    Request,
+    TokenSequence,
+)
 
 by_order = attrgetter("order")
 
@@ -27,8 +37,11 @@ def at_page_end(samples: Iterable[OpenSample]) -> list[OpenSample]:
 class Scheduler:
     """A sequence waits, is being filled, and is then among the sources or among those that run."""
 
-    def __init__(self, prompts: Iterator[Prompt], capacity: Capacity):
-        self.capacity, self.queue, self.next_prompt = capacity, prompts, next(prompts, None)
+    def __init__(self, capacity: Capacity):
+        self.capacity = capacity
+        self.queue: dict[Request, Iterator[Prompt]] = {}  # and what is left of the prompts of each
+        self.next_prompt: Prompt | None = None
+        self.taken_in = 0  # prompts
         self.pool = PagePool(capacity.pages, capacity.page_size)
         self.token_budget = capacity.token_budget
         self.waiting: list[TokenSequence] = []  # without pages: new, or preempted
@@ -36,11 +49,35 @@ class Scheduler:
         self.sources: list[PromptSource] = []  # computed, with samples still to begin
         self.running: dict[OpenSample, int] = {}  # and the slot of each
         self.free_slots = list(range(capacity.running - 1, -1, -1))
+        self.ways: dict[tuple, int] = {}  # how many of them choose in each way, the next one's turn first
         self.version = 0  # of the running batch's members
 
     @property
     def busy(self) -> bool:
         return bool(self.next_prompt or self.waiting or self.filling or self.sources or self.running)
+
+    def add(self, request: Request) -> None:
+        self.queue[request] = request.queue()
+        if not self.next_prompt:
+            self._advance()
+
+    def drop(self, request: Request) -> None:
+        """All of its work goes, and its pages come back."""
+        self.queue.pop(request, None)
+        if self.next_prompt and self.next_prompt.request is request:
+            self._advance()
+        for sequence in [*self.waiting, *self.filling, *self.sources, *self.running]:
+            if sequence.prompt.request is request:
+                self._take_away(sequence)
+
+    def _advance(self) -> None:
+        """The next prompt, of the request whose turn it is: a large one does not hold up the others."""
+        self.next_prompt = None
+        while self.queue and not self.next_prompt:
+            request, prompts = next(iter(self.queue.items()))
+            del self.queue[request]
+            if prompt := next(prompts, None):
+                self.next_prompt, self.queue[request] = prompt, prompts
 
     @property
     def must_preempt(self) -> bool:
@@ -58,7 +95,7 @@ class Scheduler:
                 budget = self._plan_chunks(sequence, step, budget)
             if budget <= 0 or not self._admit(step):
                 break
-        step.samples = active | step.joined
+        step.samples = self._turn(active | step.joined)
         step.positions = [sample.done for sample in step.samples]
         # No sample leaves the active ones and comes back within a version: their number tells the rest.
         step.batch_version = self.version, len(step.samples)
@@ -69,6 +106,15 @@ class Scheduler:
     def finish(self, sample: OpenSample) -> None:
         self._leave(sample)
         self.pool.release(sample.table)
+
+    def _turn(self, ready: dict[OpenSample, int]) -> dict[OpenSample, int]:
+        """A step chooses in one way: where there are several, they take turns."""
+        if len(self.ways) < 2 or not ready:
+            return ready
+        present = {sample.prompt.request.way for sample in ready}
+        way = next(way for way in self.ways if way in present)
+        self.ways[way] = self.ways.pop(way)  # behind the others
+        return {sample: slot for sample, slot in ready.items() if sample.prompt.request.way == way}
 
     def _active(self) -> dict[OpenSample, int]:
         """Those whose last token is not planned yet, and their slots."""
@@ -87,21 +133,25 @@ class Scheduler:
 
     def _preempt(self, sequence: TokenSequence) -> None:
         """Takes its pages away. What it has written is kept, and computed again when it is admitted."""
-        if sequence in self.filling:
-            self.filling.remove(sequence)
-        elif isinstance(sequence, PromptSource):
-            self.sources.remove(sequence)
-        elif isinstance(sequence, OpenSample):
-            self._leave(sequence)
-        self.pool.release(sequence.table)
+        self._take_away(sequence)
         sequence.done = 0
         self.waiting.append(sequence)
+
+    def _take_away(self, sequence: TokenSequence) -> None:
+        """From wherever it is; its pages come back."""
+        if isinstance(sequence, OpenSample) and sequence in self.running:
+            self._leave(sequence)
+        else:
+            places: list[list] = [self.waiting, self.filling, self.sources]
+            next(place for place in places if sequence in place).remove(sequence)
+        self.pool.release(sequence.table)
 
     def _admit(self, step: DeviceStep) -> bool:
         """Lets the oldest that waits begin, if there is a slot and room for it."""
         if self.next_prompt and not (self.waiting or self.sources):
-            self.waiting.append(PromptSource(prompt=self.next_prompt))
-            self.next_prompt = next(self.queue, None)
+            self.waiting.append(PromptSource(prompt=self.next_prompt, place=self.taken_in))
+            self.taken_in += 1
+            self._advance()
         oldest = min([*self.waiting, *self.sources], key=by_order, default=None)
         if oldest is None or len(self.free_slots) <= len(self.filling):
             return False  # each of those that are filling will take a slot
@@ -130,7 +180,8 @@ class Scheduler:
         is_last = source.number + 1 == len(source.prompt.limits)
         # The last one takes the table itself: nobody forks from it again, and its half page needs no copy.
         table = source.table if is_last else self.pool.fork(source.table)
-        sample = OpenSample(prompt=source.prompt, number=source.number, table=table, done=source.done)
+        sample = OpenSample(prompt=source.prompt, place=source.place, number=source.number)
+        sample.table, sample.done = table, source.done
         more = self.pool.page_size - table.length % self.pool.page_size
         if not self._make_room(table, more, sample):
             if not is_last:
@@ -183,8 +234,14 @@ class Scheduler:
 
     def _join(self, sample: OpenSample, step: DeviceStep) -> None:
         self.running[sample] = step.joined[sample] = self.free_slots.pop()
+        way = sample.prompt.request.way
+        self.ways[way] = self.ways.get(way, 0) + 1
         self.version += 1
 
     def _leave(self, sample: OpenSample) -> None:
         self.free_slots.append(self.running.pop(sample))
+        way = sample.prompt.request.way
+        self.ways[way] -= 1
+        if not self.ways[way]:
+            del self.ways[way]
         self.version += 1

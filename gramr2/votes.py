@@ -21,7 +21,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from gramr2 import prompts
-from gramr2.engine import Engine
 from gramr2.files import InputError, need
 from gramr2.kernels.choice import noise_seed
 from gramr2.model import Decoder
@@ -165,7 +164,9 @@ class Voter(Asker):
     def __init__(self, model: Decoder, tokenizer: Tokenizer, template: str, format: Format):
         super().__init__(template, format)
         self.model, self.tokenizer = model, tokenizer
-        self.engine: Engine | None = None  # of many calls in a row (judge.RewardModel.keep_engine)
+        # What the model is asked by: with an engine that is kept, or as one caller of a server among others.
+        self.generate: Callable[..., list[list[Sample]]] | None = None
+        self.logprobs = logprobs
         a, b = map(tokenizer.encode, self.endings)
         differ = _first_difference(a, b)
         # The ids that tell the two verdicts apart, and the text that stands before them.
@@ -187,9 +188,9 @@ class Voter(Asker):
 
     def answers(self, queries: Sequence[Query], n: int, seed: int, most: int, **sampling: Any) -> Answers:
         asked, room = [query.prompt for query in queries], self.model.config.max_positions
-        sampling |= {"max_new_tokens": [min(most, room - len(ids)) for ids in asked], "engine": self.engine}
-        keys = [query.key for query in queries]
-        sampled = generate(self.model, asked, n=n, watch=self.letters, seed=seed, keys=keys, **sampling)
+        sampling |= {"max_new_tokens": [min(most, room - len(ids)) for ids in asked], "seed": seed}
+        sampling |= {"keys": [query.key for query in queries], "watch": self.letters}
+        sampled = (self.generate or generate)(self.model, asked, n=n, **sampling)
         for query, samples in zip(queries, sampled, strict=True):
             seeds = (noise_seed(seed, query.key, number) for number in range(n))
             yield [self.answer(query, *each) for each in zip(samples, seeds, strict=True)]
@@ -237,7 +238,7 @@ class Voter(Asker):
         differ = _first_difference(a, b)
         if len(prompt_ids) + differ >= self.model.config.max_positions:
             return None
-        scored = logprobs(self.model, [prompt_ids + ending[: differ + 1] for ending in (a, b)])
+        scored = self.logprobs(self.model, [prompt_ids + ending[: differ + 1] for ending in (a, b)])
         return softmax_of(float(scored[0][-1]), float(scored[1][-1]))
 
 

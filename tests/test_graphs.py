@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import weakref
+from dataclasses import replace
 from unittest.mock import Mock
 
 import numpy as np
@@ -45,8 +46,8 @@ class EngineWithGraphs(engine.Engine):
         super().__init__(model)
         self.item_rows, self.uses_graphs = 2, True
 
-    def begin(self, capacity, options):
-        call = super().begin(capacity, options)
+    def begin(self, capacity):
+        call = super().begin(capacity)
         self._clear(list(range(self.pages)))  # with graphs it leaves this to kernels that need it not
         return call
 
@@ -178,3 +179,36 @@ def test_a_tight_cache_changes_no_sample_in_bf16():
             assert len(sample.ids) == 40 and sample.finish == "length"
             scored = gramr2.logprobs(model, [prompt + sample.ids])[0][len(prompt) - 1 :].cpu().numpy()
             np.testing.assert_allclose(sample.logprobs, scored, atol=0.15)
+
+
+@pytest.mark.parametrize("way", ["graphs", "plain"])
+def test_requests_that_join_and_leave_and_choose_in_their_own_ways(request, monkeypatch, way):
+    """Five ways, where graphs are kept for two, in one running batch; some join late, one leaves."""
+    model = random_model("llama2")
+    lengths = [33, 40, 17, 50, 34]
+    ways = [{"temperature": 0}, {"temperature": 0.8}, {"top_k": 4}, {"top_p": 0.7}, {"watch": [7, 11]}]
+    same = {"n": 2, "max_new_tokens": 12, "stop_ids": ()}
+    asked = [same | {"keys": [str(number)]} | each for number, each in enumerate(ways)]
+    prompts = [prompts_of([length], seed=length) for length in lengths]
+    wanted = [generate(model, p, progress=False, **o)[0] for p, o in zip(prompts, asked, strict=True)]
+    if way == "graphs":
+        request.getfixturevalue("with_graphs")
+        monkeypatch.setattr(engine, "MOST_OPTIONS", 2)
+    requests = [sampler.request_of(model, p, **o) for p, o in zip(prompts, asked, strict=True)]
+    capacity = requests[3].capacity(model.config, model.head_weight, Limits(running=7))
+    batch = sampler.RunningBatch(sampler.Engine(model), replace(capacity, pages=60))
+    arrivals, found = {0: [0, 1], 3: [2, 3], 9: [4]}, {}
+    for step in itertools.count():
+        for number in arrivals.pop(step, []):
+            batch.add(requests[number])
+        if step == 6:
+            batch.drop(requests[1])
+        if not (batch.busy or arrivals):
+            break
+        found |= {(requests.index(p.request), n): sample for p, n, sample in batch.step()[1]}
+    assert batch.pool.used == 0 and found.keys() == {(i, n) for i in (0, 2, 3, 4) for n in range(2)}
+    for (i, n), sample in found.items():
+        assert sample.ids == wanted[i][n].ids
+        np.testing.assert_allclose(sample.logprobs, wanted[i][n].logprobs, atol=2e-5)
+        assert len(sample.watched[0]) == len(ways[i].get("watch", []))
+        assert way == "graphs" or sample == wanted[i][n]

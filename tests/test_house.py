@@ -43,7 +43,7 @@ LAYERS = [
     ["gramr2.extras"],
     ["gramr2.commands"],
 ]
-BUDGET = {"core": 6000, "kernels": 1060, "extras": 5000}
+BUDGET = {"core": 5910, "kernels": 1060, "extras": 4360}
 LARGEST = 350  # lines of code of one file of the core
 
 
