@@ -108,7 +108,8 @@ class ModelThread(threading.Thread):
         except queue.Empty:
             tokens, done = self.batch.step()
         else:
-            return job()
+            job()
+            return
         self.tokens += tokens
         for prompt, number, sample in done:
             open = self.open[prompt.request]
