@@ -23,7 +23,7 @@ from gramr2.prover import Prover, as_rationale
 from gramr2.records import OTHER, Pair
 from gramr2.steps import Run
 
-# Proofs of wrong labels that pass every rule, as a share of those of right ones: above it, a warning.
+# Proofs of wrong labels that pass every rule, as a share of those of right ones: above it, a note.
 DECEPTIVE = 0.5
 
 
@@ -39,7 +39,7 @@ def ask_wrong_labels(run: Run, name: str, prover: Path, pairs: Path) -> None:
     )
     if wrong > DECEPTIVE * right and "coherence" not in run.settings.without:
         run.directory.say(
-            "warning: it argues for wrong labels too: the rules on rationales will let most wrong "
+            "note: it argues for wrong labels too: the rules on rationales will let most wrong "
             "pseudo-labels through, and only the votes stand against them; [train.prover] hide_label in "
             "the recipe may help"
         )
