@@ -41,7 +41,7 @@ SHOWN = 1200  # characters of a text that are shown
 
 
 def code(function) -> str:
-    """`gramr2/votes.py:Voter.read`, of a function that exists."""
+    """`gramr2/votes.py:Asker.read`, of a function that exists."""
     path = Path(inspect.getsourcefile(function)).resolve().relative_to(common.ROOT)
     return f"`{path.as_posix()}:{function.__qualname__}`"
 

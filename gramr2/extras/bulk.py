@@ -58,7 +58,7 @@ class JudgeSettings:
     seed: int
     greedy: bool  # where nothing else is said
     drawn: JsonRow
-    in_flight: int  # requests to an endpoint at one time
+    in_flight: int = 16  # requests to an endpoint at one time
 
 
 def model_place(text: str) -> Path | str:

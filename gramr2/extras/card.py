@@ -36,7 +36,7 @@ def write_card(model: Path, start: Path, own: Collection[str] = (), **told: Any)
     """`start`: the directory that training began from. `own`: which rows of the results are this model's."""
     path, text = model / CARD, card(model, start, **{"own": own, "results": [], "inputs": {}, **told})
     before = path.read_text("utf-8", "replace") if path.exists() else marked("")
-    if before == marked(before.rpartition("\n<!--")[0]):
+    if before != marked(text) and before == marked(before.rpartition("\n<!--")[0]):
         with publish_file(path) as temporary:
             temporary.write_text(marked(text), encoding="utf-8")
 
