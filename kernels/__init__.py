@@ -38,11 +38,13 @@ DTYPES = torch.float32, torch.bfloat16, torch.float16
 def backend(device: torch.device | str | None = None) -> str:
     """What `device` (default: the CUDA device if there is one, else the CPU) runs."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not importlib.util.find_spec("triton"):
+        return "reference"
     if device.type == "cuda" and torch.version.cuda:
         able = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
         able = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    return "triton" if able and importlib.util.find_spec("triton") else "reference"
+    return "triton" if able else "reference"
 
 
 def _implementation(hidden_TD, weight_VD):
