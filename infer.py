@@ -65,7 +65,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--out", type=Path, metavar="OUT.jsonl", help="where the judgments of --pairs or --bench go")
     model = "a model directory; or, served elsewhere, URL#NAME [the newest run's]"
     add("--model", type=model_place, metavar="DIR", help=model)
-    add("--in-flight", type=int, default=JudgeSettings.in_flight, metavar="N", help="requests to an endpoint at one time [16]")
+    flying = f"requests to an endpoint at one time [{JudgeSettings.in_flight}]"
+    add("--in-flight", type=int, default=JudgeSettings.in_flight, metavar="N", help=flying)
     add("--prompt", type=Path, metavar="FILE", help="a judge prompt instead of the model's own")
     add("--format", metavar="NAME", help="the kind of judge, see --formats [think; scalar with such a head]")
     add("--method", choices=METHODS, default="merge", help="how --rank compares [merge]")
