@@ -38,7 +38,7 @@ from typing import Any, TypeVar
 from gramr2.data import Store
 from gramr2.extras import evaluate
 from gramr2.extras.bulk import Judge, JudgeSettings, judge_into, model_place, newest_model
-from gramr2.extras.printing import judgment_text, ranking_lines
+from gramr2.extras.printing import judgment_text, ranking_lines, ranking_row
 from gramr2.fields import Fields, typed
 from gramr2.files import InputError, Parser, need, read_json, run_command, visible
 from gramr2.rankings import METHODS
@@ -160,8 +160,7 @@ def judge_list(path: Path, method: str, settings: JudgeSettings, as_json: bool) 
     judge = Judge(settings)
     ranking = judge.model.rank(question, responses, method, **judge.sampling)
     if as_json:
-        names = ("best", "order", "comparisons", "rounds", "undecided", "overruled")
-        print(json.dumps({name: getattr(ranking, name) for name in names}))
+        print(json.dumps(ranking_row(ranking)))
     else:
         print("\n".join(ranking_lines(ranking, responses, judge.model.format.name)))
 

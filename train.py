@@ -34,7 +34,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from gramr2.extras import logs
-from gramr2.extras.card import write_card
 from gramr2.extras.policy_settings import PolicySettings
 from gramr2.files import InputError, Parser, disk_errors_as_input_errors, run_command
 from gramr2.recipes import RECIPES, read_recipe, recipe_file, resolve
@@ -71,6 +70,7 @@ def main(argv: Sequence[str]) -> int:
 
     from gramr2 import fit, parallel  # torch takes its seconds only once the arguments are good
     from gramr2.extras import dry_run, policy_start, toy_start
+    from gramr2.extras.card import write_card
 
     out, data, model = arguments.out or Path("runs") / f"train-{stage}", arguments.data, arguments.model
     with (

@@ -120,9 +120,12 @@ class Asker:
         found: list[list[Vote] | InputError] = []
         asked: list[tuple[Query, list[Vote]]] = []  # with the list that its votes go to
         for queries in in_threads(partial(self.queries, count), pairs, self.threads):
+            if isinstance(queries, InputError):
+                found.append(queries)
+                continue
             ballot: list[Vote] = []
-            found.append(queries if isinstance(queries, InputError) else ballot)
-            asked += [(query, ballot) for query in ([] if isinstance(queries, InputError) else queries)]
+            found.append(ballot)
+            asked += [(query, ballot) for query in queries]
         each_n, every = max(1, count // 2), [query for query, _ in asked]
         answers = self.answers(every, each_n, seed, max_new_tokens, **sampling)
         for (query, ballot), given in zip(asked, answers, strict=True):

@@ -158,3 +158,15 @@ def make_checkpoint(
     weights.save(model, Tokenizer(files, str(directory)), directory)
     (directory / SEALS).unlink()  # somebody else's have none
     return directory
+
+
+# A judge's prompt of few tokens.
+SHORT_PROMPT = "Q {question} A {response_a} B {response_b} Better:"
+
+
+def make_random_judge(directory: Path, max_positions: int) -> Path:
+    """A random model with a prompt: what it writes is no verdict, and its first token is one where the letter
+    alone is asked for."""
+    make_checkpoint(directory, "llama2", max_positions=max_positions)
+    (directory / "judge_prompt.txt").write_text(SHORT_PROMPT)
+    return directory

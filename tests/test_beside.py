@@ -9,21 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from selfruns import ROOT, Forks, finished_micro, same_results, small_world
+from selfruns import ROOT, same_results
 
 LONG = "\n[train.discriminative]\nsteps = {}\n"  # a baseline that goes on for long enough to be met
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory) -> Path:
-    return small_world(finished_micro(tmp_path_factory.getbasetemp()), tmp_path_factory.mktemp("small"))
-
-
-@pytest.fixture(scope="module")
-def forks():
-    made = Forks()
-    yield made
-    made.close()
 
 
 def steps(place: Path) -> list[str]:

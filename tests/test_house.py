@@ -214,6 +214,8 @@ def test_pinned_defaults():
     pinned = dict(n=1, max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=0, stop_ids=None, stop_texts=(),
                   tokenizer=None, watch=(), seed=0, keys=None, progress=True)  # fmt: skip
     assert {name: defaults[name] for name in pinned} == pinned
+    of_a_request = inspect.signature(gramr2.sampler.request_of).parameters.items()
+    assert not {n for n, p in of_a_request if p.default != defaults[n]}  # a server's requests are such calls
     assert {"ids", "logprobs", "watched", "finish"} <= set(gramr2.Sample.__dataclass_fields__)
     assert gramr2.prompts.parse_verdict("<answer>\nA\n</answer>") == ("A", "")
     assert kernels.backend("cpu") == "reference" or os.environ.get("TRITON_INTERPRET") == "1"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import make_checkpoint
+from checkpoints import SHORT_PROMPT, make_checkpoint, make_random_judge
 from inferruns import Forks
 
 from gramr2.commands import infer
@@ -15,16 +15,13 @@ from gramr2.files import exit_status
 from gramr2.rankings import METHODS
 from gramr2.records import Pair
 
-PROMPT = "Q {question} A {response_a} B {response_b} Better:"
 BULK = ["--format", "label", "--json"]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A random model that judges by its first token, and has room for 200 tokens."""
-    place = make_checkpoint(tmp_path_factory.mktemp("infer") / "model", "llama2", max_positions=200)
-    (place / "judge_prompt.txt").write_text(PROMPT)
-    return place
+    return make_random_judge(tmp_path_factory.mktemp("infer") / "model", max_positions=200)
 
 
 def run(capsys, *words) -> tuple[int, str, str]:
@@ -152,7 +149,7 @@ def test_where_nothing_could_be_read_it_says_why_with_an_example_and_what_to_do(
 def test_votes_are_drawn_as_the_flags_say_or_else_the_checkpoint(tmp_path, capsys):
     """What the checkpoint's authors found to work is the default, and each row says how it was drawn."""
     place = make_checkpoint(tmp_path / "model", "qwen3", max_positions=600)
-    (place / "judge_prompt.txt").write_text(PROMPT)
+    (place / "judge_prompt.txt").write_text(SHORT_PROMPT)
     path = place / "generation_config.json"
     own = json.loads(path.read_text())
     write(tmp_path / "a.json", [pair(1)])

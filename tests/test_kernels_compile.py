@@ -120,10 +120,10 @@ def test_every_kernel_fits_the_device(surveyed, capability):
     assert surveyed["missing"] == [], "kernels that no build covers"
     rows = surveyed["rows"][str(capability)]
     assert any("_score_kernel" in row["kernel"] for row in rows)
-    # Before Triton 3.9 the assembler does not place a register of two fp32 kernels: it goes out and in.
-    version = tuple(map(int, metadata.version("triton").split(".")[:2]))
+    # The assembler of Triton 3.7 does not place a register of two fp32 kernels: it goes out and in.
+    spilled = 8 if metadata.version("triton").startswith("3.7.") else 0
     for row in rows:
-        assert row["spilled"] <= (0 if version >= (3, 9) else 8), row
+        assert row["spilled"] <= spilled, row
         assert not row["serialized"], row
         assert row["shared"] <= SHARED_LIMIT[capability], row
         assert row["tensor_cores"] is not False, row

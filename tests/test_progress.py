@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from selfruns import ROOT, Forks, finished_micro, small_world
+from selfruns import ROOT
 
 from gramr2.commands import selftrain
 from gramr2.extras import progress
@@ -21,18 +21,6 @@ from gramr2.extras.results import CONTROL, RunReader, gain_in_words, gains
 from gramr2.extras.results import test_step as name_of_test
 from gramr2.files import write_rows
 from gramr2.seals import write_signed
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory) -> Path:
-    return small_world(finished_micro(tmp_path_factory.getbasetemp()), tmp_path_factory.mktemp("small"))
-
-
-@pytest.fixture(scope="module")
-def forks():
-    made = Forks()
-    yield made
-    made.close()
 
 
 def said(log: str) -> list[tuple[int, int, str]]:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import make_checkpoint
+from checkpoints import make_random_judge
 from served import Here
-from test_serve import PROMPT, make_judge
+from test_serve import make_judge
 
 PAGE = (Path(__file__).parents[1] / "docs/rlhf.md").read_text(encoding="utf-8")
 TEXTS = ["Number 4.", "Number 0.", "Number 3."]
@@ -18,9 +18,7 @@ TEXTS = ["Number 4.", "Number 0.", "Number 3."]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    place = make_checkpoint(tmp_path_factory.mktemp("rlhf") / "model", "llama2", max_positions=600)
-    (place / "judge_prompt.txt").write_text(PROMPT)
-    return place
+    return make_random_judge(tmp_path_factory.mktemp("rlhf") / "model", max_positions=600)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import make_checkpoint
-from selfruns import ROOT, Forks, finished_micro, same_results, small_world
+from selfruns import ROOT, same_results, small_world
 
 from gramr2 import prompts
 from gramr2.examples import ExampleBuilder
@@ -24,24 +24,6 @@ from gramr2.steps import SHOWN
 from gramr2.tokenizer import Tokenizer
 
 KILL = ["--no-baselines"]  # their steps are of the same kinds as the others
-
-
-@pytest.fixture(scope="module")
-def forks():
-    made = Forks()
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def micro(tmp_path_factory) -> Path:
-    return finished_micro(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="module")
-def small(micro, tmp_path_factory) -> Path:
-    """A recipe for a run of seconds, from the models that the micro run has trained."""
-    return small_world(micro, tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="module")

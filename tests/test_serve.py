@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from checkpoints import make_checkpoint
+from checkpoints import make_checkpoint, make_random_judge
 from served import Client, Here, Served, metrics, once, until
 
 from gramr2.extras import http_server, serve
@@ -22,7 +22,6 @@ from gramr2.judge import RewardModel
 from gramr2.records import Pair
 from gramr2.sampler import generate
 
-PROMPT = "Q {question} A {response_a} B {response_b} Better:"
 SETTINGS = JudgeSettings(None, None, None, "cpu", "float32", 2, 0, False, {"max_new_tokens": 24})
 
 
@@ -36,10 +35,8 @@ def pair(number: int) -> dict:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A random model: nothing that it writes can be read as a verdict, and all of it depends on its noise."""
-    place = make_checkpoint(tmp_path_factory.mktemp("serve") / "model", "llama2", max_positions=600)
-    (place / "judge_prompt.txt").write_text(PROMPT)
-    return place
+    """All that it writes depends on its noise."""
+    return make_random_judge(tmp_path_factory.mktemp("serve") / "model", max_positions=600)
 
 
 @pytest.fixture(scope="module")

@@ -34,10 +34,7 @@ class Refusal(Exception):
 
     def __init__(self, status: int, reason: str, **headers: str):
         super().__init__(reason)
-        said = {
-            "message": " ".join(reason.split()),
-            "code": status,
-        }  # in OpenAI's form, as its clients read it
+        said = {"message": " ".join(reason.split()), "code": status}  # as OpenAI's clients read it
         self.answer = as_json({"error": said}, status, **headers)
 
 
@@ -88,11 +85,9 @@ class HttpServer:
 
     async def open(self, host: str, port: int) -> int:
         """Listens → the port, which is a free one where 0 was asked for."""
-
         self.server = await asyncio.get_running_loop().create_server(
             lambda: asyncio.StreamReaderProtocol(Reader(), self._connected), host, port, backlog=CONNECTIONS
         )
-
         return self.server.sockets[0].getsockname()[1]
 
     async def close(self) -> None:

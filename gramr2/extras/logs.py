@@ -26,7 +26,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from gramr2.extras.results import accuracy_row
 from gramr2.files import InputError, JsonRow, Parser, parse_json, read_json, read_rows, write_json
 
 SECONDS = 2.0  # between two looks at what a run has written
@@ -89,6 +88,8 @@ class Log:
 
     def rows(self) -> Iterator[tuple]:
         """Of each its source and its number there; then name, place and values in a log."""
+        from gramr2.extras.results import accuracy_row  # --help need not wait for it
+
         for path in (self.root / "metrics.jsonl", *self.root.glob("steps/*-*/metrics.jsonl")):
             # A step's number may change, and its directory move at this moment.
             name = self.stage if path.parent == self.root else path.parent.name.partition("-")[2]

@@ -66,6 +66,12 @@ def excerpt(text: str) -> str:
     return line if len(line) <= EXCERPT else f"{line[:half].rstrip()} […] {line[-half:].lstrip()}"
 
 
+def ranking_row(ranking: Ranking) -> JsonRow:
+    """What a ranking comes to, without its comparisons."""
+    names = ("best", "order", "comparisons", "rounds", "undecided", "overruled")
+    return {name: getattr(ranking, name) for name in names}
+
+
 def ranking_lines(ranking: Ranking, responses: Sequence[str], format: str) -> Iterator[str]:
     if ranking.best is None:
         yield "No winner: no comparison came to a verdict. The responses stand in the order given."

@@ -33,9 +33,10 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -43,6 +44,7 @@ from urllib.parse import parse_qs
 from gramr2.extras.bulk import Judge
 from gramr2.extras.http_server import CONNECTIONS, Answer, Call, HttpServer, Refusal, as_json
 from gramr2.extras.model_thread import TICKET, Cut, ModelThread, Ticket
+from gramr2.extras.printing import ranking_row
 from gramr2.fields import Fields, typed
 from gramr2.files import InputError, JsonRow, need, parse_json, read_text
 from gramr2.interrupts import AGAIN
@@ -78,10 +80,9 @@ class JudgeServer:
         room = min(self.decoder.config.max_positions, LONGEST)
         self.decoder.config = replace(self.decoder.config, max_positions=room)
         self.thread = ModelThread(self.decoder, ended)
-        self.model.scores = self._scores  # type: ignore[method-assign, assignment]
+        self.model.scores = partial(self.thread.call, self.model.scores)  # type: ignore[method-assign]
         if voter := self.model.voter:
-            own = voter.logprobs
-            voter.generate, voter.logprobs = self.thread.generate, lambda *each: self.thread.call(own, *each)
+            voter.generate, voter.logprobs = self.thread.generate, partial(self.thread.call, voter.logprobs)
         self.pool = ThreadPoolExecutor(most, "request")
         self.accepted, self.stopping = 0, False
         self.lock = threading.Lock()  # of what requests' threads share: the groups, and the counts
@@ -225,8 +226,7 @@ class JudgeServer:
         few(len(responses))
         ranking = self.model.rank(messages_of(body), responses, method, **settings)
         self.count(ranking.answers.values())
-        names = ("best", "order", "comparisons", "rounds", "undecided", "overruled")
-        return {name: getattr(ranking, name) for name in names}
+        return ranking_row(ranking)
 
     def rewarded(self, body: JsonRow, query: str) -> JsonRow:
         settings, fields = self.settings(body), Fields(body)
@@ -336,11 +336,6 @@ class JudgeServer:
         about: JsonRow = {"id": f"chatcmpl-{os.urandom(12).hex()}", "object": "chat.completion"}
         about |= {"created": int(time.time()), "model": self.name}
         return about | {"choices": choices, "usage": usage}
-
-    def _scores(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        tokens, room = max(map(len, sequences), default=0), self.decoder.config.max_positions
-        need(tokens <= room, f"{tokens} tokens are too many for the model's {room} positions")
-        return self.thread.call(type(self.model).scores, self.model, sequences)
 
 
 def few(*sizes: int) -> None:
