@@ -15,6 +15,7 @@ heads, G key/value heads, K head size, L layers, N pages, P tokens of a page, S 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -195,7 +196,7 @@ class Engine:
         kind = config, str(self.model.blocks[0]), torch.get_num_threads()
         least = 1 if isinstance(self.model.get_submodule("blocks.0.mlp.down"), Packed) else kernels.ROWS
         layer, last = rows_needed((*kind, "layer"), hidden, 512), rows_needed((*kind, "head"), outputs, 64)
-        return max(least, layer, last) if layer and last else None
+        return math.lcm(least, layer, last) if layer and last else None
 
     def _attend(self, places_U: Tensor, reads: list[Reads[Tensor]]) -> Attend:
         def attend(layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:

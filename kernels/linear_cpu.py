@@ -29,7 +29,9 @@ from .paged_attention_cpu import ROWS
 SMALL, LARGE = 1 << 26, 1 << 32
 LONG = 1024  # oneDNN sums the products of one row in another order where there are more; of two it does not
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
-CANDIDATES = 1, 2, 4, 8, 16, 32, 64  # rows that a pass may be padded to a multiple of
+# Rows that a pass may be padded to a multiple of. 24 is for oneDNN before 3.11, with AVX2 alone: it takes six
+# rows at a time, and rounds a rest of up to three in another way.
+CANDIDATES = 1, 2, 4, 8, 16, 32, 24, 64
 
 _kept: WeakKeyDictionary[nn.Module, tuple[Any, Packed]] = WeakKeyDictionary()
 _rows: dict[Hashable, int | None] = {}

@@ -105,6 +105,18 @@ def test_rows_are_padded_as_far_as_it_takes(needed):
     assert rows_needed(object(), lambda part: x_M[part] * (1 + len(x_M[part]) % needed), 512) == needed
 
 
+def test_rows_that_are_taken_six_at_a_time_are_padded_to_whole_sixes():
+    """As oneDNN before 3.11 does with AVX2 alone: samples of torch 2.11 depended on what ran beside them."""
+
+    def results(part: slice) -> torch.Tensor:
+        row_M = torch.arange(512)[part]
+        rest = len(row_M) % 6 if len(row_M) % 6 <= 3 else 0
+        return row_M + (torch.arange(len(row_M)) >= len(row_M) - rest)
+
+    assert rows_needed("six", results, 512) == 24
+    assert rows_needed("another", results, 64) == 24
+
+
 def test_a_model_of_zeros_says_nothing_of_the_next_one(monkeypatch):
     """It is alike in any number of rows, and what a kind of model needs is tried out once."""
     monkeypatch.setattr(linear_cpu, "_rows", {})
