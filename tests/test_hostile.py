@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 
 import pytest
-from checkpoints import make_checkpoint, tokenizer_files
+from checkpoints import SHORT_PROMPT, make_checkpoint, tokenizer_files
 from hypothesis import given
 from hypothesis import strategies as st
 from planted import planted
-from test_infer import PROMPT, pair, read, run, write
+from test_infer import pair, read, run, write
 
 import gramr2
 from gramr2 import parallel, prompts
@@ -45,7 +45,7 @@ HUGE = 10**30
 def model(tmp_path_factory) -> Path:
     """A random model that judges by its first token."""
     place = make_checkpoint(tmp_path_factory.mktemp("hostile") / "model", "llama3", max_positions=200)
-    (place / "judge_prompt.txt").write_text(PROMPT)
+    (place / "judge_prompt.txt").write_text(SHORT_PROMPT)
     return place
 
 
@@ -325,7 +325,7 @@ def test_rows_of_other_weights_or_another_prompt_under_the_same_path_are_not_mix
     words = ["--pairs", source, "--model", place, "--format", "label", "--out", tmp_path / "out.jsonl"]
     assert run(capsys, *words)[0] == 0
     if change == "prompt":
-        (place / "judge_prompt.txt").write_text(PROMPT + " now")
+        (place / "judge_prompt.txt").write_text(SHORT_PROMPT + " now")
     else:
         content = bytearray((place / "model.safetensors").read_bytes())
         content[-1] ^= 1
@@ -576,7 +576,7 @@ def test_what_is_not_finite_abstains(format, tmp_path, capsys):
     tensors = load_file(place / "model.safetensors")
     tensors["model.norm.weight"][:] = math.nan
     save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
-    (place / "judge_prompt.txt").write_text(PROMPT)
+    (place / "judge_prompt.txt").write_text(SHORT_PROMPT)
     source = write(tmp_path / "in.jsonl", [pair(1, label="A")])
     words = ["--pairs", source, "--model", place, "--format", format, "--out", tmp_path / "out.jsonl"]
     status, out, _ = run(capsys, *words, "--votes", 2)
