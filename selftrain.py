@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gramr2.denoise import FILTERS
+from gramr2.directories import model_files
 from gramr2.extras import beside, logs
 from gramr2.extras.card import write_cards
 from gramr2.extras.inputs import KINDS, RunInputs, prepare
@@ -45,7 +46,6 @@ from gramr2.files import (
 )
 from gramr2.recipes import RECIPES, read_recipe, recipe_file, resolve
 from gramr2.run_directory import RunDirectory, StoppedAsAsked
-from gramr2.seals import model_files
 from gramr2.selection import SCORES
 from gramr2.settings import SelfTrainSettings, Sources, TrainSettings, add_flags, check_names, given
 from gramr2.stages import STAGES
@@ -153,13 +153,16 @@ def resolved(
     the models and data of `sources`, but for the toy's backbone."""
     settings = resolve(SelfTrainSettings, recipe, ["selftrain"], overrides)
     check_names(settings, REGISTRIES)
-    trainings, seed = {}, {"seed": settings.seed}
+    trainings: dict[str, TrainSettings] = {}
+    shared = {"seed": settings.seed}
+    if settings.lora_rank:
+        shared["lora_rank"] = settings.lora_rank
     for name, stage in STAGES.items():
         model, data = None, getattr(sources, stage.data, ())
         if sources and "world" not in read_recipe(recipe):
             model = getattr(sources, stage.start) or sources.backbone
         tables = ["train", *stage.tables]
-        trainings[name] = resolve(TrainSettings, recipe, tables, seed, model, data, settings.limit)
+        trainings[name] = resolve(TrainSettings, recipe, tables, shared, model, data, settings.limit)
     return settings, trainings
 
 

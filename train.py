@@ -5,6 +5,10 @@
         --model Llama-3.1-8B-Instruct --data human.jsonl       one model on eight GPUs
     python train.py --stage reward --model runs/x/model --data helpsteer3-stem.jsonl --limit 1000
                                                               task adaptation
+    python train.py --stage reward --model MODEL --data human.jsonl --lora-rank 16
+                                                              adapters of it alone, on a small card (LoRA)
+    python train.py --merge runs/train-reward/model --out WHOLE
+                                                              what they make of it, as a model of its own
     torchrun --nproc_per_node=2 train.py --stage policy       the toy's clerk, with a judge's rewards
     torchrun --nproc_per_node=8 train.py --stage policy --recipe recipes/llama3.1-8b.toml \\
         --model POLICY --judge runs/x/model --data prompts.jsonl --reward pairwise
@@ -33,9 +37,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from gramr2.directories import base_of
 from gramr2.extras import logs
 from gramr2.extras.policy_settings import PolicySettings
-from gramr2.files import InputError, Parser, disk_errors_as_input_errors, run_command
+from gramr2.files import InputError, Parser, disk_errors_as_input_errors, read_text, run_command
 from gramr2.recipes import RECIPES, read_recipe, recipe_file, resolve
 from gramr2.settings import Sources, TrainSettings, add_flags, given
 from gramr2.stages import STAGES
@@ -47,7 +52,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     lines = [f"    {name:16}{stage.equation}" for name, stage in STAGES.items()]
     lines.append(f"    {'policy':16}a model's own answers, as a judge rewards them")
     parser = Parser("train.py", description="\n".join([str(__doc__), "Stages:", *lines]))
-    parser.add_argument("--stage", required=True, choices=(*STAGES, "policy"), help="what to train")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--stage", choices=(*STAGES, "policy"), help="what to train")
+    whole = "train nothing: make of an adapter (--lora-rank) and its base the whole model --out"
+    what.add_argument("--merge", type=Path, metavar="DIR", help=whole)
     suits = "settings, as in selftrain.py [toy; with --model, as suits the model and its data]"
     parser.add_argument("--recipe", type=recipe_file, metavar="FILE", help=suits)
     parser.add_argument(
@@ -64,6 +72,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> int:
     arguments = parse(argv)
+    if arguments.merge:
+        return merge(arguments.merge, arguments.out)
     stage, settings, sources = arguments.stage, *resolved(arguments)
     if arguments.judge and stage != "policy":
         raise InputError(f"--judge goes with the stage policy, not with {stage}")
@@ -92,6 +102,30 @@ def main(argv: Sequence[str]) -> int:
         if ranks.is_first and not arguments.dry_run:
             write_card(out / "model", model)
             print(f"model: {out / 'model'}")
+    return 0
+
+
+def merge(adapter: Path, out: Path | None) -> int:
+    """A whole model, in its base's type, with the adapter's prompts."""
+    base = base_of(adapter)
+    if base is None or out is None:
+        wants = (
+            "give --out DIR, where the whole model goes"
+            if base
+            else "is no adapter; one has an adapter_config.json"
+        )
+        raise InputError(f"--merge {adapter}: {wants}")
+
+    from gramr2.extras.card import write_card
+    from gramr2.weights import load, save
+
+    model, tokenizer = load(adapter, dtype="auto")
+    texts = [*adapter.glob("*_prompt.txt"), *adapter.glob("training.json")]
+    with disk_errors_as_input_errors(out):
+        save(model, tokenizer, out, {path.name: read_text(path) for path in texts})
+    if (out / "training.json").exists():
+        write_card(out, base)
+    print(f"model: {out}")
     return 0
 
 

@@ -35,6 +35,7 @@ from torch.distributed.tensor import DTensor
 
 from gramr2 import parallel, resume, tokenized
 from gramr2.cost import describe, matmul_rate, recomputed_blocks, step_flops
+from gramr2.directories import base_of, model_files
 from gramr2.examples import ExampleBuilder
 from gramr2.fields import Fields, as_dataclass
 from gramr2.files import (
@@ -50,14 +51,15 @@ from gramr2.files import (
     write_rows,
 )
 from gramr2.interrupts import AGAIN
+from gramr2.lora import adapt, description
 from gramr2.loss import OBJECTIVES, Objective, Trainee, collate
 from gramr2.model import Decoder, ModelConfig
 from gramr2.plan import make_plan, read_model_config, split_into_packs
 from gramr2.records import Example
-from gramr2.seals import SEALS, check_seals, model_files, read_signed
+from gramr2.seals import SEALS, check_seals, read_signed
 from gramr2.settings import FREE, TrainSettings, check_identity
 from gramr2.tokenizer import Tokenizer
-from gramr2.weights import read_config, save
+from gramr2.weights import WORDS, read_config, save
 
 LEFT = (
     "model",
@@ -252,13 +254,18 @@ def say(lines: Sequence[str]) -> None:
 def make_trainee(
     objective: Objective, settings: TrainSettings, config: ModelConfig, model_dir: Path, ranks: parallel.Ranks
 ) -> Trainee:
-    """The decoder with its objective, on its ranks, filled from the checkpoint."""
+    """The decoder with its objective, on its ranks, filled from a checkpoint, or an adapter and its base."""
+    base = (settings.lora_rank and base_of(model_dir)) or model_dir  # of adapters that training goes on with
     with torch.device("meta"):
         trainee = Trainee(Decoder(config), objective)
+        if settings.lora_rank:
+            adapt(trainee.decoder, settings.lora_rank, settings.lora_alpha, settings.lora_layers)
     again = ranks.on_rank_0(lambda: recomputed_blocks(settings, config, ranks))
     parallel.wrap(trainee, dataclasses.replace(settings, recompute=again), ranks)
-    stored, trainee.decoder.raw_config = read_config(model_dir)
-    parallel.load_weights(trainee, model_dir, fresh_score=config.num_labels > stored.num_labels)
+    stored, trainee.decoder.raw_config = read_config(base)
+    parallel.load_weights(trainee, base, fresh_score=config.num_labels > stored.num_labels)
+    if settings.lora_rank:
+        parallel.load_adapters(trainee, model_dir, settings.seed)
     return trainee.train()
 
 
@@ -292,7 +299,10 @@ def identity(stage: str, settings: TrainSettings, data: Sequence[Path], model_di
     fields = {"stage": stage}
     fields |= {name: str(value) for name, value in vars(settings).items() if name not in FREE}
     fields |= {f"data file {n + 1}": f"{path.name} {digest(path)}" for n, path in enumerate(data)}
-    return fields | {f"model's {path.name}": digest(path) for path in model_files(model_dir)}
+    for path in model_files(model_dir):
+        whose = "model" if path.parent == model_dir else "base"
+        fields[f"{whose}'s {path.name}"] = digest(path)
+    return fields
 
 
 def finished(out: Path, now: dict[str, str]) -> dict[str, Any] | None:
@@ -374,11 +384,16 @@ def publish_model(
         wanted = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     extra = {path.name: read_text(path) for path in sorted(model_dir.glob("*_prompt.txt"))}
     extra |= own | {"training.json": json.dumps(record, indent=2)}
-    tensors = parallel.whole_tensors(loop.trainee, getattr(torch, wanted))
+    tensors, adapter = parallel.whole_tensors(loop.trainee, getattr(torch, wanted)), None
+    if loop.settings.lora_rank:
+        layers = [WORDS[word] for word in loop.settings.lora_layers]
+        base, scores = base_of(model_dir) or model_dir, model.config.num_labels
+        adapter = description(base, loop.settings.lora_rank, loop.settings.lora_alpha, layers, scores)
+        tensors = parallel.trained_tensors(loop.trainee)
     with loop.ranks.errors_on_all_ranks():
         try:
             if loop.ranks.is_first:
-                save(model, tokenizer, place, extra, tensors)
+                save(model, tokenizer, place, extra, tensors, adapter)
         except (OSError, SafetensorError) as error:
             mend = "free some space, and run it again"
             raise InputError(f"{place}: could not be written ({error}); {mend}") from None

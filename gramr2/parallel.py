@@ -23,7 +23,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,10 +38,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from gramr2.directories import base_of
 from gramr2.files import InputError, need, only_writer
+from gramr2.lora import adapted, first_values
 from gramr2.loss import Trainee
 from gramr2.settings import TrainSettings
-from gramr2.weights import checkpoint_tensors, plain_parameters
+from gramr2.weights import NamedTensors, adapter_tensors, checkpoint_tensors, plain_parameters
 
 PATIENCE = datetime.timedelta(minutes=30)  # within a training step
 SECONDS_TO_SAVE = 20  # of a run whose launcher has died
@@ -193,6 +195,8 @@ def wrap(trainee: Trainee, settings: TrainSettings, ranks: Ranks) -> None:
         _wrap_forward(block, settings, number < settings.recompute)
     dtype = compute_dtype(settings, ranks.device)
     if ranks.mesh is not None:
+        for each in trainee.parameters():  # what is not trained needs no more bits than are computed with
+            each.data = each.data if each.requires_grad else each.data.to(dtype)
         # Inputs stay as they are: a batch's coefficients and margins are fp32 whatever the weights are.
         policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for module in (*trainee.decoder.blocks, trainee):
@@ -233,19 +237,31 @@ def _wrap_forward(block: nn.Module, settings: TrainSettings, recompute: bool) ->
 
 def load_weights(trainee: Trainee, directory: Path, fresh_score: bool) -> None:
     """Reads the weights as float32. Each rank maps the files and copies what is its own."""
-    parameters = weights(trainee)
-    with torch.no_grad():
-        for name, tensor in checkpoint_tensors(directory, trainee.decoder, fresh_score):
-            parameter = parameters[name]
-            if isinstance(parameter, DTensor):
-                mesh, placements = parameter.device_mesh, parameter.placements
-                # Without a source rank nothing is sent: it is the same on each, and each cuts its part.
-                tensor = distribute_tensor(tensor.to(mesh.device_type), mesh, placements, src_data_rank=None)
-            parameter.copy_(tensor)
-        if fresh_score:
-            # Zero: the first scores are equal, and no seed is needed.
-            parameters["score.weight"].zero_()
+    fill(weights(trainee), checkpoint_tensors(directory, trainee.decoder, fresh_score, dtype=torch.float32))
+    if fresh_score:
+        # Zero: the first scores are equal, and no seed is needed.
+        fill(weights(trainee), [("score.weight", torch.zeros(1, trainee.decoder.config.hidden_size))])
     trainee.refresh()
+
+
+def load_adapters(trainee: Trainee, directory: Path, seed: int) -> None:
+    """Those of an adapter's directory; beside a whole model, new ones."""
+    trained = trainee.trained
+    named = adapter_tensors(directory, trainee.decoder) if base_of(directory) else first_values(trained, seed)
+    fill(trained, named)
+    trainee.refresh()
+
+
+@torch.no_grad()
+def fill(parameters: Mapping[str, nn.Parameter], named: NamedTensors) -> None:
+    """Copies whole tensors, which are the same on each rank, to parameters of which a rank holds its part."""
+    for name, tensor in named:
+        parameter = parameters[name]
+        if isinstance(parameter, DTensor):
+            mesh, placements = parameter.device_mesh, parameter.placements
+            # Without a source rank nothing is sent: it is the same on each, and each cuts its part.
+            tensor = distribute_tensor(tensor.to(mesh.device_type), mesh, placements, src_data_rank=None)
+        parameter.copy_(tensor)
 
 
 def weights(trainee: Trainee) -> dict[str, nn.Parameter]:
@@ -255,8 +271,26 @@ def weights(trainee: Trainee) -> dict[str, nn.Parameter]:
 
 def whole_tensors(trainee: Trainee, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the decoder, put together one at a time; every rank must take them all."""
+    adapters, trained = adapted(trainee.decoder), trainee.trained
     for name, parameter in weights(trainee).items():
-        tensor = parameter.detach()
-        whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).to("cpu", dtype)
-        need(bool(whole.isfinite().all()), f"{name}: holds numbers that are not finite; nothing is published")
-        yield name, whole
+        tensor = whole(parameter)
+        if name in adapters:
+            a, b = (trained[f"{name.removesuffix('weight')}{half}.weight"] for half in "ab")
+            tensor = torch.addmm(tensor.float(), whole(b), whole(a), alpha=adapters[name].scale)
+        yield name, finite(name, tensor.to("cpu", dtype))
+
+
+def trained_tensors(trainee: Trainee) -> Iterator[tuple[str, Tensor]]:
+    """As `whole_tensors`, but what a step updates alone, in float32."""
+    for name, parameter in trainee.trained.items():
+        yield name, finite(name, whole(parameter).to("cpu"))
+
+
+def whole(parameter: Tensor) -> Tensor:
+    tensor = parameter.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def finite(name: str, tensor: Tensor) -> Tensor:
+    need(bool(tensor.isfinite().all()), f"{name}: holds numbers that are not finite; nothing is published")
+    return tensor

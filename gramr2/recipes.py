@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gramr2.directories import model_file
 from gramr2.fields import Fields, typed
 from gramr2.files import InputError, need, open_file, read_json, read_text
 from gramr2.settings import TrainSettings
@@ -74,7 +75,7 @@ def resolve(
     open_ones = SUITED.difference(merged, ["epochs"] if merged.get("steps") else [])
     if model and open_ones:
         suits = suited(Path(model), data, limit or merged.get("limit"))
-        suits["lr"] *= getattr(cls, "lr_share", 1.0)
+        suits["lr"] *= getattr(cls, "lr_share", 1.0) * (LORA_LR if merged.get("lora_rank") else 1)
         merged |= {name: suits[name] for name in open_ones}
     return cls(**merged)
 
@@ -87,6 +88,9 @@ FEW = 10_000  # rows; fewer are seen three times
 UPDATES = 100  # steps that a training should take at least, so that its learning rate can rise and fall
 
 
+LORA_LR = 10  # times the rate of full tuning suits adapters: their product moves more slowly at first
+
+
 def suited_lr(parameters: float) -> float:
     """A line, on logarithmic axes, through the rates of our recipes: 1e-2 for the toy's 0.3M, 1e-5 for 3B."""
     return float(f"{1e-5 * (3e9 / parameters) ** 0.75:.0e}")
@@ -95,7 +99,8 @@ def suited_lr(parameters: float) -> float:
 def suited(model: Path, data: Sequence[str | Path], limit: int | None = None) -> dict[str, Any]:
     """`SUITED` for a model's size, and for how many rows its data have. Needs neither weights nor torch."""
     need(model.is_dir(), f"{model}: no such model directory; download or train one first")
-    config = Fields(read_json(model / "config.json"), f"{model / 'config.json'}: ")
+    path = model_file(model, "config.json")
+    config = Fields(read_json(path), f"{path}: ")
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings")
     words, width, blocks, inner, room = (config.get(name, int, low=1) for name in names)
     rows = sum(sum(1 for _ in open_file(path)) for path in data if Path(path).is_file())

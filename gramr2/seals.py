@@ -54,18 +54,6 @@ def seals_below(place: Path, but: Iterable[str] = ()) -> dict[str, JsonRow]:
     return {name: seal(place / name) for name in names_below(place, but)}
 
 
-def model_files(directory: Path) -> list[Path]:
-    """What makes a model answer as it does: all of its directory, but for what is only said of it there.
-
-    The card of a model that was trained here is such; a published one's may show the prompt that it wants.
-    """
-    with read_errors_as_input_errors(directory):
-        every = sorted(path for path in directory.iterdir() if path.is_file() and path.name[0] != ".")
-    said = [SEALS, "training.json", "calibration.json"]
-    said += [CARD] if (directory / "training.json").is_file() else []
-    return [path for path in every if path.name not in said]
-
-
 def check_seals(place: Path, seals: JsonRow, what_to_do: str, whole: bool = False) -> None:
     """Refuses the first file below `place` that is not what its seal says, or that is gone."""
     for name, known in seals.items():

@@ -29,6 +29,7 @@ FREE = {"device", "dtype", "threads", "fsdp_size", "recompute", "compile", "toke
 FREE |= {"save_steps", "save_minutes", "side_by_side", "running"}
 PROMPTS = ("long", "short")
 DTYPES = ("auto", "float32", "bfloat16")
+LAYERS = ("q", "k", "v", "o", "gate", "up", "down")  # linear maps of a block, by our words (model.py)
 PAIRS_PER_CALL = 64  # pairs of one generate call: enough to fill a batch, little to do again after a kill
 PAIRS_ON_CUDA = 512  # there a batch is wider (requests.running_on_cuda), and the work is sooner done again
 
@@ -93,6 +94,17 @@ class TrainSettings:
     beta2: float = setting(0.95, "AdamW: memory of its square", low=0, below=1)
     clip: float = setting(1.0, "largest norm of the gradient; 0 leaves it as it is", low=0)
 
+    lora_rank: int = setting(
+        0,
+        "train adapters of this rank and leave the model as it is (LoRA); 0: train all of it",
+        low=0,
+        high=10**5,
+    )
+    lora_alpha: float = setting(0.0, "an adapter counts alpha / rank times; 0: twice the rank", low=0)
+    lora_layers: tuple[str, ...] = setting(
+        LAYERS, f"what has an adapter in each block, of {', '.join(LAYERS)}"
+    )
+
     prompt: str = setting(
         "long",
         "which of this project's prompts a model gets that brings none: long, or short (a third of it, for "
@@ -142,6 +154,12 @@ class TrainSettings:
             datetime.date.fromisoformat(self.date)
         except ValueError:
             raise InputError(f"date: expected one as 2025-01-31, got {self.date!r:.40}") from None
+        require(
+            self,
+            ("lora_layers",),
+            lambda words: words and {*words} <= {*LAYERS},
+            f"must be of {', '.join(LAYERS)}",
+        )
         if self.token_budget < self.max_length:
             raise InputError(
                 f"token_budget: {self.token_budget} is less than max_length {self.max_length}, so that the "
@@ -195,6 +213,12 @@ class SelfTrainSettings:
     )
     keep_candidates: bool = setting(False, "write down all k proofs of every pair, not of a few alone")
     mix_human: bool = setting(False, "every judge also trains on the human rationales, in every arm alike")
+    lora_rank: int = setting(
+        0,
+        "every training is one of adapters of this rank; 0: as the recipe's [train] says",
+        low=0,
+        high=10**5,
+    )
     pool: int = setting(0, "unlabelled pairs per round; 0: an equal share of all of them", low=0)
     limit: int = setting(0, "only the first N human pairs, and as many labelled ones; 0: all", low=0)
     test_votes: int = setting(16, "votes of the row voting@N", low=2, high=10**4)

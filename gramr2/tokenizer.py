@@ -33,6 +33,7 @@ import tokenizers
 from tokenizers import pre_tokenizers
 
 from gramr2.chat_templates import compile_template
+from gramr2.directories import model_file
 from gramr2.fields import Fields
 from gramr2.files import InputError, need, open_file, parse_json, read_json
 from gramr2.settings import SAMPLING
@@ -79,17 +80,21 @@ class Tokenizer:
     @classmethod
     def load(cls, directory: str | Path, date: str | None = None) -> Tokenizer:
         """`date` ("2026-01-31") pins what a template prints as today."""
-        need(Path(directory).is_dir(), f"{directory}: no such model directory; download or train one first")
-        present = [name for name in FILES if (Path(directory) / name).exists()]
+        directory = Path(directory)
+        need(directory.is_dir(), f"{directory}: no such model directory; download or train one first")
+        home = model_file(directory, "tokenizer.json").parent  # an adapter's own, or its base's: no mixture
+        places = {name: home / name for name in FILES}
+        places |= {name: model_file(directory, name) for name in ("generation_config.json", "config.json")}
+        present = [name for name in FILES if places[name].exists()]
         need("tokenizer.json" in present, f"{directory}: holds no tokenizer.json")
         # Without its configuration, the model's says which tokens begin and end a text.
-        if "tokenizer_config.json" not in present and (Path(directory) / "config.json").exists():
+        if "tokenizer_config.json" not in present and places["config.json"].exists():
             present.append("config.json")
         files = {}
         for name in present:
             if name.endswith(".json") and name != "tokenizer.json":  # which its library reads
-                read_json(Path(directory) / name)
-            with open_file(Path(directory) / name) as file:
+                read_json(places[name])
+            with open_file(places[name]) as file:
                 files[name] = file.read()
         return cls(files, str(directory), date)
 

@@ -8,13 +8,17 @@ what transformers loads unchanged, and publishes the directory whole (files.py).
 `config.json` is understood as transformers 4 writes it (`rope_theta`, `rope_scaling`, `torch_dtype`) and
 as transformers 5 does (`rope_parameters`, `dtype`); what a model came with is what it is saved with.
 
+An adapter's directory (lora.py) is read as the whole model that it makes of its base.
+
 It leaves out: pickled checkpoints (never opened), quantised ones, downloads, and splitting over ranks
 (parallel.py distributes what `checkpoint_tensors` yields).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,12 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from gramr2.directories import ADAPTER, adapter_config, base_of, model_file, open_tensors
 from gramr2.fields import Fields
-from gramr2.files import InputError, need, open_file, publish_directory, read_json, short_hash
+from gramr2.files import InputError, JsonRow, need, publish_directory, read_json, short_hash
+from gramr2.lora import HEADS as TASKS
+from gramr2.lora import PREFIX, TENSORS, Adapter, adapted, seal_base
 from gramr2.model import Decoder, Llama3Rope, ModelConfig
 from gramr2.seals import CARD, SEALS, check_seals, read_signed, seal, seals_below, write_signed
 from gramr2.tokenizer import FILES, Tokenizer
@@ -86,6 +92,8 @@ WORDS |= {
     "attention": "self_attn",
     "attention_norm": "input_layernorm",
     "mlp_norm": "post_attention_layernorm",
+    "a": "lora_A",
+    "b": "lora_B",
 }
 # Old LLaMA-2 files carry this table; it is a function of the configuration and is computed anew.
 COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -119,10 +127,14 @@ def read_config(directory: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
         raise InputError(f"{directory}: no such model directory")
     if ".tmp-" in directory.name:
         raise InputError(f"{directory}: a half-written directory; use the one it was meant to become")
-    if not (directory / "config.json").is_file():
+    path = model_file(directory, "config.json")
+    if not path.is_file():
         raise InputError(f"{directory}: holds no config.json; expected a Hugging Face model directory")
-    raw = read_json(directory / "config.json")
-    return parse_config(Fields(raw, f"{directory / 'config.json'}: ")), raw
+    raw = read_json(path)
+    config, adapter = parse_config(Fields(raw, f"{path}: ")), adapter_config(directory)
+    if adapter and adapter.get("task_type", str, TASKS[0]) == TASKS[1]:
+        config = dataclasses.replace(config, num_labels=1)
+    return config, raw
 
 
 def parse_config(raw: Fields) -> ModelConfig:
@@ -237,6 +249,8 @@ def load(directory: str | Path, device="cpu", dtype="float32", date=None) -> tup
 
 def check_published(directory: Path) -> None:
     """Refuses a model that was published here and is no longer what it was; a prompt may be changed."""
+    if base := base_of(directory):
+        check_published(base)
     if (directory / SEALS).exists():
         seals = read_signed(directory / SEALS)
         mine = {name: seals[name] for name in seals if not name.endswith("_prompt.txt")}
@@ -251,20 +265,26 @@ def load_model(directory: str | Path, device="cpu", dtype="float32") -> Decoder:
     wanted = None if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
     state = {
         name: torch.empty(tensor.shape, dtype=wanted or tensor.dtype, device=device).copy_(tensor)
-        for name, tensor in checkpoint_tensors(directory, model)
+        for name, tensor in checkpoint_tensors(directory, model, device=device, dtype=wanted)
     }
     model.load_state_dict(state, assign=True)
     model.raw_config = raw
     return model.eval()
 
 
-def checkpoint_tensors(directory: str | Path, model: Decoder, fresh_score: bool = False) -> NamedTensors:
+def checkpoint_tensors(
+    directory: str | Path, model: Decoder, fresh_score=False, device="cpu", dtype: torch.dtype | None = None
+) -> NamedTensors:
     """Every weight of `model`, still in its file's map, all checked beforehand.
 
     With `fresh_score` a language model's checkpoint fills the backbone of a model with a scalar head: the
-    vocabulary's head is left behind, and the score is not expected.
+    vocabulary's head is left behind, and the score is not expected. What an adapter changes is merged on
+    `device`, and rounded once, to `dtype` (None: as the base is stored).
     """
     directory = Path(directory)
+    if base := base_of(directory):
+        yield from _merged_tensors(Adapter(directory), base, model, fresh_score, device, dtype)
+        return
     files = _tensor_files(directory)
     expected = {published_name(name): (name, tuple(p.shape)) for name, p in plain_parameters(model)}
     if fresh_score:
@@ -275,7 +295,7 @@ def checkpoint_tensors(directory: str | Path, model: Decoder, fresh_score: bool 
     known = {*expected, head} if model.config.tie_embeddings or fresh_score else expected.keys()
     if unused := [name for name in files if name not in known and not COMPUTED.fullmatch(name)]:
         raise InputError(f"{directory}: {_some(unused)} in the checkpoint, but not in the model")
-    opened = {path: _open(path) for path in set(files.values())}
+    opened = {path: open_tensors(path) for path in set(files.values())}
     stored = {name: opened[path] for name, path in files.items()}
     for name, (_, wanted) in expected.items():
         shape = tuple(stored[name].get_slice(name).get_shape())
@@ -290,31 +310,54 @@ def checkpoint_tensors(directory: str | Path, model: Decoder, fresh_score: bool 
         yield ours, stored[name].get_tensor(name)
 
 
+def _merged_tensors(
+    adapter: Adapter, base: Path, model: Decoder, fresh_score: bool, device: Any, dtype: torch.dtype | None
+) -> NamedTensors:
+    """A base's weights with what an adapter changes; a scalar head is the adapter's own."""
+    has_score = "score.weight" in adapter.tensors and not fresh_score
+    adapter.check(published_name(name) for name, _ in plain_parameters(model))
+    for name, tensor in checkpoint_tensors(base, model, fresh_score or has_score):
+        yield name, adapter.merged(published_name(name), tensor, device).to(dtype or tensor.dtype)
+    if has_score:
+        yield "score.weight", adapter.tensors["score.weight"]
+
+
+def adapter_tensors(directory: Path, decoder: Decoder) -> NamedTensors:
+    """An adapter's tensors for a decoder that is adapted in the same way, to go on with them."""
+    adapter, maps = Adapter(directory), adapted(decoder)
+    names = {f"{name.removesuffix('weight')}{half}.weight": name for name in maps for half in "ab"}
+    theirs = {name for name in adapter.tensors if name != "score.weight"}
+    same = theirs == {published_name(name) for name in names}
+    shapes = dict(decoder.named_parameters())
+    for name in names if same else ():
+        same &= adapter.tensors[published_name(name)].shape == shapes[name].shape
+        same &= math.isclose(adapter.scale, maps[names[name]].scale)
+    mend = "give the same --lora-rank, --lora-alpha and --lora-layers, or merge it first (train.py --merge)"
+    need(
+        same,
+        f"{directory}: is an adapter of another rank, alpha or choice of layers than is asked for; {mend}",
+    )
+    for name in (*names, *(["score.weight"] if "score.weight" in adapter.tensors else [])):
+        yield name, adapter.tensors[published_name(name)]
+
+
 def _tensor_files(directory: Path) -> dict[str, Path]:
     """Where each tensor stands: from the index where there is one, else from the single file."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if not index.exists():
         if not single.exists():
             raise InputError(f"{directory}: holds neither model.safetensors nor an index of files")
-        return dict.fromkeys(_open(single).keys(), single)
+        return dict.fromkeys(open_tensors(single).keys(), single)
     weight_map = Fields(read_json(index), f"{index}: ").get("weight_map", dict[str, str])
     need(weight_map, f"{index}: weight_map is empty")
     files = {name: directory / place for name, place in weight_map.items()}
     for path in sorted(set(files.values())):
         need(path.parent == directory, f"{index}: {path} leaves the directory; files are named, not paths")
         need(path.exists(), f"{path}: missing, though {index.name} names it")
-        absent = {name for name, place in files.items() if place == path} - set(_open(path).keys())
+        absent = {name for name, place in files.items() if place == path} - set(open_tensors(path).keys())
         if absent:
             raise InputError(f"{path}: {_some(sorted(absent))} missing, though {index.name} places it there")
     return files
-
-
-def _open(path: Path) -> safe_open:
-    try:
-        with open_file(path):  # a pipe would be waited for
-            return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: truncated or not safetensors ({error}); copy the file again") from None
 
 
 def _some(names: list[str]) -> str:
@@ -331,20 +374,28 @@ def save(
     directory: str | Path,
     extra: Mapping[str, str] | None = None,
     named: NamedTensors | None = None,
+    adapter: JsonRow | None = None,
 ) -> None:
     """Publishes a directory that transformers loads unchanged. `extra`: further text files, name → text.
 
-    `named` takes the place of the model's own tensors.
+    `named` takes the place of the model's own tensors. With `adapter`, which describes it, they are one's,
+    and the directory is one that PEFT loads.
     """
     directory = Path(directory)
     mine = not directory.is_dir() or (directory / SEALS).is_file()
     need(mine, f"{directory}: there are files that this project did not write; name another place")
     with publish_directory(directory) as place:
-        dtype = _write_tensors(named or model.named_parameters(), place)
         text = dict(tokenizer.files) if tokenizer else {}
         text |= {name: content.encode() for name, content in (extra or {}).items()}
-        config = published_config(model.config, dtype, model.raw_config)
-        text["config.json"] = json.dumps(config, indent=2).encode() + b"\n"
+        if adapter is None:
+            dtype = _write_tensors(named or model.named_parameters(), place)
+            name, written = "config.json", published_config(model.config, dtype, model.raw_config)
+        else:
+            tensors = {PREFIX + published_name(name): tensor for name, tensor in named or ()}
+            save_file(tensors, place / TENSORS, metadata={"format": "pt"})
+            name, written = ADAPTER, adapter
+            seal_base(place, Path(adapter["base_model_name_or_path"]))
+        text[name] = json.dumps(written, indent=2).encode() + b"\n"
         for name, content in text.items():
             (place / name).write_bytes(content)
         write_signed(place / SEALS, seals_below(place, (CARD,)))
@@ -361,6 +412,8 @@ def fingerprint(directory: str | Path) -> str:
         [*directory.glob("*.safetensors"), *(directory / name for name in ("config.json", *FILES))]
     )
     hashes = [f"{path.name} {seal(path, known.get(path.name))['hash']}" for path in files if path.is_file()]
+    if base := base_of(directory):
+        hashes += [f"scale {Adapter(directory).scale}", fingerprint(base)]
     return short_hash("\n".join(hashes).encode())
 
 

@@ -56,6 +56,8 @@ def trained(world, tmp_path_factory):
         if stage == "pretrain":
             data = write_rows(place / "said.jsonl", [{"question": "What is 1?", "response": "It is 1."}] * 8)
         assert train.main(words((world[0], data), place / stage, stage)) == 0
+    for stage in ("reward", "discriminative"):
+        assert train.main([*words(world, place / f"{stage}-lora", stage), "--lora-rank", "8"]) == 0
     return place
 
 
@@ -79,7 +81,7 @@ def greedy(model: Path, asked: str, longest: int) -> str:
     return tokenizer.decode(sample.ids)
 
 
-@pytest.mark.parametrize("stage", ["reward", "generative", "prover", "pretrain"])
+@pytest.mark.parametrize("stage", ["reward", "generative", "prover", "pretrain", "reward-lora"])
 def test_both_examples_run_and_transformers_writes_what_our_sampler_does(stage, trained, monkeypatch):
     """Also where the base's own file had a repetition penalty, which transformers applies to greedy ones."""
     model = trained / stage / "model"
@@ -95,8 +97,9 @@ def test_both_examples_run_and_transformers_writes_what_our_sampler_does(stage, 
     assert len(answer) > 4 and said(theirs, model, monkeypatch) == answer
 
 
-def test_a_scoring_models_examples_give_one_score(trained, monkeypatch):
-    model = trained / "discriminative/model"
+@pytest.mark.parametrize("stage", ["discriminative", "discriminative-lora"])
+def test_a_scoring_models_examples_give_one_score(stage, trained, monkeypatch):
+    model = trained / stage / "model"
     ours, theirs = examples((model / CARD).read_text())
     scores, label = said(ours, model, monkeypatch).splitlines()
     assert json.loads(said(theirs, model, monkeypatch)) == pytest.approx(json.loads(scores), abs=1e-4)

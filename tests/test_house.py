@@ -23,7 +23,9 @@ LAYERS = [
     ["gramr2.files"],
     ["gramr2.fields"],
     ["gramr2.kernels", "gramr2.records", "gramr2.settings", "gramr2.seals", "gramr2.chat_templates"],
+    ["gramr2.directories"],
     ["gramr2.prompts", "gramr2.tokenizer", "gramr2.cache", "gramr2.model"],
+    ["gramr2.lora"],
     ["gramr2.data", "gramr2.weights", "gramr2.loss", "gramr2.scoring", "gramr2.requests"],
     ["gramr2.denoise", "gramr2.selection", "gramr2.rankings", "gramr2.stages", "gramr2.parallel"],
     [
@@ -43,7 +45,7 @@ LAYERS = [
     ["gramr2.extras"],
     ["gramr2.commands"],
 ]
-BUDGET = {"core": 5910, "kernels": 1060, "extras": 4360}
+BUDGET = {"core": 6190, "kernels": 1060, "extras": 4360}
 LARGEST = 350  # lines of code of one file of the core
 
 

@@ -93,7 +93,9 @@ def drive(jobs: list[dict]) -> list[dict]:
 
 
 def weights_of(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "model" / "model.safetensors")
+    """Of the model, or the adapter, that a training left."""
+    (file,) = (out / "model").glob("*.safetensors")
+    return load_file(file)
 
 
 def curve(out: Path) -> list[float]:

@@ -17,6 +17,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from gramr2.directories import base_of, model_file
 from gramr2.extras.results import Results
 from gramr2.files import JsonRow, digest, publish_file, read_json, read_text, short_hash
 from gramr2.seals import CARD, read_signed
@@ -51,7 +52,8 @@ def card(model: Path, start: Path, **told: Any) -> str:
 
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, autoescape=False)
     template = environment.from_string(read_text(Path(__file__).with_suffix(".md")))
-    told |= {**read_json(model / "training.json"), "config": read_json(model / "config.json")}
+    told |= {**read_json(model / "training.json"), "config": read_json(model_file(model, "config.json"))}
+    told["adapter"] = base_of(model)
     told |= {"prompts": {path.name: read_text(path) for path in model.glob("*_prompt.txt")}}
     base, known = known_of(start)
     return template.render(told, base=base, known=known, tokenizer=Tokenizer.load(model), plain=plain)

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from gramr2.data import Store
+from gramr2.directories import model_file
 from gramr2.fields import Fields
 from gramr2.files import InputError, JsonRow, need, write_json
 from gramr2.records import OTHER, UNDECIDED, Judgment, Pair, nothing_read
@@ -330,7 +331,7 @@ def calibrate(path: Path, directory: Path) -> tuple[Path, JsonRow]:
     from gramr2.judge import CALIBRATION  # brings torch, which a table does not need
     from gramr2.weights import fingerprint
 
-    if not (directory / "config.json").is_file():
+    if not model_file(directory, "config.json").is_file():
         raise InputError(f"{directory}: not a model directory (it has no config.json)")
     rows = Store(path, partial(_checked, "pairs"))
     fitted = fit_calibrator(rows)

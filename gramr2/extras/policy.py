@@ -42,6 +42,7 @@ import torch
 
 from gramr2 import fit, parallel
 from gramr2.data import Store
+from gramr2.directories import model_files
 from gramr2.engine import Engine
 from gramr2.extras.policy_loss import PolicyGradient
 from gramr2.extras.policy_settings import PolicySettings
@@ -54,7 +55,6 @@ from gramr2.plan import Plan, read_model_config
 from gramr2.rankings import preference
 from gramr2.records import Example, Judgment, Pair, Tokens, messages_of, nothing_read, show
 from gramr2.sampler import generate
-from gramr2.seals import model_files
 from gramr2.tokenizer import Tokenizer
 from gramr2.weights import load_model
 
