@@ -154,14 +154,14 @@ def resolved(
     settings = resolve(SelfTrainSettings, recipe, ["selftrain"], overrides)
     check_names(settings, REGISTRIES)
     trainings: dict[str, TrainSettings] = {}
-    shared = {"seed": settings.seed}
-    if settings.lora_rank:
-        shared["lora_rank"] = settings.lora_rank
+    seed = {"seed": settings.seed}
+    adapters = {"lora_rank": settings.lora_rank} if settings.lora_rank else {}
     for name, stage in STAGES.items():
         model, data = None, getattr(sources, stage.data, ())
         if sources and "world" not in read_recipe(recipe):
             model = getattr(sources, stage.start) or sources.backbone
         tables = ["train", *stage.tables]
+        shared = seed if name == "pretrain" else seed | adapters  # which makes the toy's backbone, all of it
         trainings[name] = resolve(TrainSettings, recipe, tables, shared, model, data, settings.limit)
     return settings, trainings
 

@@ -252,9 +252,12 @@ def test_every_reason_is_counted(tmp_path):
         pair_row(3, "y" * 99),
     ]
     rows.append({"prompt": "q0", "response_a": "bad 0", "response_b": "good 0", "label": "B"})
-    account = convert("pairs", written(tmp_path / "x.jsonl", rows), tmp_path / "o.jsonl", max_characters=50)
-    assert account.dropped == {"empty": 1, "identical responses": 1, "duplicate": 2, "over-long": 1}
-    assert account.read == 6 and account.kept.total() == len(read(tmp_path / "o.jsonl")) == 1
+    rows = [row | {"domain": "code"} for row in rows] + [pair_row(9, domain="stem"), pair_row(8)]
+    path, out, how = written(tmp_path / "x.jsonl", rows), tmp_path / "o.jsonl", {"domain": ["code", "math"]}
+    account = convert("pairs", path, out, max_characters=50, **how)
+    reasons = {"empty": 1, "identical responses": 1, "duplicate": 2, "over-long": 1, "of another domain": 2}
+    assert account.dropped == reasons
+    assert account.read == 8 and account.kept.total() == len(read(tmp_path / "o.jsonl")) == 1
     assert any("duplicate 2" in line for line in account.lines())
 
 

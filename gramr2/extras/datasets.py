@@ -634,13 +634,16 @@ class Overlap:
 class Sieve:
     """Training data's filters, and the placement of the better response."""
 
-    def __init__(self, overlaps: list[Overlap], max_characters: int, seed: int):
+    def __init__(self, overlaps: list[Overlap], max_characters: int, domains: Sequence[str], seed: int):
         self.overlaps, self.max_characters, self.seen = overlaps, max_characters, Seen()
+        self.domains = domains
         self.random, self.placed = random.Random(seed), Counter[str | None]()
 
     def passes(self, pair: Pair) -> Item:
         """The pair in its place, or the reason why it is dropped."""
         a, b = pair.response_a.strip(), pair.response_b.strip()
+        if self.domains and pair.domain not in self.domains:
+            return "of another domain"
         if not a or not b or not pair.messages[-1][1].strip():
             return "empty"
         if a == b:
@@ -738,21 +741,23 @@ def _rows(sources: list[Source]) -> Iterator[tuple[str, Source, JsonRow | InputE
 
 def convert(
     name: str, path: str | Path, target: str | Path, against: Sequence[str | Path] = (), seed: int = 0,
-    max_characters: int = 0, malformed_limit: float = MALFORMED_LIMIT,
+    max_characters: int = 0, domain: Sequence[str] = (), malformed_limit: float = MALFORMED_LIMIT,
 ) -> Account:  # fmt: skip
     """Converts a file, or a directory of files, of the named format into a pair file; → its Account.
 
-    The options are those of the command. `against`: benchmark files; `max_characters`: 0 is no limit.
+    The options are those of the command. `against`: benchmark files; `max_characters`: 0 is no limit; of
+    `domain`, none are all.
     """
     typed(malformed_limit, float, "--malformed-limit", low=0, high=1)
     if name not in DATASETS:
         raise InputError(f'no format "{name}"; there are {", ".join(DATASETS)}')
     chosen, account, began = DATASETS[name], Account(), time.perf_counter()
-    if chosen.benchmark and (against or max_characters):
-        raise InputError(f"{name} is a benchmark, and converted whole: no --against and no --max-characters")
+    if chosen.benchmark and (against or max_characters or domain):
+        options = "--against, --max-characters and --domain are for training data"
+        raise InputError(f"{name} is a benchmark, and converted whole: {options}")
     sources = [Source(one, seed) for one in _inputs(Path(path))]
     _check_target(Path(target), [*(source.path for source in sources), *map(Path, against)])
-    sieve = Sieve([Overlap(Path(one)) for one in against], max_characters, seed)
+    sieve = Sieve([Overlap(Path(one)) for one in against], max_characters, domain, seed)
     with publish_file(target) as temporary, temporary.open("wb") as out:
         for where, source, row in _rows(sources):
             account.read += 1
@@ -797,6 +802,8 @@ def _parser() -> Parser:
     add("--against", nargs="+", default=[], metavar="FILE", help="benchmarks; overlapping pairs are removed")
     add("--seed", type=int, default=0, help="decides where the better response stands, and what is drawn")
     add("--max-characters", type=int, default=0, help="of question and responses; longer is dropped [none]")
+    domains = "only pairs of these, as helpsteer3's code or stem [all]"
+    add("--domain", nargs="+", default=[], metavar="NAME", help=domains)
     add("--malformed-limit", type=float, default=MALFORMED_LIMIT, help="share over which a file is refused")
     return parser
 
