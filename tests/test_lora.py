@@ -1,7 +1,11 @@
 """Adapters compute, train, stop and travel as PEFT's do, and merge into what they were beside."""
 
+import gc
 import json
 import shutil
+import tomllib
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +13,8 @@ from checkpoints import make_checkpoint
 from trainings import CONFIG, curve, distance, drive, job, make, same_bits, weights_of
 
 import gramr2
-from gramr2 import fit, parallel
+from gramr2 import fit, parallel, weights
+from gramr2.commands import selftrain
 from gramr2.commands import train as train_command
 from gramr2.directories import base_of
 from gramr2.files import InputError
@@ -229,3 +234,38 @@ def test_an_adapter_of_other_weights_is_refused(tmp_path):
     shutil.copy(other / "model.safetensors", model / "model.safetensors")
     with pytest.raises(InputError, match="trained on other weights"):
         gramr2.load(tmp_path / "run" / "model")
+
+
+def test_in_a_loop_one_base_is_in_memory_at_a_time_and_every_round_begins_from_it(
+    small, tmp_path, monkeypatch
+):
+    """Two of 8B, to prove and to judge or to train and to sample from, would not fit a card."""
+    alive, loads = weakref.WeakSet(), []
+
+    def alone(module, name):
+        original = getattr(module, name)
+
+        def first(*arguments, **named):
+            gc.collect()
+            assert not alive, f"{name} while another model is held"
+            model = original(*arguments, **named)
+            alive.add(model)
+            loads.append(name)
+            return model
+
+        monkeypatch.setattr(module, name, first)
+
+    alone(weights, "load_model")
+    alone(fit, "make_trainee")
+    monkeypatch.chdir(tmp_path)
+    assert selftrain.main(["--recipe", str(small), "--lora-rank", "4", "--no-baselines"]) == 0
+    assert loads.count("make_trainee") == 4 and loads.count("load_model") >= 7
+    models = {path.parent.name: base_of(path) for path in tmp_path.glob("runs/small/steps/*/model")}
+    backbone, prover = (micro_model(small, name) for name in ("backbone", "prover"))
+    assert len(models) == 4
+    for step, base in models.items():
+        assert base == (prover if step.endswith("-prover") else backbone)
+
+
+def micro_model(recipe, name):
+    return Path(tomllib.loads(recipe.read_text())["models"][name]).resolve()
