@@ -243,7 +243,7 @@ def clock(seconds: float) -> str:
 def gaps(run: RunReader, truth: dict[str, str]) -> Iterator[str]:
     """What a reader would look for and not find."""
     if len(run.rounds) < run.settings["iters"]:
-        yield f"Of its {run.settings['iters']} rounds, {len(run.rounds)} have been judged."
+        yield f"Rounds judged: {len(run.rounds)} of {run.settings['iters']}."
     if run.rounds and not truth:
         yield "The true labels of the unlabelled pairs are not known: nothing here says which are right."
     if not run.settings["baselines"]:
