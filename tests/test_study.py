@@ -67,7 +67,8 @@ def test_the_judges_own_rationale_turns_with_its_pair(tmp_path):
     pair = Pair((("user", "q"),), "yes", "no", label="A")
     row = {"label": "A", "rationale": text, "pair": replace(pair, label=None).to_json()}
     own = study.OwnRationales.__new__(study.OwnRationales)
-    for asked, expected in ((pair, text), (pair.swapped(), swap(text))):
+    shown = row | {"rationale": show(text)}  # as judges' rows have it since they are read by others
+    for asked, expected, row in ((pair, text, row), (pair, text, shown), (pair.swapped(), swap(text), shown)):
         made = own._own(asked, row)
         assert made["pair"]["label"] == asked.label and made["rationale"] == expected
         assert made["pair"]["response_a"] == asked.response_a
