@@ -140,6 +140,17 @@ def test_a_group_whose_rollouts_come_one_by_one_is_judged_as_one(labels, place):
     assert not labels.server.groups
 
 
+def test_a_group_that_stays_too_small_is_judged_as_it_is_and_counted(labels, place, monkeypatch):
+    """A trainer whose rollout was lost goes on; that its rewards are of fewer comparisons is not hidden."""
+    monkeypatch.setattr(serve, "GATHER", 0.3)
+    row = {"query": ["Which? That.", "Which? This."], "prompts": ["Which? "] * 2, "labels": ["", ""]}
+    wanted = make_judge(place, format="label").model.reward(
+        ["Which? "] * 2, ["That.", "This."], progress=False
+    )
+    assert labels.ask("/openrlhf?group=3", row)[1]["rewards"] == wanted
+    assert asyncio.run(metrics(labels.port))["groups_not_full_total"] == 1
+
+
 def test_a_scalar_judge_scores_and_writes_nothing(tmp_path):
     place = make_checkpoint(tmp_path / "model", "llama3", num_labels=1, tie_embeddings=False)
     here = Here(make_judge(place, format="scalar"))

@@ -68,8 +68,9 @@ def test_the_judges_own_rationale_turns_with_its_pair(tmp_path):
     row = {"label": "A", "rationale": text, "pair": replace(pair, label=None).to_json()}
     own = study.OwnRationales.__new__(study.OwnRationales)
     shown = row | {"rationale": show(text)}  # as judges' rows have it since they are read by others
-    for asked, expected, row in ((pair, text, row), (pair, text, shown), (pair.swapped(), swap(text), shown)):
-        made = own._own(asked, row)
+    cases = (pair, text, row), (pair, text, shown), (pair.swapped(), swap(text), shown)
+    for asked, expected, judged in cases:
+        made = own._own(asked, judged)
         assert made["pair"]["label"] == asked.label and made["rationale"] == expected
         assert made["pair"]["response_a"] == asked.response_a
     write_rows(tmp_path / "x.jsonl", [made])

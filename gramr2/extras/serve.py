@@ -285,8 +285,9 @@ class JudgeServer:
         for key, group in opened:
             group.full.wait(0 if self.stopping else GATHER)
             with self.lock:
-                if self.groups.get(key) is group:
+                if self.groups.get(key) is group:  # nobody else has come
                     del self.groups[key]
+                    self.counts["groups_not_full_total"] += 1
             members = sorted(group.members, key=lambda member: member[0])
             try:
                 texts = [text for text, _ in members]
