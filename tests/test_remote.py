@@ -258,5 +258,7 @@ def test_addresses_that_are_none_are_refused(words, expected, tmp_path, capsys, 
     pairs(tmp_path / "a.json", 1)
     status, out, err = run(capsys, "--pair", "a.json", *words)
     assert status == 2 and out == "" and expected in err
+    status, _, err = run(capsys, "--serve", "--model", "http://host/v1#x")
+    assert status == 2 and "is served already" in err
     status, _, err = run(capsys, "--calibrate", "a.json", "--model", "http://host/v1#x")
     assert status == 2 and "has none here" in err
