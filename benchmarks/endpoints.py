@@ -7,8 +7,8 @@ The model in DIR judges 20 pairs greedily and in both orders: here; as a judge e
 `transformers serve`; and served by `infer.py --serve`, asked by OpenAI's own client. It is shown three
 examples and asked for the letter alone, which any instruct model can give: what it writes to each of the 40
 questions, and each verdict, must be the same everywhere. Answers that cannot be read, or that are one letter
-throughout, prove nothing, and are said to. A repetition penalty in the model's generation_config.json, which an
-endpoint applies and no request can take back, is left out.
+throughout, prove nothing, and are said to. A repetition penalty in the model's generation_config.json, which
+an endpoint applies and no request can take back, is left out.
 
 Left out: probabilities, which neither server gives; endpoints that fail, and runs that are killed (pytest
 tests/test_remote.py).

@@ -119,7 +119,7 @@ class JudgeServer:
             there = ", ".join([*self.posts, *self.gets])
             raise Refusal(404, f"nothing is at {call.path:.60}; there are {there}")
         wanted = "POST" if call.path in self.posts else "GET"
-        if call.method not in (wanted, "HEAD" if wanted == "GET" else wanted):
+        if ("GET" if call.method == "HEAD" else call.method) != wanted:
             raise Refusal(405, f"{call.path} takes {wanted}", allow=wanted)
         if wanted == "GET":
             return self.gets[call.path]()
@@ -164,7 +164,8 @@ class JudgeServer:
         self.seen = now, tokens
         scheduler = self.thread.batch.scheduler
         found: JsonRow = {"requests_accepted": self.accepted, "requests_most": self.most}
-        found |= {"samples_running": len(scheduler.running), "tokens_total": tokens}
+        left = sum(each.left for each in list(self.thread.open.values()))
+        found |= {"samples_left": left, "samples_running": len(scheduler.running), "tokens_total": tokens}
         found |= {"tokens_per_second": round((tokens - before) / max(now - then, 1e-3), 1)}
         found |= {"cache_pages": scheduler.pool.num_pages, "cache_pages_used": scheduler.pool.used}
         with self.lock:
