@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import random
@@ -383,6 +384,30 @@ def test_an_answer_to_head_has_no_body_that_would_be_taken_for_the_next_answer(h
     answers = asyncio.run(speak()).split(b"HTTP/1.1 ")[1:]
     assert [each[:3] for each in answers] == [b"200", b"405", b"200"]
     assert [each.partition(b"\r\n\r\n")[2][:1] for each in answers] == [b"", b"", b"{"]
+
+
+def test_who_never_reads_his_answer_is_let_go(monkeypatch):
+    """Closing politely would wait until he has read it all: his socket and his answer would stay for ever."""
+    monkeypatch.setattr(http_server, "SECONDS", 0.3)
+    size = 1 << 25
+
+    async def speak():
+        async def answer(call):
+            return http_server.Answer(bytes(size))
+
+        server = http_server.HttpServer(answer, lambda call: None)
+        port = await server.open("127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 12)
+        writer.write(b"GET / HTTP/1.1\r\n\r\n")
+        await asyncio.sleep(1)
+        found = 0
+        with contextlib.suppress(ConnectionError):
+            while piece := await asyncio.wait_for(reader.read(1 << 16), 5):
+                found += len(piece)
+        await server.close()
+        return found
+
+    assert asyncio.run(speak()) < size
 
 
 def test_metrics_are_what_prometheus_reads(here):

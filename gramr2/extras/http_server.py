@@ -107,11 +107,12 @@ class HttpServer:
     async def _connected(self, reader: Any, writer: asyncio.StreamWriter) -> None:
         task: Any = asyncio.current_task()
         self.connections.add(task)
+        writer.transport.set_write_buffer_limits(0)  # an answer that was written is with the system
         try:
             while await self._exchange(reader, writer):
                 pass
         except (OSError, asyncio.IncompleteReadError, TimeoutError, asyncio.CancelledError):
-            pass  # the client's end, or ours
+            writer.transport.abort()  # the client's end, or ours: what was not taken yet is not waited for
         finally:
             self.connections.discard(task)
             writer.close()
