@@ -185,6 +185,7 @@ def serve_judge(given: argparse.Namespace, settings: JudgeSettings) -> int:
     typed(given.port, int, "--port", low=0, high=65535)
     typed(given.queue, int, "--queue", low=1, high=10**4)
     typed(given.timeout, float, "--timeout", above=0, high=10**6)
+    need(not isinstance(given.model, str), "--serve: takes a model here; one at a URL is served already")
     from gramr2.extras.serve import read_key, serve  # brings torch
 
     key = read_key(given.host, given.api_key_file)

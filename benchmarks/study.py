@@ -70,9 +70,8 @@ class OwnRationales(Run):
 
     def _own(self, pair: Pair, row: dict[str, Any]) -> dict[str, Any]:
         """The judgment's rationale belongs to the order that the pair was judged in."""
-        shown = Pair.from_json(row["pair"])
-        own = replace(shown, label=row["label"], rationale=row["rationale"])
-        turned = own if shown.response_a == pair.response_a else own.swapped()
+        own = Pair.from_json(row["pair"] | {"label": row["label"], "rationale": row["rationale"]})
+        turned = own if own.response_a == pair.response_a else own.swapped()
         bare = replace(turned, rationale=None).to_json()
         return {"pair": bare, "chosen": None, "rationale": turned.rationale, "ineligible": {}}
 

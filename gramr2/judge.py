@@ -263,7 +263,8 @@ class RewardModel:
         prompt, and the share that each has won. Whatever cannot be judged counts one half. `log` is given
         every (pair, judgment).
         """
-        if len(prompts) != len(completions) or len(completions) != len(references or completions):
+        as_many = completions if references is None else references
+        if not len(prompts) == len(completions) == len(as_many):
             raise InputError("reward: prompts, completions and references must be as many")
         questions = [(("user", prompt),) for prompt in prompts]
         if references is None and self.format.endings is None:

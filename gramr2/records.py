@@ -310,7 +310,7 @@ class Judgment(_Record):
     # {"A": n, "B": n, "none": n}
     votes: dict[str, int] = field(hash=False, metadata={"low": 0})
     abstained: int = field(default=0, metadata={"low": 0})
-    rationale: str | None = None  # of a vote for the label, in the stored form and the pair's order
+    rationale: str | None = None  # of a vote for the label, in the pair's order; for readers: as shown
     orders_agree: bool | None = None  # None where only one order was asked, or could be read
     details: tuple[Vote, ...] = ()
     forged: tuple[str, ...] = ()  # fields of the pair in which a line of the judge's prompt stands
@@ -369,13 +369,13 @@ def mean_over_orders(votes: Sequence[Vote], otherwise: float) -> float:
 
 
 def _surest_rationale(label: str | None, votes: Sequence[Vote]) -> str | None:
-    """The rationale of the surest vote for the label, in the pair's own order, as stored."""
+    """The rationale of the surest vote for the label, in the pair's own order, as shown."""
     sign = 1 if label == "A" else -1
     given = [vote for vote in votes if vote.label == label and vote.p_a is not None and vote.thinking]
     for vote in sorted(given, key=lambda vote: -sign * (vote.p_a or 0.0)):
         written = mark(vote.thinking)
         if vote.order == "AB" or not unmarked(written):
-            return written if vote.order == "AB" else swap(written)
+            return show(written if vote.order == "AB" else swap(written))
     return None
 
 

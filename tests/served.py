@@ -114,7 +114,7 @@ class Here:
 
         async def begin():
             self.server = JudgeServer(judge, key, most, timeout, self.ended.set)
-            self.http = HttpServer(self.server.answer)
+            self.http = HttpServer(self.server.answer, self.server.admit)
             self.port = await self.http.open("127.0.0.1", 0)
             self.server.thread.start()
             ready.set()

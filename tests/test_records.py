@@ -129,6 +129,13 @@ def test_arguments_have_names_of_their_own(text, shown):
     assert named(mark(text, "argument")) == set(re.findall("Response ([AB])", shown))
 
 
+@pytest.mark.parametrize("order, said", [("AB", "A"), ("BA", "B")])
+def test_a_judgments_rationale_is_for_whoever_reads_it(order, said):
+    """In the pair's order, and without slots, which no caller of a judge knows."""
+    vote = Vote("A", order, 0.9, "", f"<think>\nResponse {said} is it. ⟦sic⟧\n</think>\n<answer>A</answer>")
+    assert Judgment.from_votes([vote]).rationale == "Response A is it. ⟦sic⟧"
+
+
 def test_rationale_of_a_plain_file_is_marked_once():
     """A person writes "Response A" and a run writes slots: both are read as the same."""
     row = {

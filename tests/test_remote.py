@@ -95,9 +95,9 @@ def test_a_letter_that_is_not_among_the_likeliest_is_taken_for_the_last_of_them(
 
 def test_thinking_that_comes_apart_from_the_answer_is_the_rationale(tmp_path, capsys):
     with Endpoint() as server:
-        server.thinking = "Feedback:\nfine"
+        server.thinking = "Feedback:\nResponse A is fine."
         judged = judge_one(capsys, tmp_path, server)
-    assert judged["rationale"] == "Feedback:\nfine" and judged["p_a"] == pytest.approx(SURE)
+    assert judged["rationale"] == "Feedback:\nResponse A is fine." and judged["p_a"] == pytest.approx(SURE)
 
 
 def test_an_answer_that_was_cut_or_kept_back_is_no_verdict(tmp_path, capsys):
@@ -258,5 +258,7 @@ def test_addresses_that_are_none_are_refused(words, expected, tmp_path, capsys, 
     pairs(tmp_path / "a.json", 1)
     status, out, err = run(capsys, "--pair", "a.json", *words)
     assert status == 2 and out == "" and expected in err
+    status, _, err = run(capsys, "--serve", "--model", "http://host/v1#x")
+    assert status == 2 and "is served already" in err
     status, _, err = run(capsys, "--calibrate", "a.json", "--model", "http://host/v1#x")
     assert status == 2 and "has none here" in err

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+import runpy
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,52 +32,103 @@ def here(place):
 
 
 @pytest.fixture
-def snippet(here):
-    """What a snippet of the page defines, at the server that runs here."""
+def snippet(here, tmp_path):
+    """A snippet of the page as a file of its own, for the server that runs here and groups of three."""
 
-    def run(name: str) -> dict:
+    def write(name: str) -> Path:
         (code,) = re.findall(rf"<!-- run: {name} -->\n```python\n(.*?)```", PAGE, re.DOTALL)
-        defined: dict = {}
-        exec(code, defined)
-        defined["URL"] = re.sub(r":\d+", f":{here.port}", defined["URL"])
-        return defined
+        code = re.sub(r":8000/(\w+)(\?group=8)?", rf":{here.port}/\1?group=3", code)
+        place = tmp_path / f"{name}.py"
+        place.write_text(code)
+        return place
 
-    return run
+    return write
 
 
-def wanted(here, texts) -> list[float]:
-    status, answer = here.ask("/reward", {"prompts": ["Which?"] * len(texts), "completions": texts})
+def run(place: Path) -> dict:
+    return runpy.run_path(str(place))
+
+
+def wanted(here, texts, asked="Which?") -> list[float]:
+    status, answer = here.ask("/reward", {"prompts": [asked] * len(texts), "completions": texts})
     assert status == 200 and len(set(answer["rewards"])) > 1
     return answer["rewards"]
 
 
+FRAME = "<|im_start|>user\nWhich?<|im_end|>\n<|im_start|>assistant\n"
+ROLLOUTS = [([FRAME + text + "<|im_end|>\n"], [FRAME], [""]) for text in sorted(TEXTS)]
+
+
 def test_openrlhf_calls_the_function_with_one_rollout_at_a_time(here, snippet):
-    defined = snippet("openrlhf")
-    defined["URL"] = defined["URL"].replace("group=8", "group=3")
-    frame = "<|im_start|>user\nWhich?<|im_end|>\n<|im_start|>assistant\n"
-
-    def rollout(text):
-        return defined["reward_func"]([frame + text + "<|im_end|>\n"], [frame], [""])
-
-    texts = sorted(TEXTS)
     with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(rollout, texts))
-    assert [each["rewards"] for each in found] == [[reward] for reward in wanted(here, texts)]
+        found = list(pool.map(lambda rollout: run(snippet("openrlhf"))["reward_func"](*rollout), ROLLOUTS))
+    assert [each["rewards"] for each in found] == [[reward] for reward in wanted(here, sorted(TEXTS))]
     assert all(each["scores"] == each["rewards"] and each["extra_logs"] for each in found)
 
 
-def test_verl_calls_the_function_with_its_batch(here, snippet):
-    extras = np.array([{"question": "Which?", "index": i} for i in range(3)], dtype=object)
-    given = {"data_sources": np.array(["shop"] * 3, dtype=object), "solution_strs": TEXTS}
-    found = snippet("verl")["compute_score"](**given, ground_truths=[None] * 3, extra_infos=extras, votes=2)
-    assert found == wanted(here, TEXTS)
+@pytest.mark.parametrize("by", ["address", "function"])
+def test_openrlhf_itself_gets_its_rewards(here, snippet, by):
+    """What its rollouts call, with the address and with the file."""
+    agent = pytest.importorskip("openrlhf.utils.agent", reason="OpenRLHF is not here: pip install openrlhf")
+    url = f"http://127.0.0.1:{here.port}/openrlhf?group=3"
+    executor = agent.SingleTurnAgentExecutor(url if by == "address" else str(snippet("openrlhf")))
+    fetch = executor._fetch_rewards_via_http if by == "address" else executor._fetch_rewards_via_func
+
+    async def everybody():
+        return await asyncio.gather(*(fetch(*rollout) for rollout in ROLLOUTS))
+
+    found = [each["rewards"] for (each,) in asyncio.run(everybody())]
+    asked = FRAME if by == "address" else "Which?"
+    assert found == [[reward] for reward in wanted(here, sorted(TEXTS), asked)]
+
+
+def verl_calls(compute_score) -> list[float]:
+    """A rollout at a time, as its reward managers do."""
+    given = {"data_source": "shop", "ground_truth": None, "extra_info": {"question": "Which?", "index": 0}}
+
+    async def everybody():
+        return await asyncio.gather(*(compute_score(**given, solution_str=text) for text in sorted(TEXTS)))
+
+    return asyncio.run(everybody())
+
+
+def test_verl_calls_the_function_with_one_rollout_at_a_time(here, snippet):
+    assert verl_calls(run(snippet("verl"))["compute_score"]) == wanted(here, sorted(TEXTS))
+
+
+def test_verl_itself_gets_its_rewards(here, snippet, place):
+    """Its own reward manager, with the settings of the page."""
+    reward = pytest.importorskip("verl.trainer.ppo.reward", reason="verl is not here: pip install verl")
+    verl, omegaconf, transformers = map(pytest.importorskip, ("verl", "omegaconf", "transformers"))
+    function = {"path": str(snippet("verl")), "name": "compute_score", "reward_kwargs": {"votes": 2}}
+    manager = {"source": "register", "name": "naive"}
+    config = {"reward": {"custom_reward_function": function, "reward_manager": manager}}
+    config |= {"actor_rollout_ref": {"rollout": {"multi_turn": {}}}}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+
+    async def everybody():
+        managed = reward.load_reward_manager(omegaconf.OmegaConf.create(config), tokenizer)
+        return await asyncio.gather(*(managed.run_single(rollout(text)) for text in sorted(TEXTS)))
+
+    def rollout(text: str):
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        row = {
+            "data_source": "shop",
+            "reward_model": {"ground_truth": None},
+            "extra_info": {"question": "Which?"},
+        }
+        others = {name: np.array([value], dtype=object) for name, value in row.items()}
+        return verl.DataProto.from_dict({"responses": ids, "attention_mask": ids != -1}, others)
+
+    found = asyncio.run(everybody())
+    assert [each["reward_score"] for each in found] == wanted(here, sorted(TEXTS))
 
 
 def test_trl_trains_three_steps_on_the_judges_rewards(here, snippet, place, tmp_path):
     trl = pytest.importorskip("trl", reason="TRL is not here; no extra brings it: pip install trl")
     datasets, transformers = pytest.importorskip("datasets"), pytest.importorskip("transformers")
     pyarrow = pytest.importorskip("pyarrow")
-    judged, seen = snippet("trl")["judged"], []
+    judged, seen = run(snippet("trl"))["judged"], []
 
     def noted(prompts, completions, **columns):
         rewards = judged(prompts, completions, **columns)

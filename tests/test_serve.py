@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import random
@@ -117,6 +118,15 @@ def test_rewards_and_rankings_are_those_of_the_library_to_the_digit(labels, plac
     both = {"rewards": wanted, "scores": wanted, "extra_logs": {"judge_reward": wanted}}
     assert labels.ask("/openrlhf", remote) == (200, both)
     assert labels.ask("/openrlhf", remote | {"labels": references})[1]["rewards"] == against
+    # Of several addresses OpenRLHF asks all, most of them about nothing; a base model's prompt may be empty.
+    assert labels.ask("/openrlhf", {"query": [], "prompts": [], "labels": []})[1]["rewards"] == []
+    bare = {"query": ["This.", "That."], "prompts": ["", ""], "labels": []}
+    alone = judge.model.reward(bare["prompts"], bare["query"], progress=False)
+    assert labels.ask("/openrlhf", bare)[1]["rewards"] == alone
+    status, said = labels.ask("/reward", row | {"references": []})
+    assert status == 400 and "must be as many" in said["error"]["message"]
+    status, said = labels.ask("/judge", pair(0) | {"id": "x" * 5000, "question": "word " * 900})
+    assert status == 400 and len(said["error"]["message"]) < 1000
 
 
 def test_a_group_whose_rollouts_come_one_by_one_is_judged_as_one(labels, place):
@@ -138,6 +148,17 @@ def test_a_group_whose_rollouts_come_one_by_one_is_judged_as_one(labels, place):
     alone = {"query": ["Which? This."], "prompts": ["Which?"], "labels": [""]}
     assert labels.ask("/openrlhf", alone)[0] == 400  # and not a half for each
     assert not labels.server.groups
+
+
+def test_a_group_that_stays_too_small_is_judged_as_it_is_and_counted(labels, place, monkeypatch):
+    """A trainer whose rollout was lost goes on; that its rewards are of fewer comparisons is not hidden."""
+    monkeypatch.setattr(serve, "GATHER", 0.3)
+    row = {"query": ["Which? That.", "Which? This."], "prompts": ["Which? "] * 2, "labels": ["", ""]}
+    wanted = make_judge(place, format="label").model.reward(
+        ["Which? "] * 2, ["That.", "This."], progress=False
+    )
+    assert labels.ask("/openrlhf?group=3", row)[1]["rewards"] == wanted
+    assert asyncio.run(metrics(labels.port))["groups_not_full_total"] == 1
 
 
 def test_a_scalar_judge_scores_and_writes_nothing(tmp_path):
@@ -231,6 +252,9 @@ def test_told_to_stop_it_answers_what_was_accepted_and_refuses_what_comes(place,
     async def stop():
         port = server.port
         assert (await once(port, "/judge", pair(0)))[0] == 401
+        stranger = Client(port)  # is not waited for: his body would take the room of others
+        await stranger.send("/judge", **{"content-length": str(http_server.BODY)})
+        assert (await stranger.receive())[0] == 401
         assert (await once(port, "/metrics", authorization="Bearer 0123456789abcdeF"))[0] == 401
         clients = [Client(port) for _ in range(5)]
         for client in clients:
@@ -345,6 +369,45 @@ def test_requests_sent_ahead_are_answered_in_their_order_and_slow_ones_let_go(he
         return ahead, await reader.read()
 
     assert asyncio.run(speak()) == ([200, 404, 200, 200], b"")
+
+
+def test_an_answer_to_head_has_no_body_that_would_be_taken_for_the_next_answer(here):
+    """Load balancers ask so whether a server is there."""
+
+    async def speak():
+        reader, writer = await asyncio.open_connection("127.0.0.1", here.port)
+        for path in b"/health", b"/judge":
+            writer.write(b"HEAD " + path + b" HTTP/1.1\r\n\r\n")
+        writer.write(b"GET /health HTTP/1.0\r\n\r\n")
+        return await reader.read()
+
+    answers = asyncio.run(speak()).split(b"HTTP/1.1 ")[1:]
+    assert [each[:3] for each in answers] == [b"200", b"405", b"200"]
+    assert [each.partition(b"\r\n\r\n")[2][:1] for each in answers] == [b"", b"", b"{"]
+
+
+def test_who_never_reads_his_answer_is_let_go(monkeypatch):
+    """Closing politely would wait until he has read it all: his socket and his answer would stay for ever."""
+    monkeypatch.setattr(http_server, "SECONDS", 0.3)
+    size = 1 << 25
+
+    async def speak():
+        async def answer(call):
+            return http_server.Answer(bytes(size))
+
+        server = http_server.HttpServer(answer, lambda call: None)
+        port = await server.open("127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 12)
+        writer.write(b"GET / HTTP/1.1\r\n\r\n")
+        await asyncio.sleep(1)
+        found = 0
+        with contextlib.suppress(ConnectionError):
+            while piece := await asyncio.wait_for(reader.read(1 << 16), 5):
+                found += len(piece)
+        await server.close()
+        return found
+
+    assert asyncio.run(speak()) < size
 
 
 def test_metrics_are_what_prometheus_reads(here):

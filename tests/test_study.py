@@ -67,8 +67,10 @@ def test_the_judges_own_rationale_turns_with_its_pair(tmp_path):
     pair = Pair((("user", "q"),), "yes", "no", label="A")
     row = {"label": "A", "rationale": text, "pair": replace(pair, label=None).to_json()}
     own = study.OwnRationales.__new__(study.OwnRationales)
-    for asked, expected in ((pair, text), (pair.swapped(), swap(text))):
-        made = own._own(asked, row)
+    shown = row | {"rationale": show(text)}  # as judges' rows have it since they are read by others
+    cases = (pair, text, row), (pair, text, shown), (pair.swapped(), swap(text), shown)
+    for asked, expected, judged in cases:
+        made = own._own(asked, judged)
         assert made["pair"]["label"] == asked.label and made["rationale"] == expected
         assert made["pair"]["response_a"] == asked.response_a
     write_rows(tmp_path / "x.jsonl", [made])

@@ -24,6 +24,7 @@ from typing import Any
 HEAD, BODY = 1 << 14, 1 << 23  # most bytes of each
 CONNECTIONS, READING = 4096, 1 << 28  # most at once, and most bytes of bodies that are being read
 SECONDS = 60  # that a client may take to send a head, to send a body, and to take its answer
+LINE = 500  # most characters of a reason
 LINGER = 1.0  # seconds in which what is refused may still arrive: the answer must not be lost with it
 START = re.compile(r"([A-Z]{1,16}) (/[!-~]{0,2000}) HTTP/1\.([01])")
 FIELD = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([^\r\n\0]*)")
@@ -34,7 +35,7 @@ class Refusal(Exception):
 
     def __init__(self, status: int, reason: str, **headers: str):
         super().__init__(reason)
-        said = {"message": " ".join(reason.split()), "code": status}  # as OpenAI's clients read it
+        said = {"message": " ".join(reason.split())[:LINE], "code": status}  # as OpenAI's clients read it
         self.answer = as_json({"error": said}, status, **headers)
 
 
@@ -78,8 +79,12 @@ class Reader(asyncio.StreamReader):
 
 
 class HttpServer:
-    def __init__(self, answer: Callable[[Call], Coroutine[Any, Any, Answer]]):
-        self.answer, self.reading = answer, 0
+    """`admit` sees a call before its body, and refuses strangers, who must not take the room of others."""
+
+    def __init__(
+        self, answer: Callable[[Call], Coroutine[Any, Any, Answer]], admit: Callable[[Call], object]
+    ):
+        self.answer, self.admit, self.reading = answer, admit, 0
         self.connections: set[asyncio.Task] = set()
         self.answering = 0
 
@@ -102,11 +107,12 @@ class HttpServer:
     async def _connected(self, reader: Any, writer: asyncio.StreamWriter) -> None:
         task: Any = asyncio.current_task()
         self.connections.add(task)
+        writer.transport.set_write_buffer_limits(0)  # an answer that was written is with the system
         try:
             while await self._exchange(reader, writer):
                 pass
         except (OSError, asyncio.IncompleteReadError, TimeoutError, asyncio.CancelledError):
-            pass  # the client's end, or ours
+            writer.transport.abort()  # the client's end, or ours: what was not taken yet is not waited for
         finally:
             self.connections.discard(task)
             writer.close()
@@ -128,7 +134,7 @@ class HttpServer:
         try:
             found = await self._answer_unless_gone(call, reader)
             if found:
-                await self._write(writer, found, call.keeps)
+                await self._write(writer, found, call.keeps, call.method != "HEAD")
             return found is not None and call.keeps
         finally:
             self.answering -= 1
@@ -149,6 +155,7 @@ class HttpServer:
         except asyncio.LimitOverrunError:
             raise Refusal(431, f"a head of more than {HEAD} bytes") from None
         call = as_call(head)
+        self.admit(call)
         length = body_length(call)
         if self.reading + length > READING:
             raise Refusal(503, "too much is being read at once; come again", retry_after="1")
@@ -164,12 +171,12 @@ class HttpServer:
             self.reading -= length
         return call
 
-    async def _write(self, writer: asyncio.StreamWriter, answer: Answer, keeps: bool) -> None:
+    async def _write(self, writer: asyncio.StreamWriter, answer: Answer, keeps: bool, whole=True) -> None:
         connection = "keep-alive" if keeps else "close"
         fields = answer.headers | {"Content-Length": str(len(answer.body)), "Connection": connection}
         lines = [f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}"]
         lines += [f"{name}: {value}" for name, value in fields.items()]
-        writer.write("\r\n".join([*lines, "\r\n"]).encode("latin-1") + answer.body)
+        writer.write("\r\n".join([*lines, "\r\n"]).encode("latin-1") + answer.body * whole)
         async with asyncio.timeout(SECONDS):
             await writer.drain()
 

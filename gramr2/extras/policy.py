@@ -53,7 +53,7 @@ from gramr2.judge import RewardModel
 from gramr2.model import Decoder
 from gramr2.plan import Plan, read_model_config
 from gramr2.rankings import preference
-from gramr2.records import Example, Judgment, Pair, Tokens, messages_of, nothing_read, show
+from gramr2.records import Example, Judgment, Pair, Tokens, messages_of, nothing_read
 from gramr2.sampler import generate
 from gramr2.tokenizer import Tokenizer
 from gramr2.weights import load_model
@@ -275,7 +275,7 @@ def by_response(log: Log) -> dict[tuple[str, str], list[dict[str, Any]]]:
         if isinstance(found, InputError):
             row["error"] = str(found)
         else:
-            row["written"] = show(found.rationale or "") if row["read"] else found.details[0].text
+            row["written"] = found.rationale or "" if row["read"] else found.details[0].text
         rows.setdefault((pair.question, pair.response_a), []).append(row)
     return rows
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 from gramr2.files import JsonRow, as_started, visible
 from gramr2.rankings import Ranking
-from gramr2.records import UNDECIDED, Pair, show
+from gramr2.records import UNDECIDED, Pair
 
 EXCERPT = 150  # characters of an unreadable answer that are shown
 UNTRAINED = (
@@ -37,7 +37,7 @@ def judgment_text(pair: Pair, judgment: JsonRow) -> str:
     lines += unread_lines(judgment["details"], judgment["judge"]["format"])
     lines += forged_lines([judgment["forged"]])
     if judgment["rationale"]:
-        lines += ["", show(judgment["rationale"])]
+        lines += ["", judgment["rationale"]]
     return visible("\n".join(lines))
 
 

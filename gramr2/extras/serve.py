@@ -95,25 +95,31 @@ class JudgeServer:
 
     # ------------------------------------------------------------------ in the I/O loop
 
+    def admit(self, call: Call) -> None:
+        given = call.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        if self.key and call.path != "/health" and not hmac.compare_digest(given, self.key.encode()):
+            self.count_request(call, 401)
+            raise Refusal(401, "give the key: Authorization: Bearer KEY", www_authenticate="Bearer")
+
+    def count_request(self, call: Call, status: int) -> None:
+        path = call.path if call.path in {*self.posts, *self.gets} else "other"
+        with self.lock:
+            self.counts[f'requests_total{{path="{path}",status="{status}"}}'] += 1
+
     async def answer(self, call: Call) -> Answer:
         try:
             found = await self._answer(call)
         except Refusal as refusal:
             found = refusal.answer
-        path = call.path if call.path in {*self.posts, *self.gets} else "other"
-        with self.lock:
-            self.counts[f'requests_total{{path="{path}",status="{found.status}"}}'] += 1
+        self.count_request(call, found.status)
         return found
 
     async def _answer(self, call: Call) -> Answer:
-        given = call.headers.get("authorization", "").removeprefix("Bearer ").encode()
-        if self.key and call.path != "/health" and not hmac.compare_digest(given, self.key.encode()):
-            raise Refusal(401, "give the key: Authorization: Bearer KEY", www_authenticate="Bearer")
         if call.path not in {*self.posts, *self.gets}:
             there = ", ".join([*self.posts, *self.gets])
             raise Refusal(404, f"nothing is at {call.path:.60}; there are {there}")
         wanted = "POST" if call.path in self.posts else "GET"
-        if call.method != wanted:
+        if ("GET" if call.method == "HEAD" else call.method) != wanted:
             raise Refusal(405, f"{call.path} takes {wanted}", allow=wanted)
         if wanted == "GET":
             return self.gets[call.path]()
@@ -158,7 +164,8 @@ class JudgeServer:
         self.seen = now, tokens
         scheduler = self.thread.batch.scheduler
         found: JsonRow = {"requests_accepted": self.accepted, "requests_most": self.most}
-        found |= {"samples_running": len(scheduler.running), "tokens_total": tokens}
+        left = sum(each.left for each in list(self.thread.open.values()))
+        found |= {"samples_left": left, "samples_running": len(scheduler.running), "tokens_total": tokens}
         found |= {"tokens_per_second": round((tokens - before) / max(now - then, 1e-3), 1)}
         found |= {"cache_pages": scheduler.pool.num_pages, "cache_pages_used": scheduler.pool.used}
         with self.lock:
@@ -249,9 +256,9 @@ class JudgeServer:
         need(len(queries) == len(prompts), "query and prompts should be as many")
         completions = []
         for asked, prompt in zip(queries, prompts, strict=True):
-            _, found, rest = asked.partition(prompt)
-            need(bool(found), "a query should hold its prompt, and its rollout behind it")
-            completions.append(without_ends(rest))
+            place = asked.find(prompt)
+            need(place >= 0, "a query should hold its prompt, and its rollout behind it")
+            completions.append(without_ends(asked[place + len(prompt) :]))
         labels = fields.get("labels", list, [])
         references = labels if labels and all(isinstance(each, str) and each for each in labels) else None
         size = parse_qs(query).get("group", ["1"])[0]
@@ -260,7 +267,7 @@ class JudgeServer:
         if compares and int(size) > 1:
             rewards = self.gathered(prompts, completions, int(size), settings)
         else:
-            alone = compares and len(set(prompts)) == len(prompts)
+            alone = compares and len(set(prompts)) == len(prompts) > 0
             need(not alone, "a rollout alone compares with nothing: send labels, or ask for ?group=N")
             rewards = self.rewards(prompts, completions, references, settings)
         return {"rewards": rewards, "scores": rewards, "extra_logs": {"judge_reward": rewards}}
@@ -285,8 +292,9 @@ class JudgeServer:
         for key, group in opened:
             group.full.wait(0 if self.stopping else GATHER)
             with self.lock:
-                if self.groups.get(key) is group:
+                if self.groups.get(key) is group:  # nobody else has come
                     del self.groups[key]
+                    self.counts["groups_not_full_total"] += 1
             members = sorted(group.members, key=lambda member: member[0])
             try:
                 texts = [text for text, _ in members]
@@ -400,7 +408,7 @@ async def _serve(judge: Judge, host: str, port: int, key: str | None, most: int,
 
     for kind in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(kind, tell)
-    http = HttpServer(server.answer)
+    http = HttpServer(server.answer, server.admit)
     try:
         port = await http.open(host, port)
     except OSError as error:
