@@ -52,6 +52,7 @@ from gramr2.files import (
 from gramr2.interrupts import AGAIN
 from gramr2.loss import OBJECTIVES, Objective, Trainee, collate
 from gramr2.model import Decoder, ModelConfig
+from gramr2.optimizer import make_optimizer
 from gramr2.plan import make_plan, read_model_config, split_into_packs
 from gramr2.records import Example
 from gramr2.seals import SEALS, check_seals, model_files, read_signed
@@ -260,19 +261,6 @@ def make_trainee(
     stored, trainee.decoder.raw_config = read_config(model_dir)
     parallel.load_weights(trainee, model_dir, fresh_score=config.num_labels > stored.num_labels)
     return trainee.train()
-
-
-def make_optimizer(parameters: Sequence[nn.Parameter], settings: TrainSettings) -> torch.optim.AdamW:
-    """Fused AdamW; matrices decay and vectors (norms, biases) do not. Its state exists from the start."""
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True)
-    for parameter in parameters:
-        moments = {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
-    return optimizer
 
 
 def learning_rate_at(step: int, steps: int, settings: TrainSettings) -> float:
