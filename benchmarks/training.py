@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import common
 import torch
@@ -170,10 +171,12 @@ def lengths(shape: str, tokens: int) -> tuple[int, int]:
 
 
 def prepare(
-    model: ModelConfig, length: int, tokens: int, ranks: parallel.Ranks, compiled: bool
+    model: ModelConfig, length: int, tokens: int, ranks: parallel.Ranks, compiled: bool, **more: Any
 ) -> tuple[fit.Loop, list[Example]]:
-    """-> (what takes steps, with random weights; the examples of a step)."""
-    settings = dataclasses.replace(CONFIG, max_length=length, token_budget=tokens // 2, compile=compiled)
+    """-> (what takes steps, with random weights; the examples of a step, in two packs)."""
+    settings = dataclasses.replace(
+        CONFIG, max_length=length, token_budget=tokens // 2, compile=compiled, **more
+    )
     again = cost.recomputed_blocks(settings, model, ranks)
     settings = dataclasses.replace(settings, recompute=again)
     with torch.device("meta"):

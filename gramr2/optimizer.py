@@ -29,7 +29,6 @@ from gramr2.resume import local_part, own_rows
 from gramr2.settings import TrainSettings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-EPSILON = 1e-8  # torch's own
 BLOCK = 1 << 21  # elements that are in float32 at once: 8 MB a tensor
 
 
@@ -39,13 +38,11 @@ def make_optimizer(parameters: Sequence[nn.Parameter], settings: TrainSettings) 
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
     ]
-    options: dict[str, Any] = {"lr": settings.lr, "betas": (settings.beta1, settings.beta2), "eps": EPSILON}
+    options: dict[str, Any] = {"lr": settings.lr, "betas": (settings.beta1, settings.beta2), "eps": 1e-8}
     dtype = getattr(torch, settings.optimizer_dtype)
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer = RoundedAdamW(groups, options | {"seed": settings.seed})
     if dtype == torch.float32:
         optimizer = torch.optim.AdamW(groups, **options, fused=True)
-    else:
-        optimizer = RoundedAdamW(groups, options, settings.seed)
     for parameter in parameters:
         moments = {key: torch.zeros_like(parameter, dtype=dtype, requires_grad=False) for key in MOMENTS}
         where = parameter.device if dtype == torch.float32 else "cpu"  # the fused one counts on the device
@@ -56,10 +53,6 @@ def make_optimizer(parameters: Sequence[nn.Parameter], settings: TrainSettings) 
 class RoundedAdamW(torch.optim.Optimizer):
     """AdamW on float32 weights; its moments, which `make_optimizer` lays, are in bfloat16."""
 
-    def __init__(self, groups: list[dict[str, Any]], options: dict[str, Any], seed: int):
-        super().__init__(groups, options)
-        self.seed = seed
-
     @torch.no_grad()
     def step(self, closure=None):
         places = [(each, group) for group in self.param_groups for each in group["params"]]
@@ -67,14 +60,14 @@ class RoundedAdamW(torch.optim.Optimizer):
             if parameter.grad is not None:
                 self.update(number, parameter, **group)
 
-    def update(self, number: int, parameter: nn.Parameter, lr, betas, eps, weight_decay, **_: Any) -> None:
-        """One parameter, block by block."""
+    def update(self, number: int, parameter: nn.Parameter, lr, betas, eps, weight_decay, seed, **_) -> None:
+        """One parameter, with its group's options, block by block."""
         state = self.state[parameter]
         state["step"] += 1
         count, (beta1, beta2) = int(state["step"]), betas
         tensors = parameter, parameter.grad, *(state[key] for key in MOMENTS)
         weight, gradient, first, second = (local_part(tensor.detach()) for tensor in tensors)
-        for rows, noise in blocks(parameter, f"{self.seed} {count} {number}"):
+        for rows, noise in blocks(parameter, f"{seed} {count} {number}"):
             new = gradient[rows]
             mean = first[rows].float().lerp_(new, 1 - beta1)
             square = second[rows].float().mul_(beta2).addcmul_(new, new, value=1 - beta2)
