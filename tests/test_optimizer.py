@@ -20,28 +20,35 @@ def nearest(values, noise):
     return values.to(torch.bfloat16)
 
 
-def trained(settings: TrainSettings, steps: int = 400, size: int = 4000):
+def trained(settings: TrainSettings, device: str = "cpu", steps: int = 400):
     """A matrix after gradients that become a hundred times smaller, and its second moment."""
-    weight = nn.Parameter(torch.ones(4, size // 4))
+    weight = nn.Parameter(torch.ones(4, 1000, device=device))
     adam = optimizer.make_optimizer([weight], settings)
     draw = torch.Generator().manual_seed(1)
     for step in range(steps):
         scale = 1.0 if step < steps // 2 else 0.01
-        weight.grad = scale * (1 + 0.3 * torch.randn(weight.shape, generator=draw))
+        weight.grad = scale * (1 + 0.3 * torch.randn(weight.shape, generator=draw)).to(device)
         adam.step()
     return weight.detach(), adam.state[weight]["exp_avg_sq"].float()
 
 
-def test_moments_in_bfloat16_follow_those_in_float32_where_rounding_to_nearest_stalls(monkeypatch):
+def test_moments_in_bfloat16_follow_float32_where_rounding_to_nearest_stalls(monkeypatch, device="cpu"):
     """With beta2 0.999 a gradient that shrinks leaves the second moment where it was, for ever, when each
     step of a thousandth is rounded away; and the size of an update with it."""
-    exact, moment = trained(replace(HALF, optimizer_dtype="float32"))
-    ours, rounded = trained(HALF)
+    exact, moment = trained(replace(HALF, optimizer_dtype="float32"), device)
+    ours, rounded = trained(HALF, device)
     assert rounded.mean() == pytest.approx(float(moment.mean()), rel=0.01)
     assert (ours - exact).norm() < 0.005 * (exact - 1).norm()
     monkeypatch.setattr(optimizer, "rounded", nearest)
-    _, stalled = trained(HALF)
+    _, stalled = trained(HALF, device)
     assert abs(float(stalled.mean() / moment.mean()) - 1) > 0.2
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: pytest -m cuda")
+def test_so_they_do_on_a_gpu(monkeypatch):
+    """Its generator is another, and so is its arithmetic on 32 bits."""
+    test_moments_in_bfloat16_follow_float32_where_rounding_to_nearest_stalls(monkeypatch, "cuda")
 
 
 def test_a_number_is_rounded_to_its_neighbours_and_on_average_to_itself():

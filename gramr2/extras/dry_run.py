@@ -1,6 +1,6 @@
 """What `train` would do, and the memory that it would take: the data are read, and no weight.
 
-So it serves for models that this machine could never hold.
+So it serves for models that this machine could never hold, and names the cards on which they would fit.
 
 It leaves out: the time, which nothing but a measurement tells (benchmarks/training.py).
 """
