@@ -8,8 +8,8 @@ The same training, equation 2, from the same weights on the same batches, once f
 each seed (which decides the batches too). `loss` is that of rows held out of the training, after its last
 step. What is asked is whether the difference that bfloat16 makes stands out of the difference that another
 seed makes. For the toy also with moments that are rounded to nearest: what stochastic rounding is there
-to prevent. Bytes are what the tensors hold: weights, gradients and moments. Rows that stand in the result are
-not measured again; what stands there of the other part stays.
+to prevent. An update is also timed alone. Bytes are what the tensors hold: weights, gradients and moments.
+Rows that stand in the result are not measured again; what stands there of the other part stays.
 
 Left out: accuracies, long trainings, and GPUs, where a step's share that is the optimizer's is another.
 """
@@ -84,6 +84,17 @@ def measure(way: str, settings: TrainSettings, model: Path, files: list[Path]) -
     }
 
 
+def updates() -> dict[str, dict]:
+    """An update alone, of a matrix of four million parameters, in turns."""
+    weights = {dtype: torch.nn.Parameter(torch.zeros(4096, 1024)) for dtype in dict.fromkeys(WAYS.values())}
+    steps = {}
+    for dtype, weight in weights.items():
+        weight.grad = torch.randn_like(weight)
+        steps[dtype] = optimizer.make_optimizer([weight], TrainSettings(optimizer_dtype=dtype)).step
+    timings = common.compare(steps, 15)
+    return {dtype: each | {"ns": each["seconds"] / (4096 * 1024) * 1e9} for dtype, each in timings.items()}
+
+
 def inputs(part: str, arguments: argparse.Namespace, place: Path) -> tuple[TrainSettings, Path, list[Path]]:
     """-> (settings, the model, the rows of the training and those that are held out)."""
     if part == "toy":
@@ -124,7 +135,8 @@ def main() -> int:
                 continue
             found = measure(way, dataclasses.replace(settings, seed=seed), model, files)
             rows.append({"way": way, "seed": seed, **found})
-            common.write_result("optimizer", {"parts": parts})  # after each: an hour is long
+            common.write_result("optimizer", {"parts": parts})  # after each: half an hour is long
+    common.write_result("optimizer", {"parts": parts, "updates": updates()})
     return 0
 
 

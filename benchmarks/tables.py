@@ -162,9 +162,9 @@ def optimizer(result):
             mine = [row for row in rows if row["way"] == way]
             changes = [row["loss"] - losses["float32", row["seed"]] for row in mine]
             shown = f"{statistics.fmean(row['loss'] for row in mine):.4f}"
-            shift = f"{statistics.fmean(changes):+.4f}", f"{max(map(abs, changes)):.4f}"
+            shift = f"{statistics.fmean(changes):+.1g}", f"{max(map(abs, changes)):.1g}"
             cells = [shown, *(shift if way != "float32" else ("", ""))]
-            cells += [f"{max(exact) - min(exact):.4f}", f"{mine[0]['bytes']:.0f}"]
+            cells += [f"{max(exact) - min(exact):.1g}" if exact[1:] else "", f"{mine[0]['bytes']:.0f}"]
             cells.append(f"{statistics.median(row['seconds'] for row in mine):.2f}")
             lines.append((f"{about[part]}, {mine[0]['steps']} steps: {way}", *cells, len(mine)))
     header = (
@@ -177,7 +177,10 @@ def optimizer(result):
         "s a step",
         "seeds",
     )
-    return f"{where(result['environment'])}\n\n{grid(header, lines)}"
+    each = " and ".join(f"{found['ns']:.1f} ns in {name}" for name, found in result["updates"].items())
+    about = f"An update alone takes a parameter {each}, one thread (ratio "
+    about += f"{result['updates']['bfloat16']['ratio']:.0f}). {where(result['environment'])}"
+    return f"{about}\n\n{grid(header, lines)}"
 
 
 @table("training-cuda")
