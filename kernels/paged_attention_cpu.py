@@ -23,16 +23,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, groupby, repeat
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .reads import Reads
 from .reference import write_kv as write_kv  # it is as fast as it is plain
 
 KEYS = 128  # keys of a cut of the sum: MKL adds up to 192 products in one order, however many zeros follow
 ROWS = 8  # rows are padded to a multiple: a matmul of fewer takes another kernel, which rounds differently
-ROWS_AT_ONCE = 16  # where the number of rows matters beyond that (any_number_of_rows)
+ROWS_AT_ONCE = 16  # where the number of rows matters beyond that (rows_alike)
 LOWEST = -1e30  # a log-sum-exp of nothing; finite, so that a difference of two of them is 0 and not NaN
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -46,7 +46,7 @@ class Layout:
     runs_UGC: Tensor  # page * G + group: where a group's keys of a page stand
     mask_URW: Tensor | None  # what is added to scores to hide keys; None where all are visible
     back_SZ: Tensor
-    absent_SZ: Tensor | None  # query heads that no item has, if there are any
+    absent_A: Tensor | None  # places in back_SZ of the query heads that no item has, if there are any
     # To gather keys and values in: fresh memory for every layer would cost more than filling it.
     buffers: list[Tensor]
 
@@ -83,15 +83,15 @@ def _attend(q_ZK, keys_NGPK, values_NGPK, layout, o_SZK, lse_SZ):
     back = layout.back_SZ.view(-1)
     torch.index_select(o_UGRK.reshape(-1, size), 0, back, out=o_SZK.view(-1, size))
     torch.index_select(lse_UGR.flatten(), 0, back, out=lse_SZ.view(-1))
-    if layout.absent_SZ is not None:
-        o_SZK.masked_fill_(layout.absent_SZ[..., None], 0)
-        lse_SZ.masked_fill_(layout.absent_SZ, LOWEST)
+    if layout.absent_A is not None:
+        o_SZK.view(-1, size).index_fill_(0, layout.absent_A, 0)
+        lse_SZ.view(-1).index_fill_(0, layout.absent_A, LOWEST)
 
 
 def _softmax_part(q_UGRK, k_UGWK, v_UGWK, mask_U1RW):
     """Attention over the keys of each cut -> (its result, log-sum-exp of its scores)."""
     if q_UGRK.device.type == "cpu":
-        if any_number_of_rows(q_UGRK.shape[3]):
+        if rows_alike(q_UGRK.shape[3]):
             return _fused(q_UGRK, k_UGWK, v_UGWK, attn_mask=mask_U1RW)
         masks = repeat(None) if mask_U1RW is None else mask_U1RW.split(ROWS_AT_ONCE, 2)
         rows = zip(q_UGRK.split(ROWS_AT_ONCE, 2), masks, strict=False)
@@ -104,20 +104,28 @@ def _softmax_part(q_UGRK, k_UGWK, v_UGWK, mask_U1RW):
 
 
 @lru_cache
-def any_number_of_rows(size: int) -> bool:
-    """Whether a row has the same bits in any multiple of ROWS. With AVX2 alone MKL chooses a kernel by their
-    number, and may round by a row's place in it; but not in 16.
+def rows_alike(size: int) -> int | None:
+    """The fewest rows, in multiples of which a row has the same bits in any number of them. With AVX2 alone
+    there are none: MKL chooses a kernel by their number, and may round by a row's place in it.
     """
     draw = torch.Generator().manual_seed(0)
     q_11RK = torch.randn(1, 1, 192, size, generator=draw)
     k_11WK, v_11WK = torch.randn(2, 1, 1, KEYS, size, generator=draw)
     whole_11RK = _fused(q_11RK, k_11WK, v_11WK)[0]
-    fewer = [slice(0, rows) for rows in (8, 16, 24, 40, 64)] + [slice(8, 24)]
-    return all(_fused(q_11RK[:, :, each], k_11WK, v_11WK)[0].equal(whole_11RK[:, :, each]) for each in fewer)
+
+    def alike(unit: int) -> bool:
+        parts = [slice(0, unit * n) for n in (1, 2, 3, 5, 8, 12)] + [
+            slice(n * unit, 3 * unit) for n in (1, 2)
+        ]
+        return all(
+            _fused(q_11RK[:, :, each], k_11WK, v_11WK)[0].equal(whole_11RK[:, :, each]) for each in parts
+        )
+
+    return next((unit for unit in (2, 4, ROWS) if alike(unit)), None)
 
 
 def _unit(size):
-    return ROWS if any_number_of_rows(size) else ROWS_AT_ONCE
+    return rows_alike(size) or ROWS_AT_ONCE
 
 
 def _merge(o_SZK, lse_SZ):
@@ -138,44 +146,59 @@ def _kept_layout(reads, tokens, heads, keys_NGPK):
 
 
 def _layout(reads, tokens, heads, keys_NGPK):
-    parts = [_part(batch, tokens, heads, keys_NGPK) for batch in reads]
-    there, hidden, pages, back = zip(*parts, strict=True)
+    """On the host, in numpy: many small steps, for which it takes a third of torch's time."""
+    groups, page, device = *keys_NGPK.shape[1:3], keys_NGPK.device
+    sizes = tokens, heads, groups, page, _unit(keys_NGPK.shape[3])
+    there, hidden, pages, back = zip(*(_part(batch, *sizes) for batch in reads), strict=True)
     most = max(each.shape[2] for each in hidden), max(each.shape[1] for each in pages)
-    hidden_URW = torch.cat([pad(each, (0, most[0] - each.shape[2]), value=True) for each in hidden])
-    pages_UC = torch.cat([pad(each, (0, most[1] - each.shape[1])) for each in pages])
-    there_UGR, groups = torch.cat(there), keys_NGPK.shape[1]
+    mask_URW = np.concatenate([_wider(each, most[0], True) for each in hidden]) * np.float32(LOWEST)
+    pages_UC = np.concatenate([_wider(each, most[1], 0) for each in pages])
     # Each part's results are counted from its own first on.
-    begins = [0, *accumulate(each.numel() for each in there)]
-    back_SZ = torch.cat([each + begin * (each >= 0) for each, begin in zip(back, begins, strict=False)])
-    runs_UGC = pages_UC[:, None] * groups + torch.arange(groups, device=pages_UC.device)[:, None]
-    mask_URW = torch.zeros(hidden_URW.shape, device=there_UGR.device).masked_fill_(hidden_URW, LOWEST)
-    absent_SZ = back_SZ < 0
+    begins = [0, *accumulate(each.size for each in there)]
+    back_SZ = np.concatenate([each + begin * (each >= 0) for each, begin in zip(back, begins, strict=False)])
+    runs_UGC = pages_UC[:, None] * groups + np.arange(groups)[:, None]
+    arrays = np.minimum(np.concatenate(there), tokens * heads - 1), runs_UGC, np.maximum(back_SZ, 0)
+    there_UGR, runs_UGC, back_SZ, mask_URW, absent_A = (
+        torch.from_numpy(each).to(device) for each in (*arrays, mask_URW, np.flatnonzero(back_SZ < 0))
+    )
     return Layout(
-        there_UGR.clamp(max=tokens * heads - 1), runs_UGC,
-        mask_URW if hidden_URW.any() else None,
-        back_SZ.clamp(min=0), absent_SZ if absent_SZ.any() else None,
+        there_UGR, runs_UGC, mask_URW if mask_URW.any() else None,
+        back_SZ, absent_A if len(absent_A) else None,
         [keys_NGPK.new_empty(runs_UGC.numel(), *keys_NGPK.shape[2:]) for _ in range(2)],
     )  # fmt: skip
 
 
-def _part(reads, tokens, heads, keys_NGPK):
+def _part(reads, tokens, heads, groups, page, unit):
     """Of one batch of reads: where each row's queries are from, its hidden keys, its pages, where it goes."""
-    (groups, page), (items, pages) = keys_NGPK.shape[1:3], reads.pages_IM.shape
-    rows_IJ = torch.where(reads.visible_IJ > 0, reads.rows_IJ, -1)
-    rows_IJ = rows_IJ.masked_fill(rows_IJ < 0, tokens)  # a row more, for what is nobody's
-    head_G1h = torch.arange(heads, device=rows_IJ.device).view(groups, 1, -1)
-    there_IGR = (rows_IJ[:, None, :, None] * heads + head_G1h).flatten(2)
-    padding = 0, -there_IGR.shape[2] % _unit(keys_NGPK.shape[3])
-    there_IGR = pad(there_IGR, padding, value=tokens * heads)
+    rows_IJ, visible_IJ, pages_IM = (array.cpu().numpy() for array in reads.arrays())
+    (items, queries), per_group, per_cut = (
+        rows_IJ.shape,
+        heads // groups,
+        min(KEYS // page, pages_IM.shape[1]),
+    )
+    rows_IJ = np.where((visible_IJ > 0) & (rows_IJ >= 0), rows_IJ, tokens)  # a row more, for what is nobody's
+    there_IGJh = rows_IJ[:, None, :, None] * heads + np.arange(heads).reshape(groups, 1, per_group)
+    wide = -(-queries * per_group // unit) * unit
+    there_IGR = _wider(there_IGJh.reshape(items, groups, -1), wide, tokens * heads)
 
-    per_cut = min(KEYS // page, pages)
-    pages_SIC = pad(reads.pages_IM, (0, -pages % per_cut)).view(items, -1, per_cut).transpose(0, 1)
-    place_SW = torch.arange(pages_SIC[:, 0].numel() * page, device=rows_IJ.device).view(len(pages_SIC), -1)
-    hidden_SIJW = place_SW[:, None, None] >= reads.visible_IJ[..., None]
-    hidden_URW = pad(hidden_SIJW.flatten(0, 1).repeat_interleave(heads // groups, 1), (0, 0, *padding))
+    pages_IM = _wider(pages_IM, -(-pages_IM.shape[1] // per_cut) * per_cut, 0)
+    pages_SIC = pages_IM.reshape(items, -1, per_cut).swapaxes(0, 1)
+    cuts = len(pages_SIC)
+    place_SW = np.arange(cuts * per_cut * page).reshape(cuts, -1)
+    hidden_SIJW = place_SW[:, None, None] >= visible_IJ[..., None]
+    hidden_URW = np.zeros((cuts * items, wide, place_SW.shape[1]), bool)
+    hidden_URW[:, : queries * per_group] = hidden_SIJW.reshape(cuts * items, queries, -1).repeat(per_group, 1)
 
-    there_UGR = there_IGR.repeat(len(pages_SIC), 1, 1)
-    back_SZ = there_UGR.new_full((len(pages_SIC), (tokens + 1) * heads), -1)
-    number_SV = torch.arange(there_UGR.numel(), device=rows_IJ.device).view(len(pages_SIC), -1)
-    back_SZ.scatter_(1, there_UGR.view_as(number_SV), number_SV)
-    return there_UGR, hidden_URW, pages_SIC.flatten(0, 1), back_SZ[:, : tokens * heads]
+    back_SZ = np.full((cuts, (tokens + 1) * heads), -1)
+    back_SZ[:, there_IGR.ravel()] = np.arange(cuts * there_IGR.size).reshape(cuts, -1)
+    pages_UC = pages_SIC.reshape(-1, per_cut)
+    return np.tile(there_IGR, (cuts, 1, 1)), hidden_URW, pages_UC, back_SZ[:, : tokens * heads]
+
+
+def _wider(array, size, fill):
+    """The array, filled up in its last dimension."""
+    if array.shape[-1] == size:
+        return array
+    wider = np.full((*array.shape[:-1], size), fill, array.dtype)
+    wider[..., : array.shape[-1]] = array
+    return wider
