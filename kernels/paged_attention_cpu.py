@@ -33,6 +33,7 @@ from .reference import write_kv as write_kv  # it is as fast as it is plain
 KEYS = 128  # keys of a cut of the sum: MKL adds up to 192 products in one order, however many zeros follow
 ROWS = 8  # rows are padded to a multiple: a matmul of fewer takes another kernel, which rounds differently
 ROWS_AT_ONCE = 16  # where the number of rows matters beyond that (rows_alike)
+PART_BYTES = 1 << 18  # of keys that are gathered at once: they, their values and more fit a core's own cache
 LOWEST = -1e30  # a log-sum-exp of nothing; finite, so that a difference of two of them is 0 and not NaN
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -43,11 +44,13 @@ class Layout:
     """Which query heads go where, which keys they meet there, and from where each cut's results come back."""
 
     there_UGR: Tensor
-    runs_UGC: Tensor  # page * G + group: where a group's keys of a page stand
-    mask_URW: Tensor | None  # what is added to scores to hide keys; None where all are visible
+    few: int  # of U, which are computed at once
+    # Of each few: page * G + group, where a group's keys of a page stand; and what is added to scores to hide
+    # keys, None where all are visible.
+    parts: list[tuple[Tensor, Tensor | None]]
     back_SZ: Tensor
     absent_A: Tensor | None  # places in back_SZ of the query heads that no item has, if there are any
-    # To gather keys and values in: fresh memory for every layer would cost more than filling it.
+    # To gather keys and values in, for one part after the other: they are read while the cache holds them.
     buffers: list[Tensor]
 
 
@@ -71,15 +74,17 @@ def attend_pages(q_THK: Tensor, keys_NGPK: Tensor, values_NGPK: Tensor, reads: l
 
 def _attend(q_ZK, keys_NGPK, values_NGPK, layout, o_SZK, lse_SZ):
     """Fills in the results of a layout's cuts, and the log-sum-exp of their scores."""
-    there_UGR, size = layout.there_UGR, q_ZK.shape[1]
+    there_UGR, size, results = layout.there_UGR, q_ZK.shape[1], []
     q_UGRK = q_ZK.index_select(0, there_UGR.view(-1)).view(*there_UGR.shape, size)
-    k_UGWK, v_UGWK = (
-        torch.index_select(pool.flatten(0, 1), 0, layout.runs_UGC.view(-1), out=buffer)
-        .view(*there_UGR.shape[:2], -1, size).float()
-        for pool, buffer in zip((keys_NGPK, values_NGPK), layout.buffers, strict=True)
-    )  # fmt: skip
-    mask_U1RW = None if layout.mask_URW is None else layout.mask_URW[:, None]
-    o_UGRK, lse_UGR = _softmax_part(q_UGRK, k_UGWK, v_UGWK, mask_U1RW)
+    pools = keys_NGPK.flatten(0, 1), values_NGPK.flatten(0, 1)
+    for q_uGRK, (runs, mask_u1RW) in zip(q_UGRK.split(layout.few), layout.parts, strict=True):
+        k_uGWK, v_uGWK = (
+            torch.index_select(pool, 0, runs, out=buffer[: len(runs)])
+            .view(*q_uGRK.shape[:2], -1, size).float()
+            for pool, buffer in zip(pools, layout.buffers, strict=True)
+        )  # fmt: skip
+        results.append(_softmax_part(q_uGRK, k_uGWK, v_uGWK, mask_u1RW))
+    o_UGRK, lse_UGR = map(torch.cat, zip(*results, strict=True)) if results[1:] else results[0]
     back = layout.back_SZ.view(-1)
     torch.index_select(o_UGRK.reshape(-1, size), 0, back, out=o_SZK.view(-1, size))
     torch.index_select(lse_UGR.flatten(), 0, back, out=lse_SZ.view(-1))
@@ -147,7 +152,7 @@ def _kept_layout(reads, tokens, heads, keys_NGPK):
 
 def _layout(reads, tokens, heads, keys_NGPK):
     """On the host, in numpy: many small steps, for which it takes a third of torch's time."""
-    groups, page, device = *keys_NGPK.shape[1:3], keys_NGPK.device
+    groups, page = keys_NGPK.shape[1:3]
     sizes = tokens, heads, groups, page, _unit(keys_NGPK.shape[3])
     there, hidden, pages, back = zip(*(_part(batch, *sizes) for batch in reads), strict=True)
     most = max(each.shape[2] for each in hidden), max(each.shape[1] for each in pages)
@@ -157,30 +162,28 @@ def _layout(reads, tokens, heads, keys_NGPK):
     begins = [0, *accumulate(each.size for each in there)]
     back_SZ = np.concatenate([each + begin * (each >= 0) for each, begin in zip(back, begins, strict=False)])
     runs_UGC = pages_UC[:, None] * groups + np.arange(groups)[:, None]
-    arrays = np.minimum(np.concatenate(there), tokens * heads - 1), runs_UGC, np.maximum(back_SZ, 0)
-    there_UGR, runs_UGC, back_SZ, mask_URW, absent_A = (
-        torch.from_numpy(each).to(device) for each in (*arrays, mask_URW, np.flatnonzero(back_SZ < 0))
-    )
-    return Layout(
-        there_UGR, runs_UGC, mask_URW if mask_URW.any() else None,
-        back_SZ, absent_A if len(absent_A) else None,
-        [keys_NGPK.new_empty(runs_UGC.numel(), *keys_NGPK.shape[2:]) for _ in range(2)],
-    )  # fmt: skip
+    absent_A = np.flatnonzero(back_SZ < 0)
+    there_UGR = np.minimum(np.concatenate(there), tokens * heads - 1)
+    arrays = there_UGR, runs_UGC, mask_URW[:, None], np.maximum(back_SZ, 0), absent_A
+    whence, runs, mask, whither, absent = (torch.from_numpy(array).to(keys_NGPK.device) for array in arrays)
+    few = max(1, PART_BYTES // (runs[0].numel() * keys_NGPK[0, 0].nbytes))
+    few = -(-len(runs) // -(-len(runs) // few))  # parts of one size
+    masks = mask.split(few) if mask.any() else repeat(None)
+    parts = [(each.flatten(), mask) for each, mask in zip(runs.split(few), masks, strict=False)]
+    buffers = [keys_NGPK.new_empty(len(parts[0][0]), *keys_NGPK.shape[2:]) for _ in range(2)]
+    return Layout(whence, few, parts, whither, absent if len(absent) else None, buffers)
 
 
 def _part(reads, tokens, heads, groups, page, unit):
     """Of one batch of reads: where each row's queries are from, its hidden keys, its pages, where it goes."""
     rows_IJ, visible_IJ, pages_IM = (array.cpu().numpy() for array in reads.arrays())
-    (items, queries), per_group, per_cut = (
-        rows_IJ.shape,
-        heads // groups,
-        min(KEYS // page, pages_IM.shape[1]),
-    )
+    (items, queries), per_group = rows_IJ.shape, heads // groups
     rows_IJ = np.where((visible_IJ > 0) & (rows_IJ >= 0), rows_IJ, tokens)  # a row more, for what is nobody's
     there_IGJh = rows_IJ[:, None, :, None] * heads + np.arange(heads).reshape(groups, 1, per_group)
     wide = -(-queries * per_group // unit) * unit
     there_IGR = _wider(there_IGJh.reshape(items, groups, -1), wide, tokens * heads)
 
+    per_cut = min(KEYS // page, pages_IM.shape[1])
     pages_IM = _wider(pages_IM, -(-pages_IM.shape[1] // per_cut) * per_cut, 0)
     pages_SIC = pages_IM.reshape(items, -1, per_cut).swapaxes(0, 1)
     cuts = len(pages_SIC)
