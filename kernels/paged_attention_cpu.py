@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from .reads import Reads
+from .reference import write_kv as write_kv  # it is as fast as it is plain
 
 KEYS = 128  # keys of a cut of the sum: MKL adds up to 192 products in one order, however many zeros follow
 ROWS = 8  # rows are padded to a multiple: a matmul of fewer takes another kernel, which rounds differently
@@ -59,19 +60,6 @@ class Layout:
     lse_back_SZ: Tensor  # of results that stand row by row, and group by group in a row
     absent_A: Tensor  # places in back_SZ of the query heads that no item has
     mask_U1RW: Tensor  # of the last neighbours; their parts have views of it
-
-
-def write_kv(k_TGK: Tensor, v_TGK: Tensor, keys_NGPK: Tensor, values_NGPK: Tensor, places_U: Tensor) -> None:
-    """Puts the first U tokens' keys and values in their places: page * P + place in the page."""
-    rows_V, size = _pool_rows(places_U, *keys_NGPK.shape[1:3]), k_TGK.shape[2]
-    for pool_NGPK, x_TGK in (keys_NGPK, k_TGK), (values_NGPK, v_TGK):
-        pool_NGPK.view(-1, size).index_copy_(0, rows_V, x_TGK[: len(places_U)].reshape(-1, size))
-
-
-@lru_cache(maxsize=1)  # all layers of a pass write to the same places
-def _pool_rows(places_U, groups, page):
-    page_U1, place_U1 = (places_U // page)[:, None], (places_U % page)[:, None]
-    return ((page_U1 * groups + torch.arange(groups, device=places_U.device)) * page + place_U1).flatten()
 
 
 def attend_pages(q_THK: Tensor, keys_NGPK: Tensor, values_NGPK: Tensor, reads: list[Reads[Tensor]]) -> Tensor:

@@ -43,7 +43,7 @@ LAYERS = [
     ["gramr2.extras"],
     ["gramr2.commands"],
 ]
-BUDGET = {"core": 5910, "kernels": 1116, "extras": 4360}
+BUDGET = {"core": 5910, "kernels": 1110, "extras": 4360}
 LARGEST = 350  # lines of code of one file of the core
 
 
