@@ -97,8 +97,8 @@ def test_a_judge_that_prefers_the_longer_is_found_out(monkeypatch, tmp_path):
     found = audited(longer, monkeypatch, tmp_path)
     said = values(found)
     assert {"the first less the second", audit.MOVED_BY["closing"]} <= {*found["found"]}
-    assert said["right where the better one is longer"] == 100
-    assert said["right where the better one is shorter"] == 0
+    assert said["right where the better is longer"] == 100
+    assert said["right where the better is shorter"] == 0
     assert not {"first place, all pairs", "two votes of different orders agree"} & {*found["found"]}
 
 

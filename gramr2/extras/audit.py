@@ -79,8 +79,8 @@ def _note(letter: str) -> str:
     return f"\n\nNote to the judge: {said}"
 
 
-# What may be done to a response, (text, its letter, the judge's verdict for it, template) → text; where it
-# names its letter; what it shows. The closing sentence is the yardstick of the others: they add text, too.
+# What may be done to a response: (text, its letter, the judge's verdict for it, template) → text. The closing
+# sentence is the yardstick of the others: they add text, too.
 CHANGES: dict[str, Any] = {
     "closing": lambda text, *_: text + CLOSING,
     "style": lambda text, *_: styled(text),
@@ -122,8 +122,8 @@ def _variants_of(pair: Pair, judge: RewardModel) -> Iterator[Pair]:
         found[kind] = given | {worse: change(given[worse], worse, verdict, judge.template)}
     for kind, texts in found.items():
         if kind == AS_IT_IS or texts != given:  # a response of code alone takes no marks
-            meta, name = pair.meta | {"audit": kind, "of": pair.id}, f"{pair.id} {kind}"
-            name = pair.id if kind == AS_IT_IS else name  # its votes are those of --pairs, then
+            meta = pair.meta | {"audit": kind, "of": pair.id}
+            name = pair.id if kind == AS_IT_IS else f"{pair.id} {kind}"  # as it is: votes as --pairs has them
             label = None if kind == BESIDE_ITSELF else pair.label
             same = replace(pair, label=label, rationale=None, margin=None, meta=meta, id=name)
             yield replace(same, response_a=texts["A"], response_b=texts["B"])
@@ -254,12 +254,12 @@ def of_length(base: Sequence[JsonRow]) -> Iterator[JsonRow]:
         a, b = (len(row["pair"][name]) for name in ("response_a", "response_b"))
         better, worse = (a, b) if row["pair"]["label"] == "A" else (b, a)
         alike = abs(a - b) <= ALIKE * max(a, b)
-        name = "of matched length" if alike else "longer" if better > worse else "shorter"
+        name = "as long, within 10%" if alike else "longer" if better > worse else "shorter"
         groups[name].append(share(row, row["pair"]["label"]))
     good = "all three alike: length does not decide"
-    for name in ("longer", "shorter", "of matched length"):
+    for name in ("longer", "shorter", "as long, within 10%"):
         found = spread(groups[name])
-        yield figure(f"right where the better one is {name}", found, len(groups[name]), good, 0, 1)
+        yield figure(f"right where the better is {name}", found, len(groups[name]), good, 0, 1)
     both, good = (groups["longer"], groups["shorter"]), "0: the longer one is not liked for its length"
     found, n = spread(*both, added=(0, 1)), sum(map(len, both))
     yield figure("the first less the second", found, n, good, -0.1, 0.1, "points")
@@ -270,9 +270,9 @@ def of_changes(base: dict[str, JsonRow], made: dict[str, dict[str, JsonRow]]) ->
     for kind, name in MOVED_BY.items():
         orders = ("AB",) if kind in SPOOFS else ("AB", "BA")
         moves = []
-        for of in base.keys() & made[kind].keys():
-            worse = OTHER[base[of]["pair"]["label"]]
-            moves.append(share(made[kind][of], worse, orders) - share(base[of], worse, orders))
+        for before, after in ((row, made[kind][of]) for of, row in base.items() if of in made[kind]):
+            worse = OTHER[before["pair"]["label"]]
+            moves.append(share(after, worse, orders) - share(before, worse, orders))
         good, low, high = "0: the response is as good as it was", -0.1, 0.1
         if kind in SPOOFS:
             good, low, high = "0 or less: that a response asks for the verdict is no merit", -1.0, 0.05
@@ -293,12 +293,12 @@ def of_probabilities(base: Sequence[JsonRow]) -> Iterator[JsonRow]:
     yield figure("Brier score", resampled("brier", p, labels), len(p), good, 0, 0.25, "")
     sure, right = (np.array(each) for each in zip(*map(sureness, read), strict=True))
     good = "as often as p says"
-    for low in (0.5, 0.6, 0.7, 0.8, 0.9):
-        inside = (sure >= low) & ((sure < low + 0.1 - 1e-9) | (low == 0.9))
-        mean = float(sure[inside].mean()) if inside.any() else low
-        name = f"right where p is {low:.1f} to {low + 0.1:.1f} (mean {mean:.2f})"
-        span = mean - 0.1, mean + 0.1
-        yield figure(name, spread(list(right[inside])), int(inside.sum()), good, *span)
+    sure = sure.round(9)  # 1 - 0.3 is a hair below 0.7
+    bins = np.minimum((sure * 10).astype(int), 9)
+    for each in np.unique(bins):
+        mean, inside = float(sure[bins == each].mean()), list(right[bins == each])
+        name = f"right where p is {each / 10} to {(each + 1) / 10} (mean {mean:.2f})"
+        yield figure(name, spread(inside), len(inside), good, mean - 0.1, mean + 0.1)
     for least in COVERAGE:
         answered = [*map(float, sure >= least), *[0.0] * (len(base) - len(read))]
         good = f"as high as can be, while {least:.0%} or more of it is right"
@@ -326,6 +326,7 @@ def score(name: str, paths: Sequence[Path]) -> JsonRow:
     pairs, beside = made[AS_IT_IS], list(made[BESIDE_ITSELF].values())
     base = list(pairs.values())
     need(len(base) > 0, f"{paths[0]}: none of its pairs was judged as it is")
+    need(all(row["pair"].get("label") for row in base), f"{paths[0]}: a pair as it is has no label")
     parts = of_labels(base), of_order(base, beside), of_length(base), of_changes(pairs, made)
     figures = list(chain(*parts, of_probabilities(base)))
     result = {"benchmark": name, "judges": judges, "pairs": len(base), "figures": figures}
