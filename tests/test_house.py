@@ -228,8 +228,8 @@ COMMANDS = {
     "selftrain.py": ["--iters", "--recipe", "--human", "--labelled", "--unlabelled", "--test", "--name",
                      "--seed", "--from", "--until", "--dry-run"],
     "infer.py": ["--pair", "--rank", "--pairs", "--bench", "--audit", "--score", "--out", "--model",
-                 "--prompt", "--votes", "--seed", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--limit",
-                 "--json"],
+                 "--prompt", "--votes", "--seed", "--max-new-tokens", "--temperature", "--top-p", "--top-k",
+                 "--limit", "--json"],
 }  # fmt: skip
 
 
