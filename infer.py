@@ -6,6 +6,7 @@
     python infer.py --pairs in.jsonl --out judged.jsonl --votes 4     many pairs; the same command goes on
     python infer.py --bench judgebench FILE --out judged.jsonl        a benchmark, and its table
     python infer.py --score judgebench judged.jsonl     the table again, without a model
+    python infer.py --audit in.jsonl --out audit.jsonl  what a judge follows besides the better response
     python infer.py --pair a.json --model http://HOST:PORT/v1#NAME    a model that is served elsewhere
     torchrun --nproc_per_node=8 infer.py --bench rm-bench FILE --out judged.jsonl     all GPUs of a node
     python infer.py --calibrate judged.jsonl --model DIR    labelled pairs make DIR's probabilities honest
@@ -16,9 +17,9 @@ A pair file: {"question": "…", "response_a": "…", "response_b": "…"}, or "
 list file has "responses" instead (--json counts them from 0). Without --model the newest run of selftrain.py
 under runs/ judges. One vote is greedy and in the given order; an even number of votes is sampled, half of
 them with the responses exchanged: as the flags say, or the checkpoint's generation_config.json, or at
-temperature 1. A benchmark takes votes per order: 1 is greedy in both. Benchmarks: rm-bench, judgebench, ppe,
-helpsteer3, pairs. An endpoint's key is taken from GRAMR2_API_KEY. Exit status: 0 done, 2 bad input, 130
-interrupted, 141 its reader left.
+temperature 1. A benchmark and an audit take votes per order: 1 is greedy in both. Benchmarks: rm-bench,
+judgebench, ppe, helpsteer3, pairs; --score audit FILE reads an audit's. An endpoint's key is taken from
+GRAMR2_API_KEY. Exit status: 0 done, 2 bad input, 130 interrupted, 141 its reader left.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gramr2.data import Store
-from gramr2.extras import evaluate
+from gramr2.extras import audit, evaluate
 from gramr2.extras.bulk import Judge, JudgeSettings, judge_into, model_place, newest_model
 from gramr2.extras.printing import judgment_text, ranking_lines, ranking_row
 from gramr2.fields import Fields, typed
@@ -45,7 +46,10 @@ from gramr2.rankings import METHODS
 from gramr2.records import Messages, Pair, messages_of
 from gramr2.settings import SAMPLING, SEEDS
 
-VOTES = {"pair": 16, "rank": 4, "pairs": 4, "bench": 1, "serve": 4}  # 16 is what the paper's best figures use
+# 16 is what the paper's best figures use.
+VOTES = {"pair": 16, "rank": 4, "pairs": 4, "bench": 1, "audit": 2, "serve": 4}
+PER_ORDER = ("bench", "audit")  # their votes are given for each order
+BULK = ("pairs", *PER_ORDER)
 
 Made = TypeVar("Made")
 
@@ -57,12 +61,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     one("--rank", type=Path, metavar="FILE", help="one list of responses, a JSON file")
     one("--pairs", type=Path, metavar="IN.jsonl", help="many pairs, one a line; needs --out")
     one("--bench", nargs=2, metavar=("NAME", "FILE"), help="a published benchmark; needs --out")
+    one("--audit", type=Path, metavar="IN.jsonl", help="audit the judge on labelled pairs; needs --out")
     one("--score", nargs="+", metavar=("NAME", "FILE"), help="a benchmark's table from judged files")
     one("--calibrate", type=Path, metavar="FILE", help="fit --model's calibration on judged pairs")
     one("--serve", action="store_true", default=None, help="an HTTP server, until it is told to stop")
     one("--formats", action="store_true", help="list the kinds of judges")
     add = parser.add_argument
-    add("--out", type=Path, metavar="OUT.jsonl", help="where the judgments of --pairs or --bench go")
+    add("--out", type=Path, metavar="OUT.jsonl", help="where the judgments of --pairs, --bench or --audit go")
     model = "a model directory; or, served elsewhere, URL#NAME [the newest run's]"
     add("--model", type=model_place, metavar="DIR", help=model)
     flying = f"requests to an endpoint at one time [{JudgeSettings.in_flight}]"
@@ -70,7 +75,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--prompt", type=Path, metavar="FILE", help="a judge prompt instead of the model's own")
     add("--format", metavar="NAME", help="the kind of judge, see --formats [think; scalar with such a head]")
     add("--method", choices=METHODS, default="merge", help="how --rank compares [merge]")
-    votes = "1, or an even number [16; 4 for --pairs, --rank, --serve; 1 for --bench]"
+    votes = "1, or an even number [16; 4 for --pairs, --rank, --serve; 1 for --bench, 2 for --audit]"
     add("--votes", type=int, metavar="N", help=votes)
     add("--seed", type=int, default=0, metavar="S", help="the same seed gives the same votes [0]")
     own = "checkpoint's, or"
@@ -81,7 +86,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         f"longest answer [{own} 4096; 1024 below a billion parameters; what the context leaves, at most]"
     )
     add("--max-new-tokens", type=int, metavar="N", help=longest)
-    add("--limit", type=int, metavar="N", help="only the first N rows of --pairs or --bench")
+    add("--limit", type=int, metavar="N", help="only the first N rows of --pairs, --bench or --audit")
     add("--host", default="127.0.0.1", help="where --serve listens; elsewhere needs a key [127.0.0.1]")
     add("--port", type=int, default=8000, help="[8000; 0: a free one]")
     add("--api-key-file", type=Path, metavar="FILE", help="the key that callers of --serve must give")
@@ -104,10 +109,10 @@ def main(argv: Sequence[str]) -> int:
         print_calibration(given.calibrate, given.model, given.json)
     else:
         kind = next(name for name in VOTES if getattr(given, name) is not None)
-        if (kind in ("pairs", "bench")) != (given.out is not None):
-            raise InputError("--out OUT.jsonl goes with --pairs and with --bench, which both need it")
-        need(given.limit is None or kind in ("pairs", "bench"), "--limit goes with --pairs and with --bench")
-        alone = kind in ("pairs", "bench") or os.environ.get("WORLD_SIZE", "1") == "1"
+        if (kind in BULK) != (given.out is not None):
+            raise InputError("--out OUT.jsonl goes with --pairs, --bench and --audit, which all need it")
+        need(given.limit is None or kind in BULK, "--limit goes with --pairs, --bench and --audit")
+        alone = kind in BULK or os.environ.get("WORLD_SIZE", "1") == "1"
         need(alone, f"--{kind}: one process does it; start it without torchrun")
         settings = judge_settings(kind, given)
         if kind == "pair":
@@ -119,7 +124,7 @@ def main(argv: Sequence[str]) -> int:
         elif kind == "pairs":
             judge_file(given.pairs, given.out, settings, given.limit, given.json)
         else:
-            name, path = given.bench
+            name, path = given.bench or ("audit", given.audit)
             judge_benchmark(name, Path(path), given.out, settings, given.limit, given.json)
     return 0
 
@@ -133,10 +138,10 @@ def judge_settings(kind: str, given: argparse.Namespace) -> JudgeSettings:
         name: typed(value, kind, f"--{name.replace('_', '-')}", **limits)
         for name, (value, kind, limits) in said.items() if value is not None
     }  # fmt: skip
-    if votes < 1 or (votes > 1 and votes % 2 and kind != "bench"):
+    if votes < 1 or (votes > 1 and votes % 2 and kind not in PER_ORDER):
         raise InputError(f"--votes {votes}: expected 1, or an even number (half in each order)")
     greedy = votes == 1
-    votes *= 2 if kind == "bench" else 1  # given for each order
+    votes *= 2 if kind in PER_ORDER else 1
     where = given.model, given.prompt, given.format, given.device, given.dtype
     in_flight = typed(given.in_flight, int, "--in-flight", low=1, high=1024)
     return JudgeSettings(*where, votes, given.seed, greedy, drawn, in_flight)
@@ -177,7 +182,9 @@ def judge_file(path: Path, out: Path, settings: JudgeSettings, limit: int | None
 def judge_benchmark(
     name: str, path: Path, out: Path, settings: JudgeSettings, limit: int | None, as_json: bool
 ) -> None:
-    if judge_into(out, settings, list(evaluate.read_benchmark(name, path)), path, limit):
+    made_of = audit.variants if name == "audit" else None
+    items = list(evaluate.read_benchmark("pairs" if made_of else name, path))
+    if judge_into(out, settings, items, path, limit, made_of):
         print_score(name, [out], as_json)
 
 
@@ -238,8 +245,9 @@ def print_calibration(judged: Path, model: Path | str | None, as_json: bool) -> 
 def print_score(name: str, paths: list[Path], as_json: bool) -> None:
     if not paths:
         raise InputError(f"--score {name}: give a judged file as well")
-    result = evaluate.score(name, paths)
-    print(as_text(result, indent=2) if as_json else visible(evaluate.readable(result)))
+    tables = audit if name == "audit" else evaluate
+    result = tables.score(name, paths)
+    print(as_text(result, indent=2) if as_json else visible(tables.readable(result)))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import json
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -171,12 +171,14 @@ class Judge:
 
 
 def judge_into(
-    out: Path, settings: JudgeSettings, source: Source, path: Path, limit: int | None = None
-) -> dict[str, int]:
+    out: Path, settings: JudgeSettings, source: Source, path: Path, limit: int | None = None,
+    made_of: Callable[[Path, Any, list[Any]], list[Any]] | None = None,
+) -> dict[str, int]:  # fmt: skip
     """Appends rows. What succeeded before stays, what failed is tried again.
 
-    `path` is where `source` was read from; `limit`: only so many of its first rows. Nothing judged is an
-    error, and not an empty result. Under torchrun the first rank is told what it comes to, the others {}.
+    `path` is where `source` was read from; `limit`: only so many of its first rows; `made_of`: what is to be
+    judged is made of them, once the model is there (audit.py). Nothing judged is an error, and not an empty
+    result. Under torchrun the first rank is told what it comes to, the others {}.
     """
     need(len(source) > 0, f"{path}: holds no row")
     size = min(len(source), limit or len(source))
@@ -191,6 +193,9 @@ def judge_into(
         with ranks.errors_on_all_ranks(), redirect_stderr(sys.stderr if ranks.is_first else io.StringIO()):
             judge = Judge(settings)
             judge.sign_rows()
+            if made_of:
+                source = made_of(path, judge.model, [source[place] for place in range(size)])
+                size = len(source)
         need(not (judge.endpoint and ranks.size > 1), "--model URL: one process asks it, without torchrun")
         done = ranks.on_rank_0(lambda: keep_finished(out, judge.judged_with))
         work = Work(out, judge, source, size, done)

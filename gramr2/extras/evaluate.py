@@ -273,7 +273,7 @@ def reliability(rows: Sequence[JsonRow]) -> JsonRow:
     return figures | calibration(*zip(*known, strict=True)) if known else figures
 
 
-def calibration(p: Sequence[float], labels: Sequence[str]) -> JsonRow:
+def calibration(p: Sequence[float] | np.ndarray, labels: Sequence[str] | np.ndarray) -> JsonRow:
     """ECE, Brier score and the accuracy of the surer half of probabilities of A."""
     p_truth = np.where(np.asarray(labels) == "A", p, 1 - np.asarray(p))
     sure, right = np.maximum(p_truth, 1 - p_truth), (np.sign(p_truth - 0.5) + 1) / 2
@@ -351,18 +351,23 @@ def score(name: str, paths: Sequence[Path]) -> JsonRow:
     """A benchmark's result from judged files, ours or JudgeBench's own."""
     if name not in BENCHMARKS:
         raise InputError(f"no benchmark {name}; there are {', '.join(BENCHMARKS)}")
-    rows = [row for path in paths for row in Store(path, partial(_checked, name))]
-    if not rows:
-        raise InputError(f"{paths[0]}: no judged rows")
+    rows = read_judged(name, paths)
     try:
         averages, text = BENCHMARKS[name](rows)
-        judges = sorted({_judge(row) for row in rows if row.get("judge")})
+        judges = judges_of(rows)
         compared = [each for row in rows for each in row.get("comparisons", ())] if name == "ppe" else rows
         figures = reliability(compared)
     except (KeyError, TypeError, IndexError) as error:
         raise InputError(f"{paths[0]}: not rows of {name} ({error!r})") from None
     figures["failed"] = sum("error" in row for row in rows)
     return {"benchmark": name, "judges": judges, "averages": averages, **figures, "more": text}
+
+
+def read_judged(name: str, paths: Sequence[Path]) -> list[JsonRow]:
+    """The rows of judged files, each with what its benchmark's figures need."""
+    rows = [row for path in paths for row in Store(path, partial(_checked, name))]
+    need(len(rows) > 0, f"{paths[0]}: no judged rows")
+    return rows
 
 
 def _checked(name: str, row: JsonRow) -> JsonRow:
@@ -389,7 +394,11 @@ def _read(name: str, row: JsonRow) -> JsonRow:
             each["p_a"] = each["p_a"] if a != b else None
         return row
     pair = Pair.from_json(fields.get("pair", dict))
-    need(pair.label is not None, "its pair has no label")
+    if name == "audit":
+        for field in ("audit", "of"):
+            Fields(pair.meta, "not of an audit: meta: ").get(field, str)
+        need(isinstance(row.get("judge"), dict), "not of an audit: it does not say what judged it")
+    need(pair.label is not None or name == "audit", "its pair has no label")
     for place in ("chosen", "rejected") if name == "rm-bench" else ():
         Fields(pair.meta, "meta: ").get(place, int, low=0, high=2)
     if "error" not in row:
@@ -403,6 +412,10 @@ def _settings(row: JsonRow) -> JsonRow:
     """What a row was judged with; a published one says a name instead."""
     judge = row.get("judge")
     return judge if isinstance(judge, dict) else {}
+
+
+def judges_of(rows: Iterable[JsonRow]) -> list[str]:
+    return sorted({_judge(row) for row in rows if row.get("judge")})
 
 
 def _judge(row: JsonRow) -> str:
