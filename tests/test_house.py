@@ -45,7 +45,7 @@ LAYERS = [
     ["gramr2.extras"],
     ["gramr2.commands"],
 ]
-BUDGET = {"core": 6190, "kernels": 1060, "extras": 4360}
+BUDGET = {"core": 6190, "kernels": 1060, "extras": 4530}
 LARGEST = 350  # lines of code of one file of the core
 
 
