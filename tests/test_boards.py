@@ -391,6 +391,17 @@ def test_a_malformed_row_of_a_board_is_an_error(name, row, said, tmp_path):
         datasets.convert(name, path, tmp_path / "out.jsonl")
 
 
+@pytest.mark.parametrize("name", ["rewardbench", "rewardbench2", "rmb"])
+def test_other_rows_than_a_boards_are_refused_and_so_is_one_order(name, tmp_path):
+    pair = Pair((("user", "q"),), "a", "b", "A", domain="math")
+    row = {"id": pair.id, "pair": pair.to_json(), **Judgment("A", 0.9, NOTHING).to_json()}
+    with pytest.raises(InputError, match=r"not rows of|no row is of"):
+        evaluate.score(name, [write(tmp_path / "other.jsonl", [row])])
+    row |= Judgment.from_votes([Vote("A", "AB", 0.9)]).to_json()
+    with pytest.raises(InputError, match="needs both"):
+        evaluate.score(name, [write(tmp_path / "one.jsonl", [row])])
+
+
 def test_boards_are_converted_whole_and_known_to_training_data(tmp_path):
     """Every pair is there, and known where training data is kept apart from benchmarks."""
     shared = " ".join(f"word{n}" for n in range(20))

@@ -231,6 +231,7 @@ def rewardbench(rows: list[JsonRow]) -> tuple[list[JsonRow], str]:
         name: {one: weights[one] for one in weights if one in groups} for name, weights in REWARDBENCH.items()
     }
     found = {name: weights for name, weights in found.items() if weights}
+    need(len(found) > 0, "rewardbench: no row is of one of its subsets")
     averages = [average(one, [groups[one]]) for weights in found.values() for one in weights]
     shares: dict[str, float] = {}
     for name, weights in found.items():
