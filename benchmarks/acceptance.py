@@ -10,8 +10,8 @@ Each part is a process of its own and has a share of the one deadline for all; w
 share goes to those behind it. A part that fails or runs out of time is written down with the end of its
 output and stops no other; what a benchmark had measured by then is kept. What comes first matters most:
 correctness, the launch choices of this card, which all later parts use, then the kernels, the sampler, the
-trainer, proofs and judgments from end to end, profiles by kernel, and a whole self-training round in
-bfloat16. Models have random weights.
+trainer, the memory that it is said to take, proofs and judgments from end to end, profiles by kernel, and a
+whole self-training round in bfloat16. Models have random weights.
 
 Everything ends in benchmarks/results/acceptance.json, from which `python benchmarks/tables.py` fills the
 GPU tables of the READMEs: that one file is all that has to be brought back from the machine. Exit status 0:
@@ -100,7 +100,7 @@ def micro_world() -> dict:
 
 PARTS = [  # the shares make up the default deadline
     Part("tests", "every test that needs a GPU", 65, tests, forbidden=r"\d+ skipped"),
-    Part("tuner", "launch choices of the kernels on this card", 60, tuner),
+    Part("tuner", "launch choices of the kernels on this card", 50, tuner),
     Part("ranks", "torchrun, a rank on each GPU", 25, ranks),
     Part(
         "kernels",
@@ -111,14 +111,15 @@ PARTS = [  # the shares make up the default deadline
     Part(
         "sampler",
         "decode steps of an 8B model, and grouped prefixes",
-        75,
+        65,
         benchmark("sampling", ["--no-continuous"], ["--no-continuous"]),
     ),
     Part("trainer", "training steps at 3B, 135M, 0.5B and, where it fits, 8B", 45, benchmark("training")),
+    Part("memory", "the memory told beforehand, within a tenth of the peak", 30, benchmark("memory")),
     Part(
         "compiled",
         "the same with compiled blocks, small models first",
-        70,
+        60,
         benchmark(
             "training",
             ["--compile", "--shapes", "SmolLM2-135M", "Qwen2.5-0.5B", "LLaMA-3.2-3B"],

@@ -10,6 +10,7 @@ results/NAME.json, or None where that was never measured: then the table says "u
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -131,6 +132,55 @@ def training_cpu(result):
     header = "lengths", "useful tokens/s", "speed / ours", "peak RSS, MiB"
     about = f"{result['parameters']:,} parameters, {result['dtype']}, medians of {result['repeats']} turns."
     return f"{about} {where(result['environment'])}\n\n{grid(header, lines)}"
+
+
+@table("memory-cpu", "memory_cpu", "python benchmarks/memory.py")
+@table("memory-cuda", "memory_cuda", "python benchmarks/memory.py --device cuda", THERE)
+def memory(result):
+    lines = []
+    for row in result["rows"]:
+        name = f"{row['shape']}, {row['tokens']:,} tokens: {row['way']}"
+        if "not_run" in row:
+            lines.append((name, row["not_run"], "", "", ""))
+            continue
+        sizes = [f"{row[kind] / 1e6:,.1f}" for kind in ("estimate", "measured")]
+        off = row["estimate"] / row["measured"] - 1
+        lines.append((name, row["recomputed_blocks"], *sizes, f"{off:+.1%}"))
+    header = "model, tokens of a pack", "blocks recomputed", "estimate, MB", "measured peak, MB", "off by"
+    return f"{where(result['environment'])}\n\n{grid(header, lines)}"
+
+
+@table("optimizer", "optimizer", "python benchmarks/optimizer.py toy")
+def optimizer(result):
+    """For each part: losses by seed; what a kind of moments changes beside what a seed does."""
+    about = {"toy": "the toy's model", "smollm2": "SmolLM2-135M"}
+    lines = []
+    for part, rows in result["parts"].items():
+        losses = {(row["way"], row["seed"]): row["loss"] for row in rows}
+        exact = [row["loss"] for row in rows if row["way"] == "float32"]
+        for way in dict.fromkeys(row["way"] for row in rows):
+            mine = [row for row in rows if row["way"] == way]
+            changes = [row["loss"] - losses["float32", row["seed"]] for row in mine]
+            shown = f"{statistics.fmean(row['loss'] for row in mine):.4f}"
+            shift = f"{statistics.fmean(changes):+.1g}", f"{max(map(abs, changes)):.1g}"
+            cells = [shown, *(shift if way != "float32" else ("", ""))]
+            cells += [f"{max(exact) - min(exact):.1g}" if exact[1:] else "", f"{mine[0]['bytes']:.0f}"]
+            cells.append(f"{statistics.median(row['seconds'] for row in mine):.2f}")
+            lines.append((f"{about[part]}, {mine[0]['steps']} steps: {way}", *cells, len(mine)))
+    header = (
+        "AdamW's moments in",
+        "loss held out",
+        "beside float32",
+        "largest difference",
+        "between seeds",
+        "bytes a parameter",
+        "s a step",
+        "seeds",
+    )
+    each = " and ".join(f"{found['ns']:.1f} ns in {name}" for name, found in result["updates"].items())
+    about = f"An update alone takes a parameter {each}, one thread (ratio "
+    about += f"{result['updates']['bfloat16']['ratio']:.0f}). {where(result['environment'])}"
+    return f"{about}\n\n{grid(header, lines)}"
 
 
 @table("training-cuda")

@@ -28,12 +28,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import common
 import torch
 from torch import nn
 
 from gramr2 import cost, fit, loss, parallel, weights
+from gramr2.lora import adapt
 from gramr2.loss import Trainee
 from gramr2.model import Decoder, ModelConfig
 from gramr2.records import Example, Tokens
@@ -58,6 +60,10 @@ LARGE = {
     ),
     "LLaMA-3.1-8B": ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, 131072, 1e-5, 5e5),  # where it fits
 }
+# A frozen model in bfloat16, whose adapters are trained in packs of 2,048 tokens: for a card of 24 GB.
+ADAPTED = "LLaMA-3.1-8B, adapters of rank 64"
+ADAPTERS: dict[str, Any] = {"lora_rank": 64, "recompute": 99}
+LARGE[ADAPTED] = LARGE["LLaMA-3.1-8B"]
 LITTLE = "SmolLM2-135M", "Qwen2.5-0.5B"  # on sequences of their kind of data
 TOKENS = 32768  # of a step on a GPU, in two packs
 MICRO = {"micro": ModelConfig(256, 32, 64, 1, 2, 2, 16, 512)}
@@ -154,8 +160,9 @@ def at_published_shapes(device: str, shapes: dict, tokens: int, compile_blocks: 
         for shape in shapes:
             for length in lengths(shape, tokens):
                 row = {"shape": shape, "length": length}
+                how = (4096, ADAPTERS) if shape == ADAPTED else (tokens, {})
                 try:
-                    row |= measure(shapes[shape], length, tokens, ranks, rate, compile_blocks)
+                    row |= measure(shapes[shape], length, *how, ranks, rate, compile_blocks)
                 except torch.cuda.OutOfMemoryError:
                     row["not_run"] = "does not fit in memory"
                 result["rows"].append(row)
@@ -164,23 +171,29 @@ def at_published_shapes(device: str, shapes: dict, tokens: int, compile_blocks: 
                 torch.cuda.empty_cache()
 
 
-def lengths(shape: str, tokens: int) -> tuple[int, int]:
+def lengths(shape: str, tokens: int) -> tuple[int, ...]:
     """Of the sequences of a step; the first are the shape's usual ones."""
+    if shape == ADAPTED:
+        return (2048,)
     return (tokens // 64, tokens // 16) if shape in LITTLE else (tokens // 16, tokens // 4)
 
 
 def prepare(
-    model: ModelConfig, length: int, tokens: int, ranks: parallel.Ranks, compiled: bool
+    model: ModelConfig, length: int, tokens: int, ranks: parallel.Ranks, compiled: bool, **more: Any
 ) -> tuple[fit.Loop, list[Example]]:
-    """-> (what takes steps, with random weights; the examples of a step)."""
-    settings = dataclasses.replace(CONFIG, max_length=length, token_budget=tokens // 2, compile=compiled)
+    """-> (what takes steps, with random weights; the examples of a step, in two packs)."""
+    settings = dataclasses.replace(
+        CONFIG, max_length=length, token_budget=tokens // 2, compile=compiled, **more
+    )
     again = cost.recomputed_blocks(settings, model, ranks)
     settings = dataclasses.replace(settings, recompute=again)
     with torch.device("meta"):
         trainee = Trainee(Decoder(model), loss.negative_log_likelihood)
+        if settings.lora_rank:
+            adapt(trainee.decoder, settings.lora_rank, settings.lora_alpha, settings.lora_layers)
     parallel.wrap(trainee, settings, ranks)
     with torch.no_grad():
-        for weight in trainee.trained.values():
+        for weight in {**parallel.weights(trainee), **trainee.trained}.values():
             weight.normal_(std=0.02) if weight.ndim > 1 else weight.fill_(1.0)
     trainee.refresh()
     draw = lambda: tuple(torch.randint(0, model.vocab_size, (length,)).tolist())  # noqa: E731
@@ -189,10 +202,10 @@ def prepare(
 
 
 def measure(
-    model: ModelConfig, length: int, tokens: int, ranks: parallel.Ranks, rate, compiled: bool
+    model: ModelConfig, length: int, tokens: int, more: dict, ranks: parallel.Ranks, rate, compiled: bool
 ) -> dict:
     """The median of three steps, after two."""
-    loop, rows = prepare(model, length, tokens, ranks, compiled)
+    loop, rows = prepare(model, length, tokens, ranks, compiled, **more)
     cuda = ranks.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -208,7 +221,7 @@ def measure(
         "seconds": median,
         "recomputed_blocks": loop.settings.recompute,
         "tokens_per_second": tokens / median,
-        "of_matmul": cost.step_flops(model, rows) / median / rate,
+        "of_matmul": cost.step_flops(model, rows, "lora_rank" in more) / median / rate,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
     }
 

@@ -128,4 +128,4 @@ class DecodeRows:
 
 
 def padded(array: np.ndarray, multiple: int, fill: int = 0) -> np.ndarray:
-    return np.pad(array, (0, -len(array) % multiple), constant_values=fill)
+    return np.append(array, np.full(-len(array) % multiple, fill))

@@ -143,12 +143,14 @@ class Engine:
         self.options = self._choose_by(next(iter(step.samples)).prompt.request)
         if step.joined or not self.rows or (step.batch_version != self.batch_version and not self.graphs):
             self.rows = DecodeRows(step, self.capacity.page_size, self.item_rows, self.capacity.share_prefix)
+            self.own: Reads[Tensor] | None = None  # of these pages, once they were read
             if not self.graphs:
                 self.prefix = self._upload_reads(self.rows.prefix)
         else:
             if step.batch_version != self.batch_version:
                 self.rows.keep(step.samples)
             self.rows.grow(step.grown)
+            self.own = None if step.grown else self.own
         self.batch_version = step.batch_version
         batch = self.rows.at(np.array(step.positions))
         if self.graphs:
@@ -194,7 +196,7 @@ class Engine:
             return choose(self.project(hidden(slice(0, 64))[part]), numbers_T[part] / 512, options)
 
         kind = config, str(self.model.blocks[0]), torch.get_num_threads()
-        least = 1 if isinstance(self.model.get_submodule("blocks.0.mlp.down"), Packed) else kernels.ROWS
+        least = 1 if type(self.model.get_submodule("blocks.0.mlp.down")) is Packed else kernels.ROWS
         layer, last = rows_needed((*kind, "layer"), hidden, 512), rows_needed((*kind, "head"), outputs, 64)
         return math.lcm(least, layer, last) if layer and last else None
 
@@ -217,9 +219,12 @@ class Engine:
         return Reads(*map(self._upload, reads.arrays()))
 
     def _upload_batch(self, batch: DecodeBatch[np.ndarray]) -> DecodeBatch[Tensor]:
-        """The prefix is on the device already: a kernel's layout of it serves many steps."""
+        """The prefix is on the device already, and often the rest: a kernel's layout serves many steps."""
         rows = self.multiple
         slots_R = self._upload(padded(batch.slots_R, rows, self.capacity.running))
         positions_R, seeds_R = (self._upload(padded(x, rows)) for x in (batch.positions_R, batch.seeds_R))
-        own, places_U = self._upload_reads(batch.own), self._upload(batch.places_U)
-        return DecodeBatch(slots_R, positions_R, seeds_R, places_U, self.prefix, own)
+        if self.own:
+            self.own.move(self._upload(batch.own.visible_IJ))
+        else:
+            self.own = self._upload_reads(batch.own)
+        return DecodeBatch(slots_R, positions_R, seeds_R, self._upload(batch.places_U), self.prefix, self.own)

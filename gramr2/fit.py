@@ -54,6 +54,7 @@ from gramr2.interrupts import AGAIN
 from gramr2.lora import adapt, description
 from gramr2.loss import OBJECTIVES, Objective, Trainee, collate
 from gramr2.model import Decoder, ModelConfig
+from gramr2.optimizer import make_optimizer
 from gramr2.plan import make_plan, read_model_config, split_into_packs
 from gramr2.records import Example
 from gramr2.seals import SEALS, check_seals, read_signed
@@ -173,7 +174,7 @@ class Loop:
                 value = math.nan if figures["loss"] is None else figures["loss"]
                 text = f"loss {value:.4f}, {figures['tokens'] / elapsed:,.0f} tokens/s"
                 if rate:
-                    flops = step_flops(self.trainee.decoder.config, examples)
+                    flops = step_flops(self.trainee.decoder.config, examples, self.settings.lora_rank > 0)
                     text += f", {flops / rate / elapsed:.0%} MFU"
                 bar.set_postfix_str(text, refresh=False)
                 bar.update()
@@ -267,19 +268,6 @@ def make_trainee(
     if settings.lora_rank:
         parallel.load_adapters(trainee, model_dir, settings.seed)
     return trainee.train()
-
-
-def make_optimizer(parameters: Sequence[nn.Parameter], settings: TrainSettings) -> torch.optim.AdamW:
-    """Fused AdamW; matrices decay and vectors (norms, biases) do not. Its state exists from the start."""
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True)
-    for parameter in parameters:
-        moments = {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
-    return optimizer
 
 
 def learning_rate_at(step: int, steps: int, settings: TrainSettings) -> float:

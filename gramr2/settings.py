@@ -92,6 +92,11 @@ class TrainSettings:
     )
     beta1: float = setting(0.9, "AdamW: memory of the gradient", low=0, below=1)
     beta2: float = setting(0.95, "AdamW: memory of its square", low=0, below=1)
+    optimizer_dtype: str = setting(
+        "float32",
+        "what AdamW's two moments are kept in: float32, or bfloat16, which saves 4 of 16 bytes a parameter",
+        among=("float32", "bfloat16"),
+    )
     clip: float = setting(1.0, "largest norm of the gradient; 0 leaves it as it is", low=0)
 
     lora_rank: int = setting(

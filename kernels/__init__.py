@@ -7,11 +7,11 @@
 - `backend`: "triton" or "reference", for a device.
 
 Each has a readable meaning in reference.py. A device without a Triton kernel runs torch code: that file's
-for the log-probs and between matmuls, paged_attention_cpu.py for the cache. Importing imports no Triton and
-asks no device; both happen in the first call. The arguments of the log-probs are checked here, before
-anything is launched, and what is wrong is a ValueError that names the argument. The others' are not: they are
-the model's and the sampler's own, and met in every layer of every step. choice.py, the choice of a token, is
-the same torch code on every device, and needs no choosing here.
+for the log-probs and between matmuls (elementwise_cpu.py where a CPU samples), and paged_attention_cpu.py for
+the cache. Importing imports no Triton and asks no device; both happen in the first call. The arguments of the
+log-probs are checked here, before anything is launched, and what is wrong is a ValueError that names the
+argument. The others' are not: they are the model's and the sampler's own, and met in every layer of every
+step. choice.py, the choice of a token, is the same torch code on every device, and needs no choosing here.
 
 Legend of suffixes: see reference.py.
 """
@@ -24,7 +24,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from . import paged_attention_cpu, reference
+from . import elementwise_cpu, paged_attention_cpu, reference
 from .paged_attention_cpu import KEYS as KEYS  # this and the next two are for whoever builds reads
 from .paged_attention_cpu import ROWS as ROWS
 from .reads import Reads as Reads
@@ -155,8 +155,11 @@ def _checked(hidden_TD, weight_VD, targets_T, known_targets=False):
 
 def _elementwise(*operands):
     """The module whose elementwise steps these operands take: one with gradients, or one that is faster."""
-    if not operands[0].is_cuda or torch.compiler.is_compiling():  # what torch compiles it fuses by itself
+    if torch.compiler.is_compiling():  # what torch compiles it fuses by itself
         return reference
+    if not operands[0].is_cuda:
+        plain = torch.is_grad_enabled() or operands[0].dtype != torch.float32
+        return reference if plain else elementwise_cpu
     wanted = torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)
     alike = all(operand.dtype == operands[0].dtype for operand in operands)
     if wanted or not alike or backend(operands[0].device) != "triton":

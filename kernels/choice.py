@@ -57,7 +57,8 @@ def choose(logits_RV: Tensor, uniform_R: Tensor, options: Options) -> Tensor:
     """Draws a token per row; -> fp64 [R, Column.WATCHED + W]."""
     low_R, high_R = logits_RV.amin(-1), logits_RV.amax(-1)
     weight_RV = (logits_RV - high_R[:, None]).exp_()
-    lse_R = high_R + _sums(weight_RV).log()
+    total_RB = _blocks(weight_RV).sum(-1)
+    lse_R = high_R + total_RB.sum(-1).log()
     if options.temperature == 0:
         id_R = logits_RV.argmax(-1)
     else:
@@ -66,17 +67,15 @@ def choose(logits_RV: Tensor, uniform_R: Tensor, options: Options) -> Tensor:
         if options.top_k:
             weight_RV = _keep(weight_RV, weight_RV.new_full((len(weight_RV),), options.top_k), counted=True)
         if options.top_p < 1:
-            weight_RV = _keep(weight_RV, options.top_p * _sums(weight_RV), counted=False)
-        id_R = _draw(weight_RV, uniform_R)
-    not_finite_R = ~(low_R.isfinite() & high_R.isfinite())
+            weight_RV = _keep(weight_RV, options.top_p * _blocks(weight_RV).sum(-1).sum(-1), counted=False)
+        if options.temperature != 1 or options.top_k or options.top_p < 1:
+            total_RB = _blocks(weight_RV).sum(-1)
+        id_R = _draw(weight_RV, total_RB, uniform_R)
+    not_finite_R = ~(high_R - low_R).isfinite()
     logprob_R = logits_RV.gather(1, id_R[:, None])[:, 0] - lse_R
     watched_RW = logits_RV[:, options.watch_W] - lse_R[:, None]
-    parts = id_R[:, None], logprob_R[:, None], not_finite_R[:, None], watched_RW  # as Column says
-    return torch.cat([part.double() for part in parts], dim=1)
-
-
-def _sums(weight_RV: Tensor) -> Tensor:
-    return _blocks(weight_RV).sum(-1).sum(-1)
+    # As Column says; they become what the first is.
+    return torch.cat((id_R.double()[:, None], logprob_R[:, None], not_finite_R[:, None], watched_RW), dim=1)
 
 
 def _blocks(weight_RV: Tensor) -> Tensor:
@@ -84,18 +83,16 @@ def _blocks(weight_RV: Tensor) -> Tensor:
     return (pad(weight_RV, (0, missing)) if missing else weight_RV).unflatten(1, (-1, BLOCK))
 
 
-def _draw(weight_RV: Tensor, uniform_R: Tensor) -> Tensor:
+def _draw(weight_RV: Tensor, total_RB: Tensor, uniform_R: Tensor) -> Tensor:
     """The inverse of the cumulative distribution at uniform_R: first the block it falls into, then the token.
 
     Only a block, and in it a token, of positive weight is ever taken, whatever the sums' rounding.
     """
-    blocks_RBC = _blocks(weight_RV)
-    total_RB = blocks_RBC.sum(-1)
     upto_RB = total_RB.cumsum(-1)
     aim_R = uniform_R * upto_RB[:, -1]
     block_R = _first(upto_RB, total_RB, aim_R)
     row_R = torch.arange(len(block_R), device=block_R.device)
-    chosen_RC = blocks_RBC[row_R, block_R]
+    chosen_RC = _blocks(weight_RV)[row_R, block_R]
     aim_R = aim_R - (upto_RB - total_RB)[row_R, block_R]
     return block_R * BLOCK + _first(chosen_RC.cumsum(-1), chosen_RC, aim_R)
 

@@ -1,9 +1,9 @@
 """Matrices laid out for the few rows of a decode step on a CPU, in fp32, and what rows then need.
 
-Small matrices are copied column by column (`column_major`): they cost less than a call of another library,
-where MKL's rounding allows it. Larger ones are `Packed` into oneDNN's blocks, those of the same input as one.
-The copy costs as much memory as the matrices, and as much time as a few tokens; so it is kept while the model
-lives, and what has changed in the model since is packed again by the next `laid_out`.
+A small model's matrices are copied column by column (`Columns`): they cost less than a call of another
+library, where MKL's rounding allows it. Larger ones are `Packed` into oneDNN's blocks, those of the same
+input as one. The copy costs as much memory as the matrices, and as much time as a few tokens; so it is kept
+while the model lives, and what has changed in the model since is copied again by the next `laid_out`.
 
 What a row gives must not depend on the rows beside it, so a pass may have to be padded. How far is a matter
 of the libraries and of the processor, and `rows_needed` tries it out: packed matrices need no padding on
@@ -25,15 +25,17 @@ from torch import Tensor, nn
 
 from .paged_attention_cpu import ROWS
 
-# Bytes of all weights: what is small, and what is so large that a copy is too much to ask of a machine.
+# Bytes of weights: all but the vocabulary's of a small model; and all of one of which a copy is too much to
+# ask of a machine.
 SMALL, LARGE = 1 << 26, 1 << 32
+NARROW = 1 << 22  # bytes of a small model's projection on the vocabulary that are not packed either
 LONG = 1024  # oneDNN sums the products of one row in another order where there are more; of two it does not
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 # Rows that a pass may be padded to a multiple of. 24 is for oneDNN before 3.11, with AVX2 alone: it takes six
 # rows at a time, and rounds a rest of up to three in another way.
 CANDIDATES = 1, 2, 4, 8, 16, 32, 24, 64
 
-_kept: WeakKeyDictionary[nn.Module, tuple[Any, Packed]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[nn.Module, tuple[type[Packed], Any, Packed]] = WeakKeyDictionary()
 _rows: dict[Hashable, int | None] = {}
 
 
@@ -46,35 +48,29 @@ def laid_out(
     too. Who keeps the result asks again at each call: a model that is trained between calls changes its
     weights in place.
     """
-    weight_VD, size = head.get_parameter("weight"), sum(p.nbytes for p in model.parameters())
+    weight_VD = head.get_parameter("weight")
     cpu = weight_VD.device.type == "cpu" and weight_VD.dtype == torch.float32
     if not cpu or not torch.backends.mkldnn.is_available():
         return model, lambda hidden_RD: nn.functional.linear(hidden_RD, weight_VD)
-    if size >= LARGE:
+    if sum(p.nbytes for p in model.parameters()) >= LARGE:
         return model, Packed(head)
-    if size < SMALL and not pack_small:
-        return column_major(model), Packed(head)
-    if model not in _kept:
-        _kept[model] = packed(model, head), Packed(head)
-    for part in _kept[model]:
-        for module in part.modules():
-            if isinstance(module, Packed):
-                module.refresh()
-    return _kept[model]
-
-
-def column_major(module: AnyModule) -> AnyModule:
-    """The same function, with matrices copied column by column: few rows are 1.3 times faster then."""
-    twin = copy.copy(module)
-    twin._modules = {name: child and column_major(child) for name, child in module._modules.items()}
-    if isinstance(module, nn.Linear):
-        weight = nn.Parameter(module.weight.detach().t().contiguous().t(), requires_grad=False)
-        twin._parameters = {**module._parameters, "weight": weight}
-    return twin
+    size = sum(p.nbytes for p in model.parameters() if p.shape != weight_VD.shape)
+    kind = Packed if pack_small or size >= SMALL else Columns
+    if model not in _kept or _kept[model][0] is not kind:
+        _kept[model] = (
+            kind,
+            with_copies(model, head, kind),
+            (kind if weight_VD.nbytes < NARROW else Packed)(head),
+        )
+    _, twin, project = _kept[model]
+    for module in *twin.modules(), project:
+        if isinstance(module, Packed):
+            module.refresh()
+    return twin, project
 
 
 class SideBySide(nn.Module):
-    """Has linear maps of the same input, and names them: `packed` computes them as one."""
+    """Has linear maps of the same input, and names them: packed they are one."""
 
     side_by_side: tuple[str, ...]
 
@@ -82,16 +78,17 @@ class SideBySide(nn.Module):
         return [getattr(self, name)(x_RD) for name in self.side_by_side]
 
 
-def packed(module: nn.Module, head: nn.Module) -> nn.Module:
-    """The same function, with packed matrices; the head, which is not a part of it, is left as it is."""
+def with_copies(module: nn.Module, head: nn.Module, kind: type[Packed]) -> Any:
+    """The same function, with matrices laid out; the head, which is not a part of it, is left as it is."""
     if isinstance(module, nn.Linear) and module is not head:
-        return Packed(module)
+        return kind(module)
     twin, names = copy.copy(module), module.side_by_side if isinstance(module, SideBySide) else ()
+    names = names if kind is Packed else ()  # MKL gains little by it, and rounds otherwise
     others = {name: child for name, child in module._modules.items() if name not in names}
-    twin._modules = {name: child and packed(child, head) for name, child in others.items()}
+    twin._modules = {name: child and with_copies(child, head, kind) for name, child in others.items()}
     if names:
-        twin.joined = joined = Packed(*map(module.get_submodule, names))
-        twin.__dict__["products"] = lambda x_RD: joined(x_RD).split(joined.sizes, -1)
+        twin.joined = joined = kind(*map(module.get_submodule, names))
+        twin.__dict__["products"] = lambda x_RD: joined(x_RD).split_with_sizes(joined.sizes, -1)
     return twin
 
 
@@ -113,16 +110,29 @@ class Packed(nn.Module):
         if seen == self.seen:
             return
         count = len(self.sources)
-        weight_ND = torch.cat(found[:count])
-        self.sizes, self.long, self.seen = [*map(len, found[:count])], weight_ND.shape[1] > LONG, seen
+        self.sizes, self.seen = [*map(len, found[:count])], seen
         self.bias_N = torch.cat(found[count:]) if found[count:] else None
-        self.weight_ND = torch.ops.mkldnn._reorder_linear_weight(weight_ND, ROWS)
+        self.lay_out(torch.cat(found[:count]))
+
+    def lay_out(self, weight_ND: Tensor) -> None:
+        self.long = weight_ND.shape[1] > LONG
+        self.laid = torch.ops.mkldnn._reorder_linear_weight(weight_ND, ROWS)
 
     def forward(self, x_RD: Tensor) -> Tensor:
         alone = self.long and len(x_RD) == 1
         x_RD = torch.cat((x_RD, x_RD)) if alone else x_RD
-        y_RN = torch.ops.mkldnn._linear_pointwise(x_RD, self.weight_ND, self.bias_N, "none", [], "")
+        y_RN = torch.ops.mkldnn._linear_pointwise(x_RD, self.laid, self.bias_N, "none", [], "")
         return y_RN[:1] if alone else y_RN
+
+
+class Columns(Packed):
+    """The same by MKL, which multiplies few rows 1.3 times faster where a matrix stands column by column."""
+
+    def lay_out(self, weight_ND: Tensor) -> None:
+        self.laid = weight_ND.t().contiguous()
+
+    def forward(self, x_RD: Tensor) -> Tensor:
+        return x_RD @ self.laid if self.bias_N is None else self.bias_N.addmm(x_RD, self.laid)
 
 
 def fingerprint(tensor: Tensor) -> tuple[int, int, int]:

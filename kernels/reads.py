@@ -9,7 +9,7 @@ Left out: what is in the pages. Legend of suffixes: I items, J queries of an ite
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -31,10 +31,15 @@ class Reads(Generic[Array]):
     rows_IJ: Array  # each item's queries, as rows of the flat batch; -1 where it has fewer than J
     visible_IJ: Array  # how many keys, from the first page's start on, each of them may see
     pages_IM: Array  # each item's pages, in order; behind the last that is visible, any page
-    layout: object = field(default=None, init=False, repr=False)  # what a kernel keeps for the next layer
+    layout: Any = field(default=None, init=False, repr=False)  # what a kernel keeps for the next layer
+    moved: bool = field(default=False, init=False, repr=False)  # since it was laid out
 
     def arrays(self) -> list[Array]:
         return [self.rows_IJ, self.visible_IJ, self.pages_IM]
+
+    def move(self, visible_IJ: Array) -> None:
+        """A step on: the same rows, which see other keys of the same pages."""
+        self.visible_IJ, self.moved = visible_IJ, True
 
 
 def items_of(rows: np.ndarray, visible: np.ndarray, pages: Numbers, most: int | None) -> list[Item]:

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import acceptance  # noqa: E402
 import common  # noqa: E402
 import endtoend  # noqa: E402
+import memory  # noqa: E402
 import profiles  # noqa: E402
 import tables  # noqa: E402
 import training  # noqa: E402
@@ -54,7 +55,7 @@ def test_a_rehearsal_runs_the_gpus_code_and_fills_its_tables(tmp_path):
         assert "Unmeasured" not in table and table.count("|") > 12
 
 
-@pytest.mark.parametrize("script", [endtoend, profiles], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("script", [endtoend, memory, profiles], ids=lambda script: script.__name__)
 def test_rehearsals_in_this_process(script, tmp_path, monkeypatch):
     """As above, for scripts that start no processes of their own."""
     monkeypatch.setattr(common, "RESULTS", tmp_path)

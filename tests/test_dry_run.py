@@ -18,7 +18,14 @@ def test_dry_run_says_the_plan_and_reads_no_weights(tmp_path):
     model = shutil.copytree(whole, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     settings, alone = TrainSettings(**CONFIG), Ranks(0, 1, torch.device("cpu"))
     lines = "\n".join(dry_run("reward", settings, [data], model, alone))
-    for word in ("52,464 parameters", "48 examples", "6 of 8 examples", "GB on each of 1 ranks", "0.003 at"):
+    for word in (
+        "52,464 parameters",
+        "48 examples",
+        "6 of 8 examples",
+        "GB on each of 1 ranks",
+        "0.003 at",
+        "24 GB   yes",
+    ):
         assert word in lines
     assert "warning" not in lines
     # On the CPU nothing is computed again, unless it is asked for: it said the least that any setting takes.

@@ -40,6 +40,17 @@ def check(implementation, dtype, device="cpu"):
             torch.testing.assert_close(x.double(), wanted, atol=4 * step, rtol=2 * step)
 
 
+def test_a_cpu_that_samples_computes_the_same_in_fewer_operations():
+    """Bit for bit: an older version's samples are to come out again."""
+    with torch.inference_mode():
+        for shape in SHAPES:
+            for name, arguments in zip(
+                ("rms_norm", "rotate", "silu_product"), operands(shape, torch.float32), strict=True
+            ):
+                got, wanted = (getattr(each, name)(*arguments) for each in (kernels, reference))
+                assert all(map(torch.equal, got, wanted)), name
+
+
 def interpreted():
     from gramr2.kernels import elementwise
 

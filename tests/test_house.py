@@ -36,7 +36,7 @@ LAYERS = [
         "gramr2.run_directory",
         "gramr2.resume",
     ],
-    ["gramr2.graphs", "gramr2.plan"],
+    ["gramr2.graphs", "gramr2.plan", "gramr2.optimizer"],
     ["gramr2.engine", "gramr2.tokenized"],
     ["gramr2.sampler", "gramr2.cost"],
     ["gramr2.votes", "gramr2.prover"],
@@ -45,7 +45,7 @@ LAYERS = [
     ["gramr2.extras"],
     ["gramr2.commands"],
 ]
-BUDGET = {"core": 6190, "kernels": 1060, "extras": 4530}
+BUDGET = {"core": 6330, "kernels": 1110, "extras": 4540}
 LARGEST = 350  # lines of code of one file of the core
 
 

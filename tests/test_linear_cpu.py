@@ -11,7 +11,7 @@ from torch import nn
 
 from gramr2.engine import Engine
 from gramr2.kernels import linear_cpu
-from gramr2.kernels.linear_cpu import LONG, Packed, rows_needed
+from gramr2.kernels.linear_cpu import LONG, Columns, Packed, rows_needed
 from gramr2.sampler import generate
 
 SIZES = [(64, 32), (33, 50), (960, 576), (576, 1536), (128, LONG), (128, LONG + 1), (70, 3000)]  # N, D
@@ -52,14 +52,15 @@ CHANGES = {
 }
 
 
+@pytest.mark.parametrize("kind", [Packed, Columns])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_packed_copy_follows_its_weights(change):
+def test_a_copy_follows_its_weights(change, kind):
     """A policy is sampled, trained in place and sampled again: never with the weights it had before."""
     linear, x_RD = nn.Linear(32, 16), torch.randn(4, 32)
-    packed = Packed(linear)
-    before = packed.weight_ND
+    packed = kind(linear)
+    before = packed.laid
     packed.refresh()
-    assert packed.weight_ND is before, "packed again, though nothing changed"
+    assert packed.laid is before, "packed again, though nothing changed"
     CHANGES[change](linear)
     packed.refresh()
     torch.testing.assert_close(packed(x_RD), linear(x_RD).detach(), atol=1e-5, rtol=1e-5)
@@ -86,8 +87,9 @@ def test_without_onednn_the_samples_are_the_same(monkeypatch):
     torch.testing.assert_close(torch.tensor(plain.logprobs), torch.tensor(packed.logprobs))
 
 
-def test_a_kept_copy_samples_as_the_model_is_now(monkeypatch):
-    monkeypatch.setattr(linear_cpu, "SMALL", 0)
+@pytest.mark.parametrize("small", [0, linear_cpu.SMALL], ids=["packed", "column by column"])
+def test_a_kept_copy_samples_as_the_model_is_now(monkeypatch, small):
+    monkeypatch.setattr(linear_cpu, "SMALL", small)
     model, options = random_model("qwen3"), dict(max_new_tokens=8, temperature=0, stop_ids=(), progress=False)
     generate(model, [[1, 2, 3]], **options)
     with torch.no_grad():

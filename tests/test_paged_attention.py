@@ -89,6 +89,18 @@ def test_the_cpus_way_is_the_oracles(shape, dtype):
     torch.testing.assert_close(got.double(), exact(*operands), atol=BOUND[dtype], rtol=BOUND[dtype])
 
 
+def test_reads_that_moved_by_a_key_see_it():
+    """Their layout is kept from step to step, and only the mask follows: else the newest token is hidden."""
+    q_THK, keys, values, (prefix, own) = case(torch.float32, *SHAPES[0])
+    keys[40] = values[40] = 0
+    paged_attention_cpu.attend_pages(q_THK, keys, values, [prefix, own])
+    kept, later = own.layout, (own.visible_IJ + 3).clamp(max=3 * SHAPES[0][3])
+    own.move(later)
+    got = paged_attention_cpu.attend_pages(q_THK, keys, values, [prefix, own])
+    anew = [prefix, kernels.Reads(own.rows_IJ, later, own.pages_IM)]
+    assert own.layout is kept and got.equal(paged_attention_cpu.attend_pages(q_THK, keys, values, anew))
+
+
 def interpreted():
     from gramr2.kernels import paged_attention
 
