@@ -18,8 +18,9 @@ list file has "responses" instead (--json counts them from 0). Without --model t
 under runs/ judges. One vote is greedy and in the given order; an even number of votes is sampled, half of
 them with the responses exchanged: as the flags say, or the checkpoint's generation_config.json, or at
 temperature 1. A benchmark and an audit take votes per order: 1 is greedy in both. Benchmarks: rm-bench,
-judgebench, ppe, helpsteer3, pairs; --score audit FILE reads an audit's. An endpoint's key is taken from
-GRAMR2_API_KEY. Exit status: 0 done, 2 bad input, 130 interrupted, 141 its reader left.
+judgebench, ppe, rewardbench, rewardbench2, llmbar, rmb, helpsteer3, pairs; FILE may be a directory of its
+files; --score audit FILE reads an audit's. An endpoint's key is taken from GRAMR2_API_KEY. Exit status: 0
+done, 2 bad input, 130 interrupted, 141 its reader left.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ class RewardModel:
         if p_a is None:
             return Judgment.from_votes([Vote(None, "AB", None, "the scores are not finite")])
         label = None if a == b else "A" if a > b else "B"
-        return Judgment(label, p_a, {"A": 0, "B": 0, "none": 0})
+        return Judgment(label, p_a, {"A": 0, "B": 0, "none": 0}, scores=(a, b))
 
     def score(self, messages: Messages, response: str) -> float:
         """What a scoring model gives a response."""

@@ -314,6 +314,7 @@ class Judgment(_Record):
     orders_agree: bool | None = None  # None where only one order was asked, or could be read
     details: tuple[Vote, ...] = ()
     forged: tuple[str, ...] = ()  # fields of the pair in which a line of the judge's prompt stands
+    scores: tuple[float, ...] = ()  # of A and of B, by a judge that scores each by itself
 
     @classmethod
     def from_votes(cls, votes: Sequence[Vote]) -> Judgment:

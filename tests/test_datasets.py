@@ -56,6 +56,7 @@ because
 Z = "Feedback:\nf\n\nComparision:\nResponse A wins\n\nConclusion:\nd"
 ANSWER = f"<think>\n{Z}\n</think>\n<answer>\nA\n</answer>"
 
+PATH = "Natural.jsonl"  # LLMBar's subsets are told from the path
 # A row to each published schema, and what it comes to: (question, response a, response b, label) or a reason.
 ROWS = [
     ("helpsteer3", helpsteer(), [("User: q\n\nAssistant: a\n\nUser: again?", "x", "y", "A")]),
@@ -98,6 +99,21 @@ ROWS = [
     ("rm-bench", {"id": 4, "prompt": "q", "chosen": ["a", "b", "c"], "rejected": ["d", "e", "f"],
                   "domain": "chat"},
      [("q", c, r, "A") for c in "abc" for r in "def"]),
+    ("rewardbench", {"id": 4, "prompt": "q", "chosen": "x", "rejected": "y", "subset": "hep-go",
+                     "chosen_model": "m", "rejected_model": "n"}, [("q", "x", "y", "A")]),
+    ("rewardbench2", {"id": "tied:4", "prompt": "q", "chosen": ["a", "b"], "rejected": ["d", "e"],
+                      "num_correct": 2, "num_incorrect": 2, "total_completions": 4, "subset": "Ties"},
+     [("q", c, r, "A") for c in "ab" for r in "de"]),
+    ("rewardbench2", {"id": "4", "prompt": "q", "chosen": ["a"], "rejected": ["d", "e", "f"],
+                      "num_correct": 1, "subset": "Focus"}, [("q", "a", r, "A") for r in "def"]),
+    ("llmbar", {"input": "q", "output_1": "x", "output_2": "y", "label": 2}, [("q", "x", "y", "B")]),
+    ("rmb", {"pair_uid": "4", "conversation_input": turns("q"),
+             "category_path": "Pairwise_set/Harmlessness/S1",
+             "chosen": {"answer": "x"}, "reject": {"answer": "y"}}, [("q", "x", "y", "A")]),
+    ("rmb", {"bon_uid": "4", "conversation_input": turns("q"),
+             "category_path": "BoN_set/Helpfulness/Code/Data",
+             "bon_best": {"answer": "x"}, "loser_list": [{"answer": "y"}, {"answer": "z"}]},
+     [("q", "x", "y", "A"), ("q", "x", "z", "A")]),
     ("pairs", {"instruction": "q", "chosen": "x", "rejected": "y"}, [("q", "x", "y", "A")]),
     ("stack-exchange", {"qid": 1, "question": "<p>q</p>", "answers": [{"text": "<p>a</p>", "pm_score": "9"}]},
      ["fewer than two answers"]),
@@ -115,7 +131,7 @@ def read(path):
 
 @pytest.mark.parametrize("name, row, expected", ROWS)
 def test_reader(name, row, expected, tmp_path):
-    found = DATASETS[name].items(row, Source(written(tmp_path / "x.jsonl", [])))
+    found = DATASETS[name].items(row, Source(written(tmp_path / PATH, [])))
     short = [i if isinstance(i, str) else (i.question, i.response_a, i.response_b, i.label) for i in found]
     assert short == expected
 
@@ -125,8 +141,9 @@ def test_every_format_is_tried_and_names_a_missing_field(name, tmp_path):
     """Each field that a reader needs is missed by its name; so is a field of another type."""
     row = next(row for known, row, _ in ROWS if known == name)
     optional = {"input", "language", "models", "comparison_id", "id", "num_turns", "source", "original_id",
-                "domain", "response_model", "qid", "better_response_id", "safer_response_id"}  # fmt: skip
-    source = Source(written(tmp_path / "x.jsonl", []))
+                "domain", "response_model", "qid", "better_response_id", "safer_response_id",
+                "num_incorrect", "total_completions", "chosen_model", "rejected_model"}  # fmt: skip
+    source = Source(written(tmp_path / PATH, []))
     needed = row.keys() - optional
     for gone in needed:
         wrong = {key: value for key, value in row.items() if key != gone}

@@ -99,7 +99,7 @@ def test_loads_what_transformers_saves_and_saves_it_again_unchanged(tmp_path, ki
     before, after = (weights._tensor_files(tmp_path / name) for name in ("theirs", "ours"))
     assert before.keys() == after.keys()
     for name in before:
-        with weights._open(before[name]) as one, weights._open(after[name]) as two:
+        with weights.open_tensors(before[name]) as one, weights.open_tensors(after[name]) as two:
             a, b = one.get_tensor(name), two.get_tensor(name)
         assert a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8)), name
 

@@ -11,7 +11,8 @@
 
 The paper's data: HelpSteer3 has human rationales (they become z, in the parts of prompts.Rationale); six
 sets are labelled without rationales; Stack-Exchange is unlabelled; RM-Bench, JudgeBench and PPE are what it
-is measured on. A reader turns one row into pairs, or into the reason why it is none. In training data ties,
+is measured on; RewardBench and its second version, LLMBar and RMB are what others are measured on too. A
+reader turns one row into pairs, or into the reason why it is none. In training data ties,
 empty and identical responses and duplicates are dropped and counted, and the place of the better response is
 balanced, and decided by the seed; a benchmark is converted whole and in its own order. Memory does not grow
 with the input, but for 8 bytes a pair to find duplicates. A conversion is whole or leaves nothing.
@@ -274,11 +275,13 @@ Reader = Callable[[JsonRow, Source], Iterable[Item]]
 
 
 class Dataset(NamedTuple):
-    """A published format: its reader, where it is published, and whether it is a benchmark."""
+    """A published format: its reader, where it is published, whether it is a benchmark, and what its files
+    are called where others stand beside them."""
 
     read: Reader
     published: str
     benchmark: bool
+    files: str
 
     def items(self, row: Any, source: Source) -> list[Item]:
         """All that a row comes to, or an InputError where it is malformed."""
@@ -292,11 +295,13 @@ class Dataset(NamedTuple):
 DATASETS: dict[str, Dataset] = {}
 
 
-def reader(name: str, published: str, benchmark: bool = False) -> Callable[[Reader], Reader]:
+def reader(
+    name: str, published: str, benchmark: bool = False, files: str = "*"
+) -> Callable[[Reader], Reader]:
     """Registers a reader; the first line of its docstring is what the listing says."""
 
     def register(read: Reader) -> Reader:
-        DATASETS[name] = Dataset(read, published, benchmark)
+        DATASETS[name] = Dataset(read, published, benchmark, files)
         return read
 
     return register
@@ -518,12 +523,23 @@ def rm_bench(row: JsonRow, source: Source) -> Iterator[Item]:
     if subset is None:
         raise InputError(f'no field "domain", and the file\'s name says none of {", ".join(RM_BENCH)}')
     domain = choice({"domain": subset}, "domain", RM_BENCH)
-    question, prompt = asked(row, "prompt"), get(row, "id", (int, str), "a number or text")
     chosen, rejected = (items(row, name, 3) for name in ("chosen", "rejected"))
-    for i, j in product(range(3), range(3)):
-        meta = {"prompt": prompt, "subset": subset, "chosen": i, "rejected": j}
+    about = {"prompt": _id(row, "id"), "subset": subset}
+    yield from _each_with_each(asked(row, "prompt"), chosen, rejected, "rm-bench", domain, about)
+
+
+def _id(row: JsonRow, name: str) -> int | str:
+    return get(row, name, (int, str), "a number or text")
+
+
+def _each_with_each(
+    question: Messages, chosen: list, rejected: list, source: str, domain: str, about: JsonRow
+) -> Iterator[Pair]:
+    """A prompt's pairs: every chosen response, as A, with every rejected one."""
+    for i, j in product(range(len(chosen)), range(len(rejected))):
         answers = text({"chosen": chosen[i]}, "chosen"), text({"rejected": rejected[j]}, "rejected")
-        yield Pair(question, *answers, "A", source="rm-bench", domain=domain, meta=meta)
+        meta = about | {"chosen": i, "rejected": j}
+        yield Pair(question, *answers, "A", source=source, domain=domain, meta=meta)
 
 
 JUDGEBENCH = {"mmlu-pro": "knowledge", "livebench-reasoning": "reasoning"}
@@ -555,6 +571,83 @@ def ppe(row: JsonRow, source: Source) -> Iterator[Item]:
     meta = {name: row.get(name) for name in ("model_name", "conflict_pairs", "sampled_conflict_pairs")}
     about = {"id": str(get(row, "question_id")), "question": text(row, "prompt"), "source": "ppe"}
     yield about | {"responses": responses, "scores": scores, "meta": meta}
+
+
+# The sections' subsets, and how much each one weighs: as many as it has pairs, but for math-prm's 447, which
+# weigh as much as all code.
+REWARDBENCH = {
+    "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28}
+    | {"mt-bench-med": 40},
+    "Chat Hard": {"mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134}
+    | {"llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46},
+    "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154}
+    | {"xstest-should-respond": 250, "donotanswer": 136},
+    "Reasoning": {"math-prm": 984}
+    | dict.fromkeys(("hep-cpp", "hep-go", "hep-java", "hep-js", "hep-python", "hep-rust"), 164),
+}
+
+
+@reader("rewardbench", "allenai/reward-bench", benchmark=True)
+def rewardbench(row: JsonRow, source: Source) -> Iterator[Item]:
+    """benchmark: pairs, the chosen response as A (its split "filtered")"""
+    subset = choice(row, "subset", {name: name for subsets in REWARDBENCH.values() for name in subsets})
+    about = {"prompt": _id(row, "id")}
+    answers = two_texts(row, "chosen", "rejected")
+    yield Pair(asked(row, "prompt"), *answers, "A", source="rewardbench", domain=subset, meta=about)
+
+
+REWARDBENCH2 = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
+
+
+@reader("rewardbench2", "allenai/reward-bench-2", benchmark=True)
+def rewardbench2(row: JsonRow, source: Source) -> Iterator[Item]:
+    """benchmark: a prompt's correct responses, as A, each with each wrong one; one with three but in Ties
+
+    `meta` has the prompt, how many pairs it has, and which of its responses these two are.
+    """
+    domain = choice(row, "subset", {name: name for name in REWARDBENCH2})
+    responses, prompt = items(row, "chosen") + items(row, "rejected"), _id(row, "id")
+    count = 1
+    if domain == "Ties":
+        named = re.fullmatch(r"(ref|tied):\d+", str(prompt))
+        need(named is not None, 'field "id" is neither ref:NUMBER nor tied:NUMBER')
+        count = get(row, "num_correct", int, "a number")
+    correct, wrong = responses[: max(count, 0)], responses[max(count, 0) :]
+    need(min(len(correct), len(wrong)) > 0, "no correct response, or no wrong one")
+    about = {"prompt": prompt, "pairs": len(correct) * len(wrong)}
+    yield from _each_with_each(asked(row, "prompt"), correct, wrong, "rewardbench2", domain, about)
+
+
+LLMBAR = ("Natural", "Neighbor", "GPTInst", "GPTOut", "Manual")
+
+
+@reader("llmbar", "princeton-nlp/LLMBar", benchmark=True, files="dataset.json")
+def llmbar(row: JsonRow, source: Source) -> Iterator[Item]:
+    """benchmark: pairs; the path says which of the five subsets"""
+    path = "/".join(source.path.parts[-2:])
+    subset = next((name for name in LLMBAR if name in path), None)
+    if subset is None:
+        raise InputError(f"the file's path says none of {', '.join(LLMBAR)}")
+    label, answers = choice(row, "label", {1: "A", 2: "B"}), two_texts(row, "output_1", "output_2")
+    yield Pair(asked(row, "input"), *answers, label, source="llmbar", domain=subset)
+
+
+RMB = tuple(f"{goal}, {kind}" for goal in ("Helpfulness", "Harmlessness") for kind in ("best of n", "pairs"))
+
+
+@reader("rmb", "Zhou-Zoey/RMB-Reward-Model-Benchmark", benchmark=True)
+def rmb(row: JsonRow, source: Source) -> Iterator[Item]:
+    """benchmark: pairs, and the best of a list, as A, with each of the others"""
+    listed = "bon_best" in row
+    best, others = ("bon_best", items(row, "loser_list")) if listed else ("chosen", [get(row, "reject")])
+    answers = [text(each, "answer") for each in (get(row, best), *others)]
+    need(len(answers) > 1, 'field "loser_list" is empty')
+    path, kind = text(row, "category_path"), "best of n" if listed else "pairs"
+    found = {"category_path": f"{path.partition('/')[2].partition('/')[0]}, {kind}"}
+    domain = choice(found, "category_path", {name: name for name in RMB})
+    about = {"prompt": _id(row, "bon_uid" if listed else "pair_uid"), "pairs": len(answers) - 1, "path": path}
+    messages = as_messages(get(row, "conversation_input"), "conversation_input")
+    yield from _each_with_each(messages, answers[:1], answers[1:], "rmb", domain, about)
 
 
 # --- what is dropped, and what is placed where -----------------------------------------------------------
@@ -615,7 +708,7 @@ class Overlap:
         for where, row in source:
             if isinstance(row, dict):
                 row = {"domain": "chat"} | row  # RM-Bench's files by domain do not say it; any will do here
-            for name in ("rm-bench", "judgebench", "ppe", "pairs"):
+            for name in (*(name for name, each in DATASETS.items() if each.benchmark), "pairs"):
                 with contextlib.suppress(InputError):
                     items = DATASETS[name].items(row, source)
                     yield from (item for item in items if not isinstance(item, str))
@@ -720,9 +813,11 @@ def _listed(counts: Counter) -> str:
     return "; ".join(f"{name} {count:,}" for name, count in sorted(counts.items()) if count)
 
 
-def _inputs(path: Path) -> list[Path]:
-    """The file, or a directory's files in the order of their names."""
-    found = sorted(one for one in path.rglob("*") if one.name.endswith(SUFFIXES)) if path.is_dir() else [path]
+def inputs(name: str, path: Path) -> list[Path]:
+    """The file, or a directory's files of the named format in the order of their names."""
+    if not path.is_dir():
+        return [path]
+    found = sorted(one for one in path.rglob(DATASETS[name].files) if one.name.endswith(SUFFIXES))
     if not found:
         raise InputError(f"{path}: no file below it ends in one of {', '.join(SUFFIXES)}")
     return found
@@ -755,7 +850,7 @@ def convert(
     if chosen.benchmark and (against or max_characters or domain):
         options = "--against, --max-characters and --domain are for training data"
         raise InputError(f"{name} is a benchmark, and converted whole: {options}")
-    sources = [Source(one, seed) for one in _inputs(Path(path))]
+    sources = [Source(one, seed) for one in inputs(name, Path(path))]
     _check_target(Path(target), [*(source.path for source in sources), *map(Path, against)])
     sieve = Sieve([Overlap(Path(one)) for one in against], max_characters, domain, seed)
     with publish_file(target) as temporary, temporary.open("wb") as out:

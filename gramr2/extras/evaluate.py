@@ -39,16 +39,18 @@ BINS = 10  # of ECE, over confidences from 0.5 to 1
 FEWEST = 30  # labelled pairs that a calibrator can be fitted on
 
 
-def average(name: str, groups: Sequence[Sequence[float]], seed: int = 0) -> JsonRow:
-    """The mean of the groups' means in per cent, with its interval."""
-    values = [np.asarray(group, dtype=float) for group in groups]
+def average(
+    name: str, groups: Sequence[Sequence[float]], weights: Sequence[float] = (), seed: int = 0
+) -> JsonRow:
+    """The mean of the groups' means in per cent, with its interval. `weights`: none are equal ones."""
+    values, weights = [np.asarray(group, dtype=float) for group in groups], weights or [1] * len(groups)
     rng = np.random.default_rng(seed)
     drawn = np.zeros(RESAMPLES)
-    for each in values:
+    for each, weight in zip(values, weights, strict=True):
         draws = (rng.integers(len(each), size=(100, len(each))) for _ in range(RESAMPLES // 100))
-        drawn += np.concatenate([each[units].mean(1) for units in draws]) / len(values)
+        drawn += np.concatenate([each[units].mean(1) for units in draws]) * (weight / sum(weights))
     low, high = np.quantile(drawn, (0.025, 0.975))
-    mean = fmean(each.mean() for each in values)
+    mean = fmean((each.mean() for each in values), weights)
     figures = {"value": mean, "low": min(low, mean), "high": max(high, mean)}  # outside by rounding alone
     return {
         "name": name,
@@ -61,7 +63,7 @@ def is_right(row: JsonRow) -> bool:
     return row.get("label") is not None and row["label"] == row["pair"]["label"]
 
 
-def by_domain(rows: Iterable[JsonRow], right: Callable[[JsonRow], bool]) -> dict[str, list[bool]]:
+def by_domain(rows: Iterable[JsonRow], right: Callable[[JsonRow], float]) -> dict[str, list[float]]:
     found = defaultdict(list)
     for row in rows:
         found[row["pair"].get("domain") or "all"].append(right(row))
@@ -113,7 +115,8 @@ def _mean_of(groups: Mapping[str, Sequence[float]], order: Sequence[str], what: 
     """Each group's average, and their mean under a name that says how many there are."""
     present = sorted(groups, key=lambda name: order.index(name) if name in order else len(order))
     yield from (average(name, [groups[name]]) for name in present)
-    whole = "the four" if len(present) == len(order) == 4 else f"{len(present)}"
+    words = {4: "the four", 5: "the five", 6: "the six"} if len(present) == len(order) else {}
+    whole = words.get(len(present), f"{len(present)}")
     yield average(f"mean of {whole} {what}", list(groups.values()))
 
 
@@ -151,15 +154,30 @@ def rm_bench(rows: list[JsonRow]) -> tuple[list[JsonRow], str]:
 CATEGORIES = ("knowledge", "reasoning", "math", "coding")
 
 
+def verdicts(row: JsonRow) -> list[str | None]:
+    """What most votes of each order say; one verdict of a judge without votes, which knows no order."""
+    if not row.get("details"):
+        return [row.get("label")]
+    leads = {"AB": 0, "BA": 0}
+    for vote in row["details"]:
+        leads[vote["order"]] += {"A": 1, "B": -1, None: 0}[vote["label"]]
+    return ["A" if lead > 0 else "B" if lead < 0 else None for lead in leads.values()]
+
+
 def both_orders(row: JsonRow) -> int:
     """JudgeBench's rule: the sum of +1 for each order's verdict for the label, and -1 for one against it."""
-    truth, verdicts = row["pair"]["label"], [row.get("label")]  # a judge without votes knows no order
-    if row.get("details"):
-        leads = {"AB": 0, "BA": 0}
-        for vote in row["details"]:
-            leads[vote["order"]] += {"A": 1, "B": -1, None: 0}[vote["label"]]
-        verdicts = ["A" if lead > 0 else "B" if lead < 0 else None for lead in leads.values()]
-    return verdicts.count(truth) - verdicts.count(OTHER[truth])
+    truth, said = row["pair"]["label"], verdicts(row)
+    return said.count(truth) - said.count(OTHER[truth])
+
+
+def mean_order(row: JsonRow, unread: float, equal: float) -> float:
+    """How often a verdict is right if chance draws the order. `unread`: what one without a letter is worth;
+    `equal`: what equal scores are."""
+    if "error" in row:
+        return 0.0
+    undecided = unread if row.get("details") else equal
+    worth = {row["pair"]["label"]: 1.0, None: undecided}
+    return fmean(worth.get(verdict, 0.0) for verdict in verdicts(row))
 
 
 def judgebench(rows: list[JsonRow]) -> tuple[list[JsonRow], str]:
@@ -201,24 +219,140 @@ def _path(row: JsonRow) -> list[int]:
     return path
 
 
+def rewardbench(rows: list[JsonRow]) -> tuple[list[JsonRow], str]:
+    """Subsets; sections, in which each has its weight; and the sections' mean (without the prior sets).
+
+    Its authors draw one order by chance, and a verdict that cannot be read is half right.
+    """
+    from gramr2.extras.datasets import REWARDBENCH
+
+    groups = by_domain(rows, partial(mean_order, unread=0.5, equal=0.0))
+    found = {
+        name: {one: weights[one] for one in weights if one in groups} for name, weights in REWARDBENCH.items()
+    }
+    found = {name: weights for name, weights in found.items() if weights}
+    need(len(found) > 0, "rewardbench: no row is of one of its subsets")
+    averages = [average(one, [groups[one]]) for weights in found.values() for one in weights]
+    shares: dict[str, float] = {}
+    for name, weights in found.items():
+        averages.append(average(name, [groups[one] for one in weights], [*weights.values()]))
+        shares |= {one: weight / sum(weights.values()) for one, weight in weights.items()}
+    whole = f"mean of {'the four' if len(found) == 4 else len(found)} sections (the benchmark's Score)"
+    return [*averages, average(whole, [groups[one] for one in shares], [*shares.values()])], ""
+
+
+def llmbar(rows: list[JsonRow]) -> tuple[list[JsonRow], str]:
+    """The mean of the accuracies of the two orders; what cannot be read is wrong."""
+    from gramr2.extras.datasets import LLMBAR
+
+    groups = by_domain(rows, partial(mean_order, unread=0.0, equal=0.5))
+    *averages, whole = _mean_of(groups, LLMBAR, "subsets (the paper's Average)")
+    adversarial = [groups[name] for name in groups if name != "Natural"]
+    averages += [average("mean of the adversarial subsets", adversarial)] if adversarial else []
+    return [*averages, whole], ""
+
+
+Prompts = dict[str, dict[str, list[JsonRow]]]  # domain → prompt → its pairs
+
+
+def by_prompt(rows: Iterable[JsonRow]) -> tuple[Prompts, str]:
+    """The prompts all of whose pairs are there; and a line on the others."""
+    found: Prompts = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        found[row["pair"]["domain"]][row["pair"]["meta"]["prompt"]].append(row)
+    whole = {
+        domain: {
+            name: each for name, each in prompts.items() if len(each) == each[0]["pair"]["meta"]["pairs"]
+        }
+        for domain, prompts in found.items()
+    }
+    left_out = sum(map(len, found.values())) - sum(map(len, whole.values()))
+    need(any(whole.values()), "no prompt with all of its pairs")
+    whole = {domain: prompts for domain, prompts in whole.items() if prompts}
+    return whole, f"{left_out} prompts without all of their pairs are left out" if left_out else ""
+
+
+def best_of(rows: list[JsonRow]) -> float:
+    """Whether the best response wins all of its pairs; where it is level with k others, 1 / (1 + k)."""
+    leads = [-1 if "error" in row else both_orders(row) for row in rows]
+    return 0.0 if min(leads) < 0 else 1 / (1 + leads.count(0))
+
+
+def rewardbench2(rows: list[JsonRow]) -> tuple[list[JsonRow], str]:
+    """Best of four; Ties by accuracy and margins, which scores have, or by accuracy alone; and their mean."""
+    from gramr2.extras.datasets import REWARDBENCH2
+
+    domains, more = by_prompt(rows)
+    ties = domains.pop("Ties", {})
+    groups = {domain: [best_of(each) for each in prompts.values()] for domain, prompts in domains.items()}
+    numbers = [name.removeprefix("tied:") for name in ties if name.startswith("tied:")]
+    twins = [(ties[f"ref:{number}"], ties[f"tied:{number}"]) for number in numbers if f"ref:{number}" in ties]
+    what = "domains (the authors' score)"
+    if twins and any(row.get("scores") for twin in twins for each in twin for row in each):
+        groups["Ties"] = [tie_by_scores(*twin) for twin in twins]
+    elif twins:
+        groups["Ties"] = [fmean(best_of(each) == 1 for each in twin) for twin in twins]
+        what = "domains (of Ties the accuracy alone)"
+        more += (
+            "\nTies: pairs have no margins. Half: all correct above all wrong ones; half: so is the reference"
+        )
+    need(len(groups) > 0, "no prompt of Ties with its reference")
+    return list(_mean_of(groups, REWARDBENCH2, what)), more.strip()
+
+
+def tie_by_scores(reference: list[JsonRow], tied: list[JsonRow]) -> float:
+    """A prompt with many correct answers, and its twin with one: 60% accuracy, 40% margins, 1% their ratio.
+
+    That the correct ones are above the wrong ones counts twice, and more where it is by more than the correct
+    ones differ.
+    """
+    (gap, spread), (reference_gap, _) = _gap_and_spread(tied), _gap_and_spread(reference)
+    least = min(gap, reference_gap)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.nan_to_num(np.tanh(np.float64(least) / spread - 1), nan=0.0)
+    accuracy = 0.3 * (gap > 0) + 0.3 * (reference_gap > 0)
+    return accuracy + 0.2 * (gap > spread) + 0.2 * (least > spread) + 0.01 * float(ratio)
+
+
+def _gap_and_spread(rows: list[JsonRow]) -> tuple[float, float]:
+    """How far the worst correct response is above the best wrong one; how far the correct ones differ."""
+    if not all(row.get("scores") for row in rows):  # a failure loses by any margin
+        return -math.inf, 0.0
+    correct = {row["pair"]["meta"]["chosen"]: row["scores"][0] for row in rows}.values()
+    wrong = {row["pair"]["meta"]["rejected"]: row["scores"][1] for row in rows}.values()
+    return min(correct) - max(wrong), max(correct) - min(correct)
+
+
+def rmb(rows: list[JsonRow]) -> tuple[list[JsonRow], str]:
+    """Two goals, each with pairs and with lists, whose best response has to win all of its pairs."""
+    from gramr2.extras.datasets import RMB
+
+    domains, more = by_prompt(rows)
+    groups = {name: [best_of(each) == 1 for each in prompts.values()] for name, prompts in domains.items()}
+    return list(_mean_of(groups, RMB, "sets (the paper's Overall)")), more
+
+
 BENCHMARKS = {"rm-bench": rm_bench, "judgebench": judgebench, "ppe": ppe}
+BENCHMARKS |= {"rewardbench": rewardbench, "rewardbench2": rewardbench2, "llmbar": llmbar, "rmb": rmb}
 BENCHMARKS |= {"helpsteer3": labelled_pairs, "pairs": labelled_pairs}
+BOTH_ORDERS = ("judgebench", "rewardbench", "rewardbench2", "llmbar", "rmb")  # whose rules need both
 
 
 def read_benchmark(name: str, path: Path) -> Iterator[Pair | JsonRow]:
-    """A published file's pairs, or lists, whole and in its order."""
-    from gramr2.extras.datasets import DATASETS, Source
+    """The pairs, or lists, of a published file, or of a directory's: whole and in its order."""
+    from gramr2.extras.datasets import DATASETS, Source, inputs
 
     if name not in BENCHMARKS:
         raise InputError(f"no benchmark {name}; there are {', '.join(BENCHMARKS)}")
-    source, left_out = Source(path), Counter[str]()
-    for where, row in source:
+    left_out = Counter[str]()
+    rows = ((source, *each) for source in map(Source, inputs(name, path)) for each in source)
+    for source, where, row in rows:
         try:
             items = list(DATASETS[name].items(row, source))
             if any(isinstance(item, Pair) and item.label is None for item in items):
                 raise InputError("its pair has no label")
         except InputError as error:
-            raise InputError(f"{path}: {where}: {error}") from None
+            raise InputError(f"{source.path}: {where}: {error}") from None
         left_out.update(item for item in items if isinstance(item, str))
         yield from (item for item in items if not isinstance(item, str))
     for reason, count in left_out.items():
@@ -403,7 +537,8 @@ def _read(name: str, row: JsonRow) -> JsonRow:
         Fields(pair.meta, "meta: ").get(place, int, low=0, high=2)
     if "error" not in row:
         Judgment.from_row(row)
-    if name == "judgebench" and {vote["order"] for vote in row.get("details", ())} == {"AB"}:
+    orders = {vote["order"] for vote in row.get("details", ())}
+    if name in BOTH_ORDERS and orders == {"AB"} and not nothing_read(row["votes"]):
         raise InputError("judged in one order; the benchmark's rule needs both (--bench asks for both)")
     return row
 
