@@ -50,8 +50,7 @@ def trained(place: Path, name: str, data: Path, model: Path, test: Path, *settin
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     saved = sum(path.stat().st_size for path in (out / "model").glob("*.safetensors"))
     return {
-        "right": sum(map(is_right, rows)),
-        "pairs": len(rows),
+        "right": "".join("01"[is_right(row)] for row in rows),  # pair by pair, for paired differences
         "loss": statistics.fmean(row["loss"] for row in steps[-10:]),
         "seconds per step": statistics.median(row["seconds"] for row in steps),
         "memory": memory,

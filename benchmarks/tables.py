@@ -14,6 +14,8 @@ import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -181,6 +183,31 @@ def optimizer(result):
     about = f"An update alone takes a parameter {each}, one thread (ratio "
     about += f"{result['updates']['bfloat16']['ratio']:.0f}). {where(result['environment'])}"
     return f"{about}\n\n{grid(header, lines)}"
+
+
+@table("adapters-toy", "adapters-toy", "python benchmarks/adapters.py toy")
+@table("adapters-real", "adapters-real", "python benchmarks/adapters.py real --model DIR --data ARGUMENTS")
+def adapters(result):
+    """Both ways on the same pairs; of all seeds the mean, and the mean of the paired differences."""
+    seeds, lines = [*result["seeds"].values()], []
+    right = {way: np.array([[*map(int, seed[way]["right"])] for seed in seeds]) for way in seeds[0]}
+    first, *_ = right
+    for way, bits in right.items():
+        mine = [seed[way] for seed in seeds]
+        mean = lambda name, mine=mine: statistics.fmean(each[name] for each in mine)  # noqa: E731
+        accuracy, beside = resampled(bits), resampled(bits - right[first]) if way != first else ""
+        cells = f"{mean('loss'):.3f}", f"{mean('seconds per step'):.2f}", f"{mean('memory') / 1e6:,.0f}"
+        lines.append((way, accuracy, beside, *cells, f"{mean('saved') / 1e6:.2f}"))
+    header = "trained", "accuracy, %", "beside it, points", "loss", "s a step", "peak memory, MB", "saved, MB"
+    sizes = f"{len(seeds)} seed(s), {right[first].shape[1]} held-out pairs, {seeds[0][first]['steps']} steps."
+    return f"{sizes} {where(result['environment'])}\n\n{grid(header, lines)}"
+
+
+def resampled(values):
+    """A mean in per cent, with its bootstrap interval over the pairs of all seeds."""
+    each, rng = 100 * values.ravel(), np.random.default_rng(0)
+    low, high = np.quantile(rng.choice(each, (2000, len(each))).mean(1), (0.025, 0.975))
+    return f"{each.mean():.1f} [{low:.1f}, {high:.1f}]"
 
 
 @table("training-cuda")
