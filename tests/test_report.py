@@ -168,6 +168,16 @@ def test_confidence_counts_a_disagreement_as_half_right():
     assert [strip.note for strip in strips] == ["50.0% right of 2", "50.0% right of 2", "100.0% right of 1"]
 
 
+def test_the_last_models_votes_are_audited(micro, tmp_path):
+    """Its order and length lie in the run's own files; a run that has no votes yet has nothing of it."""
+    rows = {name.removeprefix("! "): rest for name, *rest in report.audited(RunReader(micro))}
+    wanted = next(row for row in RunReader(micro).results["rows"] if row["name"].startswith("voting"))
+    value, interval, n, _ = rows["verdicts that are right"]
+    assert (float(value), n) == (pytest.approx(wanted["accuracy"], abs=0.06), wanted["n"]) and "–" in interval
+    assert {"first place, all pairs", "two votes of different orders agree", "ECE"} <= rows.keys()
+    assert not report.audited(RunReader(make_run(tmp_path)))
+
+
 @pytest.mark.parametrize(
     "until", ["data", "test-initial", "round-1-predict", "round-1-labels", "round-1-prove"]
 )
@@ -319,7 +329,7 @@ def test_hostile_text_stays_text(opened):
     assert HOSTILE["response_b"] in texts
     assert opened.js("document.querySelectorAll('img, textarea, main script, svg svg svg').length") == 0
     assert opened.js("document.querySelectorAll('.example').length") == len(NAMES)
-    assert opened.js("document.querySelectorAll('section').length") == 7
+    assert opened.js("document.querySelectorAll('section').length") == 8
     long = next(text for text in texts if text.startswith("a very long response"))
     assert len(long) < 2000 and f"of {len(MEGABYTE):,} characters" in long
 

@@ -307,6 +307,12 @@ def of_probabilities(base: Sequence[JsonRow]) -> Iterator[JsonRow]:
         yield figure(f"right where p is {least} or more", found, n, good, least, 1)
 
 
+def of_judged(base: Sequence[JsonRow]) -> list[JsonRow]:
+    """What votes on pairs as they are show, though nothing was asked for it: of a run's own tests."""
+    parts = of_labels(base), of_order(base, ()), of_length(base), of_probabilities(base)
+    return [each for each in chain(*parts) if each["value"] is not None]
+
+
 # ---------------------------------------------------------------------------------- the table
 
 

@@ -36,6 +36,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from gramr2 import denoise
+from gramr2.extras import audit
 from gramr2.extras.evaluate import score_leanings
 from gramr2.extras.results import FUNNEL, JudgedPair, RunReader, accuracy_rows, gain_in_words, read_round
 from gramr2.extras.toyworld import world_rules
@@ -137,6 +138,20 @@ def confidence(run: RunReader, pairs: Sequence[JudgedPair]) -> dict[str, list[St
         rows = (row for row in run.rows(step, "judged.jsonl") if "error" not in row)
         known[f"{step[5:]}: held-out pairs"] = [(row["p_a"], row["pair"]["label"]) for row in rows]
     return {title: sureness(each) for title, each in known.items() if each}
+
+
+def audited(run: RunReader) -> list[tuple]:
+    """What the last model's votes on the held-out pairs follow, besides the better response."""
+    steps = [step for step in run.steps if step.startswith("test-voting")]
+    base = [row for step in steps for row in run.rows(step, "judged.jsonl") if "error" not in row]
+    rows = []
+    for each in audit.of_judged(base) if base else ():
+        value, low, high = (
+            f"{each[end]:.{3 if each['unit'] == '' else 1}f}" for end in ("value", "low", "high")
+        )
+        mark = "! " * each["found"]
+        rows.append((mark + each["name"], value, f"{low} – {high}", each["n"], each["good"]))
+    return rows
 
 
 def proofs(run: RunReader) -> JsonRow:
@@ -290,6 +305,7 @@ def page(run: RunReader, standing: JsonRow | None) -> str:
         accuracy=accuracy(run),
         rounds=[funnel(run, *each) for each in rounds.items()],
         confidence=confidence(run, pairs),
+        audited=audited(run),
         proofs=proofs(run),
         prover=run.results.get("prover"),
         signals={f"round {number}": found for number in run.rounds if (found := signals(run, number))},
