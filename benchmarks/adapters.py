@@ -65,7 +65,7 @@ def toy(place: Path, seed: int) -> dict:
     run("selftrain.py", "--recipe", "toy", *loop, cwd=place)
     steps = place / "runs/toy/steps"
     (kept,), (world,) = steps.glob("*-filter-labelled/kept.jsonl"), steps.glob("*-data")
-    (backbone,) = [*steps.glob("*-backbone/model"), *world.parent.glob("*-world/backbone")][:1]
+    (backbone,) = steps.glob("*-world/backbone/model")
     how = ["--stage", "reward", "--recipe", str(common.ROOT / "recipes/toy.toml"), "--seed", str(seed)]
     return {
         name: trained(place, name.replace(" ", "-"), kept, backbone, world / "test.jsonl", *how, *more)
