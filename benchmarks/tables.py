@@ -580,6 +580,19 @@ def length(result):
     return grid(("", "the longer response is the better one, % [95% interval]", "pairs"), lines)
 
 
+@table("protocol", "protocol", "python benchmarks/protocol.py --model DIR --corpus UKPConvArg1.tar.gz")
+def protocol(result):
+    lines = []
+    for name, row in result["rows"].items():
+        cells = [
+            f"{each['value']:.1f} [{each['low']:.1f}, {each['high']:.1f}]" for each in (row, row["beside"])
+        ]
+        lines.append((name, cells[0], cells[1] if name != "longer" else ""))
+    about = f"{result['model']}; {result['pairs']:,} pairs of {result['arguments']:,} arguments. "
+    header = "", "right, % [95% interval over sides]", "beside the longer one, points"
+    return f"{about}{where(result['environment'])}\n\n{grid(header, lines)}"
+
+
 def by_domain(result):
     """A study's rows with their accuracy in each domain."""
     domains = result["by domain"]
