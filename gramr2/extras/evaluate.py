@@ -37,6 +37,9 @@ from gramr2.records import OTHER, UNDECIDED, Judgment, Pair, nothing_read
 RESAMPLES = 2000
 BINS = 10  # of ECE, over confidences from 0.5 to 1
 FEWEST = 30  # labelled pairs that a calibrator can be fitted on
+# What a row tells of how it came to be, which is no setting of its judge: the code, what it ran on, and the
+# day that the chat template printed. One file may hold several.
+TOLD = ("code", "device", "date")
 
 
 def average(
@@ -546,7 +549,7 @@ def _read(name: str, row: JsonRow) -> JsonRow:
 def _settings(row: JsonRow) -> JsonRow:
     """What a row was judged with; a published one says a name instead."""
     judge = row.get("judge")
-    return judge if isinstance(judge, dict) else {}
+    return {k: v for k, v in judge.items() if k not in TOLD} if isinstance(judge, dict) else {}
 
 
 def judges_of(rows: Iterable[JsonRow]) -> list[str]:
