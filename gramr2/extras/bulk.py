@@ -51,7 +51,6 @@ if TYPE_CHECKING:
 ROW = b'{"id": '  # what a judged row begins with
 SMALL, SHORT_ANSWER, LONG_ANSWER = 10**9, 1024, 4096  # a model of fewer parameters; most tokens of an answer
 NEUTRAL = (("top_p", 1.0), ("top_k", 0))  # go without saying
-TEMPLATES = ("chat_template.jinja", "tokenizer_config.json")  # where a chat template may stand
 Item = Pair | JsonRow  # of bulk work: a pair, or one of a benchmark's lists
 Source = Store | list[Item]
 
@@ -167,8 +166,7 @@ class Judge:
     @property
     def prints_date(self) -> bool:
         """Whether the day is part of what the model here is asked."""
-        files = self.model.tokenizer.files
-        return any(b"strftime_now" in files.get(name, b"") for name in TEMPLATES)
+        return any(b"strftime_now" in file for file in self.model.tokenizer.files.values())
 
     def sign_rows(self) -> None:
         """Rows say from now on which weights they are of: a file of them may meet others under one name."""
@@ -327,18 +325,8 @@ def day_of(path: Path) -> str:
     """The day that the chat template printed in a judged file's rows; "" where they tell none."""
     found = ""
     for number, row in enumerate(judged_rows(path), 1):
-        found = day_in(row, f"{path}: row {number}: ") or found
+        found = Fields(row["judge"], f"{path}: row {number}: judge: ").get("date", str, "") or found
     return found
-
-
-def day_in(row: JsonRow, where: str) -> str:
-    day = Fields(row["judge"], f"{where}judge: ").get("date", str, "")
-    try:
-        return day and date.fromisoformat(day).isoformat()
-    except ValueError:
-        raise InputError(
-            f'{where}judge: field "date": expected a day, as 2026-01-31, got {day!r:.40}'
-        ) from None
 
 
 def differences(was: JsonRow, now: JsonRow, but: Sequence[str] = TOLD) -> str:

@@ -18,39 +18,37 @@ import argparse
 import json
 from collections.abc import Iterator
 from itertools import zip_longest
-from math import isclose
 from pathlib import Path
+from typing import Any
 
-from gramr2.extras.bulk import NEUTRAL, Judge, JudgeSettings, day_in, differences, judged_rows
+from gramr2.extras.bulk import NEUTRAL, Judge, JudgeSettings, differences, judged_rows
 from gramr2.extras.evaluate import TOLD
 from gramr2.fields import REQUIRED, Fields
 from gramr2.files import InputError, JsonRow, need, visible
-from gramr2.records import Judgment, Pair, Vote
+from gramr2.records import Judgment, Pair
 from gramr2.settings import SAMPLING, SEEDS
 
 CLOSE = 1e-3  # that probabilities and scores may differ by
 ROW_SAYS = ("votes", "format", "out", "limit", *SAMPLING)  # flags that a row leaves no room for
+Side = tuple[str | None, str, list[Any]]  # label, text, probability or scores
 
 
 def replay_item(given: argparse.Namespace) -> int:
     """The command: prints what was found; its exit status is 0 where all is the same, else 1."""
     need(given.item is not None, "--replay FILE: needs --item ID, the id of one of its rows")
     said = [name for name in ROW_SAYS if getattr(given, name) is not None] + ["seed"] * bool(given.seed)
-    flags = ", ".join(f"--{name.replace('_', '-')}" for name in said)
-    need(not said, f"--replay: the row says how it was judged; leave out {flags}")
+    need(not said, f"--replay draws as the row says; leave out --{', --'.join(said)}".replace("_", "-"))
     row = find_row(given.replay, given.item)
     where = f"{given.replay}: row {given.item}: "
     judge = load_judge(row, where, given)
     found = compare(row, judge, where, given.vote)
-    print(
-        visible(json.dumps(found, ensure_ascii=False, indent=2) if given.json else "\n".join(lines_of(found)))
-    )
+    text = json.dumps(found, ensure_ascii=False, indent=2) if given.json else "\n".join(lines_of(found))
+    print(visible(text))
     return 0 if found["same"] else 1
 
 
 def find_row(path: Path, item: str) -> JsonRow:
     """The row of an item. One that stands there twice has the same votes twice."""
-    need(path.exists(), f"{path}: no such file")
     rows = [row for row in judged_rows(path) if row["id"] == item]
     need(len(rows) > 0, f"{path}: no row has the id {item}")
     row, where = rows[0], f"{path}: row {item}: "
@@ -64,70 +62,59 @@ def load_judge(row: JsonRow, where: str, given: argparse.Namespace) -> Judge:
     """The judge that a row names, held to all that the row says of it."""
     said = Fields(row["judge"], f"{where}judge: ")
     place = given.model or said.get("model", str)
-    if "://" in str(place):
-        raise InputError(f"{where}{place} is an endpoint, and nothing tells which weights it serves")
+    need("://" not in str(place), f"{where}{place} is an endpoint; nothing tells which weights it serves")
     need(said.get("weights", str, "") != "", f"{where}names no weights, which no model can then be held to")
-    usual = dict(NEUTRAL)
-    drawn = {k: said.get(k, each[0], usual.get(k, REQUIRED), **each[1]) for k, each in SAMPLING.items()}
+    drawn = {k: said.get(k, x[0], dict(NEUTRAL).get(k, REQUIRED), **x[1]) for k, x in SAMPLING.items()}
     votes, seed = said.get("votes", int, low=1, high=10**4), said.get("seed", int, **SEEDS)
     how = given.prompt, said.get("format", str), given.device, given.dtype, votes, seed
-    judge = Judge(JudgeSettings(Path(place), *how, greedy=False, drawn=drawn, date=day_in(row, where)))
+    day = said.get("date", str, None)
+    judge = Judge(JudgeSettings(Path(place), *how, greedy=False, drawn=drawn, date=day))
     judge.sign_rows()
     if other := differences(row["judge"], judge.judged_with, (*TOLD, "model", "calibrated")):
         raise InputError(f"{where}was judged with {other}; name its own with --model DIR and --prompt FILE")
-    dated = "date" in row["judge"] or not judge.prints_date
-    need(dated, f"{where}does not tell the day that the chat template printed, a part of the prompt")
+    need(
+        bool(day) or not judge.prints_date,
+        f"{where}does not tell the day that the chat template printed, a part of the prompt",
+    )
     return judge
 
 
 def compare(row: JsonRow, judge: Judge, where: str, number: int | None) -> JsonRow:
     """What the row has, beside what is drawn now."""
     was = Judgment.from_row(row)
-    known = number is None or 1 <= number <= len(was.details)
-    need(known, f"{where}has the votes 1 to {len(was.details)}, and no --vote {number}")
     ((_, now),) = judge.model.judge_many([Pair.from_json(row["pair"])], **judge.sampling, progress=False)
     if isinstance(now, InputError):
         raise InputError(f"{where}could not be judged again: {now}")
     asked, drawn = len(was.details), len(now.details)
     need(asked == drawn, f"{where}has {asked} votes, and not the {drawn} that its judge casts")
-    votes = [vote_row(*each) for each in zip(range(1, asked + 1), was.details, now.details, strict=True)]
-    votes = votes if number is None else votes[number - 1 : number]
-    found: JsonRow = {"item": row["id"], "votes": votes}
-    if number is None:
-        mapped = row["judge"].get("calibrated") != judge.judged_with["calibrated"]  # by another map
-        figures = [(was.p_a, was.p_a if mapped else now.p_a), *zip_longest(was.scores, now.scores)]
-        same = was.label == now.label and all(close(*each) for each in figures)
-        found["verdict"] = {"same": same, "was": was.label, "now": now.label}
-    found["same"] = all(each["same"] for each in [*votes, found.get("verdict", {"same": True})])
-    there = {name: {"was": row["judge"].get(name), "now": judge.judged_with[name]} for name in TOLD[:2]}
-    return found | {name: each for name, each in there.items() if each["was"] != each["now"]}
+    need(number is None or 1 <= number <= asked, f"{where}has the votes 1 to {asked}, and no --vote {number}")
+    found = []
+    for place, (a, b) in enumerate(zip(was.details, now.details, strict=True), 1):
+        name = f"vote {place} ({b.order}, seed {b.seed})"
+        found.append(beside(name, (a.label, a.text, [a.p_a]), (b.label, b.text, [b.p_a])))
+    mapped = row["judge"].get("calibrated") != judge.judged_with["calibrated"]  # by another map than now
+    is_now = now.label, "", [was.p_a if mapped else now.p_a, *now.scores]
+    found.append(beside("verdict", (was.label, "", [was.p_a, *was.scores]), is_now))
+    found = found if number is None else found[number - 1 : number]
+    then, here = ({name: said.get(name) for name in TOLD[:2]} for said in (row["judge"], judge.judged_with))
+    same, note = all(each["same"] for each in found), differences(then, here, ())
+    return {"item": row["id"], "same": same, "drawn": found, "note": note}
 
 
-def close(a: float | None, b: float | None) -> bool:
-    return a == b if a is None or b is None else isclose(a, b, rel_tol=CLOSE, abs_tol=CLOSE)
-
-
-def vote_row(number: int, was: Vote, now: Vote) -> JsonRow:
-    parts = next((k for k, (a, b) in enumerate(zip_longest(was.text, now.text)) if a != b), None)
-    asked = (was.order, was.seed, was.label) == (now.order, now.seed, now.label)
-    same = asked and parts is None and close(was.p_a, now.p_a)
-    found = {"vote": number, "order": was.order, "seed": was.seed, "same": same, "was": was.label}
-    return found | {"now": now.label, "p_a": [was.p_a, now.p_a], "texts_part_at": parts}
+def beside(name: str, was: Side, now: Side) -> JsonRow:
+    """A vote or a verdict as it was and as it is."""
+    parts = next((k for k, (a, b) in enumerate(zip_longest(was[1], now[1])) if a != b), None)
+    near = (a == b or (None not in (a, b) and abs(a - b) < CLOSE) for a, b in zip_longest(was[2], now[2]))
+    same = was[0] == now[0] and parts is None and all(near)
+    found = {"name": name, "same": same, "was": was[0], "now": now[0], "texts_part_at": parts}
+    return found | {"figures": [was[2], now[2]]}
 
 
 def lines_of(found: JsonRow) -> Iterator[str]:
-    for vote in found["votes"]:
-        line = f"vote {vote['vote']} ({vote['order']}, seed {vote['seed']}): {_outcome(vote)}"
-        line += "" if vote["same"] else "; p(A) was {}, now {}".format(*vote["p_a"])
-        parts = vote["texts_part_at"]
+    for each in found["drawn"]:
+        line = f"{each['name']}: {'the same' if each['same'] else 'different'}, {each['now'] or 'none'}"
+        line += "" if each["same"] else f"; was {each['was'] or 'none'}; figures {each['figures']}"
+        parts = each["texts_part_at"]
         yield line if parts is None else f"{line}; the texts part at character {parts}"
-    if "verdict" in found:
-        yield f"verdict: {_outcome(found['verdict'])}"
-    for name in TOLD[:2]:
-        if name in found:
-            yield f"note: {name} was {found[name]['was'] or 'not told'}, now {found[name]['now']}"
-
-
-def _outcome(each: JsonRow) -> str:
-    was, now = each["was"] or "none", each["now"] or "none"
-    return f"the same, {now}" if each["same"] else f"different, was {was}, now {now}"
+    if found["note"]:
+        yield f"note: it was judged with {found['note']}"
