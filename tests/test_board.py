@@ -97,6 +97,7 @@ def test_what_a_leaderboard_cannot_be_made_of_is_one_line(tmp_path, capsys):
         ([tmp_path, "--board", one], "give the directory of a run, or --board"),
         ([tmp_path, "--out", one], "--out goes with --board"),
         (["--board", one, "--out", one], "is a judged file"),
+        (["--board", tmp_path / "nowhere", "--out", one], "nowhere: No such file"),
     ]:
         assert exit_status(report.main, list(map(str, words))) == 2 and said in capsys.readouterr().err
     assert one.read_text() == before

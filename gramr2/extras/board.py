@@ -53,7 +53,7 @@ def read_file(path: Path) -> tuple[str, str, list[JsonRow]]:
     name = ", ".join(sorted({*Store(path, source_of)} - {""})) or "pairs"
     rows = read_judged(name if name in BENCHMARKS else "pairs", [path])
     judges = judges_of(rows)
-    need(len(judges) == 1, f"{path}: its rows name {len(judges)} judges; give a file for each")
+    need(len(judges) == 1, f"{path}: its rows name {len(judges)} judges; give files of one judge each")
     for row in rows:
         item = [row["id"], *map((row.get("pair") or row).get, ITEM)]
         row["item"] = short_hash(repr(item).encode())
@@ -105,8 +105,8 @@ def write_board(paths: Sequence[Path], out: Path) -> Path:
     """Makes the page of some judged files."""
     boards: dict[str, dict[str, list[JsonRow]]] = defaultdict(lambda: defaultdict(list))
     for path in paths:
-        need(not (out.exists() and out.samefile(path)), f"{out}: is a judged file; give another --out")
         name, judge, rows = read_file(path)
+        need(not (out.exists() and out.samefile(path)), f"{out}: is a judged file; give another --out")
         boards[name][judge] += rows
     names = names_of(dict.fromkeys(judge for judged in boards.values() for judge in judged))
     made = [board(*each) for each in boards.items()]
