@@ -6,6 +6,7 @@
     python infer.py --pairs in.jsonl --out judged.jsonl --votes 4     many pairs; the same command goes on
     python infer.py --bench judgebench FILE --out judged.jsonl        a benchmark, and its table
     python infer.py --score judgebench judged.jsonl     the table again, without a model
+    python infer.py --replay judged.jsonl --item ID     draws a row's votes again: are they the same?
     python infer.py --audit in.jsonl --out audit.jsonl  what a judge follows besides the better response
     python infer.py --pair a.json --model http://HOST:PORT/v1#NAME    a model that is served elsewhere
     torchrun --nproc_per_node=8 infer.py --bench rm-bench FILE --out judged.jsonl     all GPUs of a node
@@ -20,7 +21,7 @@ them with the responses exchanged: as the flags say, or the checkpoint's generat
 temperature 1. A benchmark and an audit take votes per order: 1 is greedy in both. Benchmarks: rm-bench,
 judgebench, ppe, rewardbench, rewardbench2, llmbar, rmb, helpsteer3, pairs; FILE may be a directory of its
 files; --score audit FILE reads an audit's. An endpoint's key is taken from GRAMR2_API_KEY. Exit status: 0
-done, 2 bad input, 130 interrupted, 141 its reader left.
+done, 1 a vote that was replayed is another, 2 bad input, 130 interrupted, 141 its reader left.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gramr2.data import Store
-from gramr2.extras import audit, evaluate
+from gramr2.extras import audit, evaluate, replay
 from gramr2.extras.bulk import Judge, JudgeSettings, judge_into, model_place, newest_model
 from gramr2.extras.printing import judgment_text, ranking_lines, ranking_row
 from gramr2.fields import Fields, typed
@@ -64,6 +65,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     one("--bench", nargs=2, metavar=("NAME", "FILE"), help="a published benchmark; needs --out")
     one("--audit", type=Path, metavar="IN.jsonl", help="audit the judge on labelled pairs; needs --out")
     one("--score", nargs="+", metavar=("NAME", "FILE"), help="a benchmark's table from judged files")
+    one("--replay", type=Path, metavar="FILE", help="draw a judged row's votes again; needs --item")
     one("--calibrate", type=Path, metavar="FILE", help="fit --model's calibration on judged pairs")
     one("--serve", action="store_true", default=None, help="an HTTP server, until it is told to stop")
     one("--formats", action="store_true", help="list the kinds of judges")
@@ -75,6 +77,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--in-flight", type=int, default=JudgeSettings.in_flight, metavar="N", help=flying)
     add("--prompt", type=Path, metavar="FILE", help="a judge prompt instead of the model's own")
     add("--format", metavar="NAME", help="the kind of judge, see --formats [think; scalar with such a head]")
+    add("--item", metavar="ID", help="the id of the row of --replay")
+    add("--vote", type=int, metavar="N", help="compare only this vote of --replay, from 1 [all]")
     add("--method", choices=METHODS, default="merge", help="how --rank compares [merge]")
     votes = "1, or an even number [16; 4 for --pairs, --rank, --serve; 1 for --bench, 2 for --audit]"
     add("--votes", type=int, metavar="N", help=votes)
@@ -106,6 +110,8 @@ def main(argv: Sequence[str]) -> int:
     elif given.score:
         name, *files = given.score
         print_score(name, [Path(each) for each in files], given.json)
+    elif given.replay:
+        return replay.replay_item(given)
     elif given.calibrate:
         print_calibration(given.calibrate, given.model, given.json)
     else:

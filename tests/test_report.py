@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from test_board import judged_file
 
 from gramr2.extras import report
 from gramr2.extras.results import RunReader, judge_by_length, read_round
@@ -443,3 +444,30 @@ def test_the_rule_of_length_is_tested_on_the_pairs_that_models_are(tmp_path):
     judge_by_length(tmp_path / "test.jsonl", 3, tmp_path)
     judged = [json.loads(line) for line in (tmp_path / "judged.jsonl").read_text().splitlines()]
     assert [row["label"] for row in judged] == ["A", None, "B"]
+
+
+def test_the_leaderboard_is_silent_fits_a_phone_and_takes_names_for_text(browser, tmp_path):
+    name = "models/<script>window.hacked=1<!--"
+    files = [
+        judged_file(
+            tmp_path / f"{k}.jsonl", name, lambda place, k=k: place % (k + 2) > 0, source=source, seed=k
+        )
+        for k, source in enumerate(["judgebench", "judgebench", "</title><i>mine"])
+    ]
+    assert report.main(["--board", *map(str, files), "--out", str(tmp_path / "board.html")]) == 0
+    browser.open(tmp_path / "board.html")
+    assert browser.said("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded") == []
+    assert len(browser.said("Network.requestWillBeSent")) == 1 and browser.js("window.hacked") is None
+    assert browser.js("[...document.querySelectorAll('h2')].map(each => each.textContent)") == [
+        "All boards", "judgebench", "</title><i>mine", "Judges",
+    ]  # fmt: skip
+    assert browser.js("document.querySelectorAll('script, i').length") == 0
+    assert browser.js("document.querySelectorAll('#board-1 tbody tr').length") == 2 + 1 + 2
+    browser.send(
+        "Emulation.setDeviceMetricsOverride", width=360, height=700, deviceScaleFactor=2, mobile=True
+    )
+    browser.js("document.querySelectorAll('details').forEach(each => { each.open = true })")
+    try:
+        assert browser.js("document.documentElement.scrollWidth") == 360
+    finally:
+        browser.send("Emulation.clearDeviceMetricsOverride")

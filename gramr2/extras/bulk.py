@@ -5,6 +5,10 @@ judged is a row with the reason. `judge_into` appends rows: what was judged befo
 weights under the same prompt, stays; what failed is tried again, and a row that stands twice in what goes in
 is judged twice. A file of other rows is refused as it stands, and so is a second process.
 
+Rows also tell which code judged and on what (`code`, `device`), and, where the chat template prints the day,
+which (`date`): it is part of the prompt. Newer code, or another device, may go on with a file, each row under
+its own name; the day stays the file's, so that what is cut at midnight ends as if it had not been.
+
 It leaves out: what the rows are worth (evaluate.py), and the command line (infer.py).
 """
 
@@ -14,11 +18,15 @@ import hashlib
 import io
 import json
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
+from functools import cache
+from importlib import metadata
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,12 +34,15 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from gramr2.data import Store
+from gramr2.extras.evaluate import TOLD
 from gramr2.extras.printing import unread_lines
 from gramr2.extras.row_log import RowLog, read_log
+from gramr2.fields import Fields
 from gramr2.files import InputError, JsonRow, disk_errors_as_input_errors, need, visible, write_rows
+from gramr2.installed import PROJECT
 from gramr2.rankings import Ranking
 from gramr2.records import Judgment, Pair, nothing_read
-from gramr2.run_directory import Step, finished_runs, model_of, write_shard
+from gramr2.run_directory import Step, code_version, finished_runs, model_of, write_shard
 from gramr2.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -59,6 +70,7 @@ class JudgeSettings:
     greedy: bool  # where nothing else is said
     drawn: JsonRow
     in_flight: int = 16  # requests to an endpoint at one time
+    date: str | None = None  # that a chat template prints as today's; None: today's
 
 
 def model_place(text: str) -> Path | str:
@@ -92,6 +104,12 @@ class Judge:
         self.judged_with = {"model": str(place), "format": self.model.format.name, **stated}
         self.judged_with |= {"prompt": self.model.prompt_hash}
         self.judged_with["calibrated"] = calibrated and self.model.calibration_hash
+        self.judged_with["code"] = code_name()
+        if not self.endpoint:
+            weight = self.model.model.head_weight
+            self.judged_with["device"] = f"{weight.device.type} {str(weight.dtype).removeprefix('torch.')}"
+            if settings.date and self.prints_date:
+                self.judged_with["date"] = settings.date
         if self.model.calibration and not calibrated:
             fitted = "{votes} votes, greedy: {greedy}, drawn: {drawn}".format_map(self.model.calibration)
             print(f"warning: not calibrated: the calibration is for {fitted}, of its judge", file=sys.stderr)
@@ -112,7 +130,7 @@ class Judge:
             raise InputError("--device cuda: there is no CUDA device here")
         device, dtype = ("cuda", "bfloat16") if cuda else ("cpu", "float32")
         dtype = dtype if settings.dtype == "auto" else settings.dtype
-        model = RewardModel.load(place, device, dtype, settings.prompt, format)
+        model = RewardModel.load(place, device, dtype, settings.prompt, format, settings.date)
         model.keep_engine()
         return model
 
@@ -144,6 +162,11 @@ class Judge:
             cost = f"{settings.votes} x {most:,} tokens at most, less where the prompt leaves less room"
             print(f"votes: each pair takes {cost}; {how}", file=sys.stderr)
         return drawn
+
+    @property
+    def prints_date(self) -> bool:
+        """Whether the day is part of what the model here is asked."""
+        return any(b"strftime_now" in file for file in self.model.tokenizer.files.values())
 
     def sign_rows(self) -> None:
         """Rows say from now on which weights they are of: a file of them may meet others under one name."""
@@ -189,7 +212,8 @@ def judge_into(
 
     joining = TrainSettings(device=settings.device, threads=torch.get_num_threads())
     with join_ranks(joining) as ranks, ranks.only_writer(out, is_directory=False):
-        ranks.on_rank_0(lambda: sum(1 for _ in judged_rows(out)))  # before the model, which takes its time
+        # Before the model, which takes its time. One rank's day is everyone's.
+        settings = replace(settings, date=ranks.on_rank_0(lambda: day_of(out) or date.today().isoformat()))
         with ranks.errors_on_all_ranks(), redirect_stderr(sys.stderr if ranks.is_first else io.StringIO()):
             judge = Judge(settings)
             judge.sign_rows()
@@ -250,7 +274,8 @@ class Work:
         """In several: each takes shards as it becomes free, and the first puts the rows into the file, in
         their order and all at once. Shards of a call that was cut serve the next one with the same rows."""
         waiting = list(self.waiting)
-        asked = [self.judge.judged_with, [key_of(self.source[place]).hex() for place in waiting]]
+        same = {k: v for k, v in self.judge.judged_with.items() if k not in ("code", "device")}
+        asked = [same, [key_of(self.source[place]).hex() for place in waiting]]
         name = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
         shards = f".{self.out.name}.shards-"
         step = Step(self.out.with_name(shards + name), ranks, None, 0.0)
@@ -296,6 +321,32 @@ def judged_rows(path: Path) -> Iterator[JsonRow]:
         yield row
 
 
+def day_of(path: Path) -> str:
+    """The day that the chat template printed in a judged file's rows; "" where they tell none."""
+    found = ""
+    for number, row in enumerate(judged_rows(path), 1):
+        found = Fields(row["judge"], f"{path}: row {number}: judge: ").get("date", str, "") or found
+    return found
+
+
+def differences(was: JsonRow, now: JsonRow, but: Sequence[str] = TOLD) -> str:
+    """What tells two judges apart, in words; "" where they are the same one."""
+    names = [name for name in {**was, **now} if name not in but and was.get(name) != now.get(name)]
+    return "; ".join(f"{name} {was.get(name)}, now {now.get(name)}" for name in names)
+
+
+@cache
+def code_name() -> str:
+    """The code that judges: its version, a hash of its sources, and, in a clone, the commit below them."""
+    version = next((each.version for each in metadata.distributions(name="gramr2")), "not installed")
+    said, git = f"{version}, sources {code_version()}", PROJECT.parent / ".git"
+    if git.exists() and shutil.which("git"):
+        words = ["git", f"--git-dir={git}", "rev-parse", "--short=12", "HEAD"]
+        found = subprocess.run(words, capture_output=True, text=True)
+        said += f", commit {found.stdout.strip()}" if found.returncode == 0 else ""
+    return said
+
+
 def keep_finished(path: Path, judged_with: JsonRow) -> Counter[bytes]:
     """How often an earlier call has judged each key; its failures are taken out, to be tried again."""
     done: Counter[bytes] = Counter()
@@ -305,10 +356,8 @@ def keep_finished(path: Path, judged_with: JsonRow) -> Counter[bytes]:
             failed = True
             continue
         was = row["judge"]
-        differ = [name for name in {**was, **judged_with} if was.get(name) != judged_with.get(name)]
-        other = [f"{name} {was.get(name)}, now {judged_with.get(name)}" for name in differ]
-        if other:
-            raise InputError(f"{path}: row {number} was judged with {'; '.join(other)}; give another --out")
+        if other := differences(was, judged_with):
+            raise InputError(f"{path}: row {number} was judged with {other}; give another --out")
         if "pair" in row:
             Judgment.from_row(row)
         done[key_of(Pair.from_json(row["pair"]) if "pair" in row else row)] += 1

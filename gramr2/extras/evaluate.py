@@ -37,6 +37,21 @@ from gramr2.records import OTHER, UNDECIDED, Judgment, Pair, nothing_read
 RESAMPLES = 2000
 BINS = 10  # of ECE, over confidences from 0.5 to 1
 FEWEST = 30  # labelled pairs that a calibrator can be fitted on
+# What a row tells of how it came to be, which is no setting of its judge: the code, what it ran on, and the
+# day that the chat template printed. One file may hold several.
+TOLD = ("code", "device", "date")
+
+
+class Average(dict[str, Any]):
+    """A line of a table, which knows what it is the average of: so the lines of two judges can be paired."""
+
+    groups: Sequence[np.ndarray] = ()
+    weights: Sequence[float] = ()
+
+    def less(self, other: Average) -> JsonRow:
+        """The difference to another judge's on the same items, unit by unit."""
+        differ = [a - b for a, b in zip(self.groups, other.groups, strict=True)]
+        return average(self["name"], differ, self.weights)
 
 
 def average(
@@ -52,11 +67,10 @@ def average(
     low, high = np.quantile(drawn, (0.025, 0.975))
     mean = fmean((each.mean() for each in values), weights)
     figures = {"value": mean, "low": min(low, mean), "high": max(high, mean)}  # outside by rounding alone
-    return {
-        "name": name,
-        **{key: round(100 * float(value), 2) for key, value in figures.items()},
-        "n": sum(map(len, values)),
-    }
+    rounded = {key: round(100 * float(value), 2) for key, value in figures.items()}
+    found = Average(name=name, **rounded, n=sum(map(len, values)))
+    found.groups, found.weights = values, weights
+    return found
 
 
 def is_right(row: JsonRow) -> bool:
@@ -485,14 +499,18 @@ def score(name: str, paths: Sequence[Path]) -> JsonRow:
     """A benchmark's result from judged files, ours or JudgeBench's own."""
     if name not in BENCHMARKS:
         raise InputError(f"no benchmark {name}; there are {', '.join(BENCHMARKS)}")
-    rows = read_judged(name, paths)
+    return score_rows(name, read_judged(name, paths), paths[0])
+
+
+def score_rows(name: str, rows: list[JsonRow], where: Path) -> JsonRow:
+    """A benchmark's result from rows that were read from `where`."""
     try:
         averages, text = BENCHMARKS[name](rows)
         judges = judges_of(rows)
         compared = [each for row in rows for each in row.get("comparisons", ())] if name == "ppe" else rows
         figures = reliability(compared)
     except (KeyError, TypeError, IndexError) as error:
-        raise InputError(f"{paths[0]}: not rows of {name} ({error!r})") from None
+        raise InputError(f"{where}: not rows of {name} ({error!r})") from None
     figures["failed"] = sum("error" in row for row in rows)
     return {"benchmark": name, "judges": judges, "averages": averages, **figures, "more": text}
 
@@ -546,7 +564,7 @@ def _read(name: str, row: JsonRow) -> JsonRow:
 def _settings(row: JsonRow) -> JsonRow:
     """What a row was judged with; a published one says a name instead."""
     judge = row.get("judge")
-    return judge if isinstance(judge, dict) else {}
+    return {k: v for k, v in judge.items() if k not in TOLD} if isinstance(judge, dict) else {}
 
 
 def judges_of(rows: Iterable[JsonRow]) -> list[str]:

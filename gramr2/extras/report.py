@@ -1,15 +1,15 @@
 """report.html: what a self-training run did, in one file that asks nothing of the network.
 
     python -m gramr2.extras.report runs/toy        writes a run's report again
+    python -m gramr2.extras.report --board a.jsonl b.jsonl --out board.html     a leaderboard (board.py)
 
 A run writes it when it begins, as it goes on (progress.py), and when it ends. It is made from the run's
 directory (plan.json, steps/, results.json), so a run that was interrupted can have one too: it says what is
 missing. Here the figures are made; the page that shows them is the template report.html beside this file,
 with its style in report.css; report.js filters its examples and draws its curves.
 
-Responses and rationales are text that somebody else wrote. The template engine escapes all that it fills in,
-and the page's policy allows its own style and script, by their hashes, and nothing else. Long texts are
-shortened in the page, and their length is said; the run's files keep them whole.
+Responses and rationales are text that somebody else wrote, and the page takes them for text (page.py). Long
+ones are shortened in the page, and their length is said; the run's files keep them whole.
 
 It leaves out: anything that would need a model. The truth is read here for reporting only.
 """
@@ -21,27 +21,26 @@ if __name__ == "__main__":  # Ctrl-C may come while the rest is imported, or a p
 
     end_in_one_line()
 
-import base64
 import contextlib
-import hashlib
 import heapq
 import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from functools import cache
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 from gramr2 import denoise
 from gramr2.extras import audit
+from gramr2.extras.board import write_board
 from gramr2.extras.evaluate import score_leanings
+from gramr2.extras.page import Strip, write_page
 from gramr2.extras.results import FUNNEL, JudgedPair, RunReader, accuracy_rows, gain_in_words, read_round
 from gramr2.extras.toyworld import world_rules
-from gramr2.files import InputError, JsonRow, Parser, only_writer, parse_json, publish_file, run_command
-from gramr2.records import UNDECIDED, Judgment, Pair, show
+from gramr2.files import InputError, JsonRow, Parser, need, only_writer, parse_json, run_command
+from gramr2.records import UNDECIDED, Judgment, Pair
 from gramr2.settings import SelfTrainSettings
 from gramr2.stages import STAGES
 
@@ -51,15 +50,6 @@ POINTS = 100  # of a training's curve
 SHOWN_AS = {"wellformed": "well-formed"}  # a stage of the funnel, in words
 
 # ---------------------------------------------------------------------------------- the figures
-
-
-class Strip(NamedTuple):
-    """A line of the one kind of figure: a text, and marks over a track from 0 to 100 per cent."""
-
-    name: str
-    note: str
-    bars: Sequence[tuple[float, float, str]] = ()  # from, to, kind
-    dots: Sequence[tuple[float, float, float, str]] = ()  # value, the interval's ends, kind
 
 
 def accuracy(run: RunReader) -> JsonRow:
@@ -251,10 +241,6 @@ def seen_from_without(run: RunReader) -> JsonRow:
     return {"state": state, "says": says, "at": at, "done": len(ends), "steps": 0}
 
 
-def clock(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
-
-
 def gaps(run: RunReader, truth: dict[str, str]) -> Iterator[str]:
     """What a reader would look for and not find."""
     if len(run.rounds) < run.settings["iters"]:
@@ -274,30 +260,16 @@ def flat(value: Any, name: str = "") -> list[tuple[str, Any]]:
     return [(name, value)]
 
 
-@cache
-def template() -> tuple[Any, str, str]:
-    """The page, its style and its script."""
-    import jinja2
-
-    here = Path(__file__)
-    text, style, script = (here.with_suffix(end).read_text("utf-8") for end in (".html", ".css", ".js"))
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"show": show, "digest": digest, "clock": clock}
-    return environment.from_string(text), style, script
-
-
-def page(run: RunReader, standing: JsonRow | None) -> str:
+def shown(run: RunReader, standing: JsonRow | None) -> JsonRow:
+    """All that the page fills in."""
     truth = run.truth()
     rounds = {number: read_round(run, number, truth) for number in run.rounds}
     pairs = [pair for each in rounds.values() for pair in each]
     most = FEW if standing and standing["state"] == "going on" else EXAMPLES
     wanted = dict(islice(pick(pairs).items(), most))
-    html, style, script = template()
-    return html.render(
+    return dict(
         name=run.root.resolve().name,
         root=run.root,
-        style=style,
-        script=script,
         standing=None if run.results else standing or seen_from_without(run),
         gaps=list(gaps(run, truth)),
         curves=list(curves(run)),
@@ -319,22 +291,29 @@ def page(run: RunReader, standing: JsonRow | None) -> str:
     )
 
 
-def digest(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
 def write_report(root: str | Path, standing: JsonRow | None = None) -> Path:
     """Makes report.html in a run's directory, from what the run has left there."""
-    path, text = Path(root) / "report.html", page(RunReader(root), standing)
-    with publish_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    path = Path(root) / "report.html"
+    write_page(path, "report.html", **shown(RunReader(root), standing))
     return path
 
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser("gramr2.extras.report", description=__doc__)
-    parser.add_argument("run", help="the directory of a run, such as runs/toy")
-    print(f"report: {write_report(parser.parse_args(argv).run)}")
+    parser.add_argument("run", nargs="?", help="the directory of a run, such as runs/toy")
+    parser.add_argument(
+        "--board", nargs="+", type=Path, metavar="FILE", help="judged files, for a leaderboard"
+    )
+    parser.add_argument("--out", type=Path, metavar="PAGE", help="where the leaderboard goes [board.html]")
+    given = parser.parse_args(argv)
+    need((given.run is None) != (given.board is None), "give the directory of a run, or --board FILE …")
+    need(
+        given.board is not None or given.out is None, "--out goes with --board; a run's report is in the run"
+    )
+    if given.board:
+        print(f"board: {write_board(given.board, given.out or Path('board.html'))}")
+    else:
+        print(f"report: {write_report(given.run)}")
     return 0
 
 
