@@ -45,7 +45,7 @@ LAYERS = [
     ["gramr2.extras"],
     ["gramr2.commands"],
 ]
-BUDGET = {"core": 6340, "kernels": 1110, "extras": 4800}
+BUDGET = {"core": 6340, "kernels": 1110, "extras": 4950}
 LARGEST = 350  # lines of code of one file of the core
 
 
