@@ -62,7 +62,8 @@ def main() -> None:
         write_proofs(run, pairs, arguments.k, arguments.longest, arguments.proofs)
     found = score([arguments.proofs], arguments.reasons)
     proofs = [len(row["candidates"]) for row in read_rows(arguments.proofs)]
-    about = {"backbone": Path(run.settings["from"]["backbone"]).name, "run": run.settings["recipe"]}
+    training = {name: run.settings["train prover"][name] for name in ("steps", "batch_size")}
+    about = {"backbone": Path(run.settings["from"]["backbone"]).name, "training": training}
     common.write_result("faithfulness", {**about, "pairs": len(proofs), "k": max(proofs), **found})
     print(readable(found))
 

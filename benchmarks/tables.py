@@ -551,10 +551,10 @@ def faithfulness(result):
     def spread_of(row):
         return f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
 
-    parts = [
-        f"{result['k']} proofs for each of {result['pairs']} pairs, by the prover of a run of {result['run']} "
-        f"({result['backbone']}). {where(result['environment'])}"
-    ]
+    steps, size = (result["training"][name] for name in ("steps", "batch_size"))
+    prover = f"{result['backbone']}, trained for {steps} steps of {size} human pairs"
+    proofs = f"{result['k']} proofs for each of {result['pairs']} pairs"
+    parts = [f"{proofs}, by {prover}. {where(result['environment'])}"]
     for name, rows in result["levels"].items():
         header = f"{name}: F1, per cent", "overlap", "by chance", "above chance [95% interval]", "pairs"
         lines = [
