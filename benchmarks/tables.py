@@ -571,6 +571,33 @@ def signals(result):
     return "\n\n".join(parts)
 
 
+@table("faithfulness", "faithfulness", "python benchmarks/faithfulness.py")
+def faithfulness(result):
+    """What names people's reasons, and what the score's choice adds to it."""
+
+    def spread_of(row):
+        return f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+
+    steps, size = (result["training"][name] for name in ("steps", "batch_size"))
+    prover = f"{result['backbone']}, trained for {steps} steps of {size} human pairs"
+    proofs = f"{result['k']} proofs for each of {result['pairs']} pairs"
+    parts = [f"{proofs}, by {prover}. {where(result['environment'])}"]
+    for name, rows in result["levels"].items():
+        header = f"{name}: F1, per cent", "overlap", "by chance", "above chance [95% interval]", "pairs"
+        lines = [
+            (row["name"], f"{row['overlap']:.2f}", f"{row['chance']:.2f}", spread_of(row), row["n"])
+            for row in rows
+        ]
+        parts.append(grid(header, lines))
+    columns = [f"{name} [95% interval]" for name in result["choices"]]
+    lines = [
+        (rows[0]["name"], *map(spread_of, rows), rows[0]["n"])
+        for rows in zip(*result["choices"].values(), strict=True)
+    ]
+    parts.append(grid((f"picked by {result['picked by']}, above chance, less", *columns, "pairs"), lines))
+    return "\n\n".join(parts)
+
+
 @table("length", "length", "python benchmarks/length.py")
 def length(result):
     lines = [
