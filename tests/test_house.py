@@ -45,7 +45,7 @@ LAYERS = [
     ["gramr2.extras"],
     ["gramr2.commands"],
 ]
-BUDGET = {"core": 6350, "kernels": 1110, "extras": 5170}
+BUDGET = {"core": 6350, "kernels": 1110, "extras": 5200}
 LARGEST = 350  # lines of code of one file of the core
 
 
