@@ -30,8 +30,8 @@ from gramr2.extras.convincing_arguments import Compared, read_corpus
 from gramr2.kernels.packed_attention import packed_causal, packed_positions
 
 PENALTIES = 3.0, 30.0, 300.0, 3000.0
-INNER = 4  # folds within the training debates, by which the penalty is chosen
-STEPS = 8  # Newton's
+HELD = 4  # every fourth training debate is held out to choose the penalty by
+STEPS = 6  # Newton's
 
 
 @torch.no_grad()
@@ -52,16 +52,17 @@ def fitted(x_ND: np.ndarray, penalty: float) -> np.ndarray:
     for _ in range(STEPS):
         p_N = 1 / (1 + np.exp(-np.clip(x_ND @ w_D, -30, 30)))
         gradient_D = x_ND.T @ (p_N - 1) + penalty * w_D
-        hessian_DD = (x_ND * (p_N * (1 - p_N))[:, None]).T @ x_ND + penalty * np.eye(len(w_D))
+        root_N = np.sqrt(p_N * (1 - p_N)).astype(np.float32)
+        half_ND = x_ND.astype(np.float32) * root_N[:, None]  # enough for the way there, and twice as fast
+        hessian_DD = (half_ND.T @ half_ND).astype(float) + penalty * np.eye(len(w_D))
         w_D -= np.linalg.solve(hessian_DD, gradient_D)
     return w_D
 
 
 def chosen_penalty(x_ND: np.ndarray, debates_N: np.ndarray) -> float:
-    """The one whose models do best on debates of the training set that they were not fitted to."""
-    names = np.unique(debates_N)
-    parts = [np.isin(debates_N, names[n::INNER]) for n in range(INNER)]
-    right = {c: sum((x_ND[part] @ fitted(x_ND[~part], c) > 0).sum() for part in parts) for c in PENALTIES}
+    """The one whose model does best on debates of the training set that it was not fitted to."""
+    held_N = np.isin(debates_N, np.unique(debates_N)[::HELD])
+    right = {c: (x_ND[held_N] @ fitted(x_ND[~held_N], c) > 0).sum() for c in PENALTIES}
     return max(PENALTIES, key=lambda c: right[c])
 
 

@@ -198,7 +198,15 @@ def adapters(result):
         accuracy, beside = resampled(bits), resampled(bits - right[first]) if way != first else ""
         cells = f"{mean('loss'):.3f}", f"{mean('seconds per step'):.2f}", f"{mean('memory') / 1e6:,.0f}"
         lines.append((way, accuracy, beside, *cells, f"{mean('saved') / 1e6:.2f}"))
-    header = "trained", "accuracy, %", "beside it, points", "loss", "s a step", "peak memory, MB", "saved, MB"
+    header = (
+        "trained",
+        "accuracy, %",
+        "less all of it, points",
+        "loss",
+        "s a step",
+        "peak memory, MB",
+        "saved, MB",
+    )
     sizes = f"{len(seeds)} seed(s), {right[first].shape[1]} held-out pairs, {seeds[0][first]['steps']} steps."
     return f"{sizes} {where(result['environment'])}\n\n{grid(header, lines)}"
 
