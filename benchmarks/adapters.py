@@ -2,14 +2,16 @@
 
     python benchmarks/adapters.py toy                       the toy world's first reward model, three seeds
     python benchmarks/adapters.py real --model DIR --data ARGUMENTS    a published model, on real text
+    python benchmarks/adapters.py steps                     what a step costs, at SmolLM2-135M's shape
 
 `toy`: the prover of each seed writes the rationales once; both ways then train on them from the same
 backbone, with the recipe's steps, and are asked once about every held-out pair. `real`: a scalar head on
 SmolLM2-135M, or another model's directory, and the labelled pairs that `gramr2-data convincing-arguments`
 leaves; both take the steps given here at the rate that suits each (the adapters' is ten times the other).
 
-Each training is a process of its own: seconds are its steps', memory is the most that it held. Results go to
-results/adapters-toy.json and adapters-real.json, one run after the other.
+Each training is a process of its own, and memory is the most that it held. `steps` takes both ways' steps in
+turns, in one process, and counts the processor's time, which other work on the machine hardly changes. The
+results are results/adapters-toy.json, adapters-real.json and adapters-steps.json.
 """
 
 import argparse
@@ -19,12 +21,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import common
+import training
 
+from gramr2 import parallel
 from gramr2.extras.evaluate import is_right
 from gramr2.recipes import LORA_LR, suited_lr
+from gramr2.settings import TrainSettings
 
 RANK = 16
 WAYS = {"all of it": [], f"rank {RANK}": ["--lora-rank", str(RANK)]}
@@ -101,11 +107,28 @@ def real(place: Path, model: Path, data: Path, seed: int, steps: int, batch: int
     return found
 
 
+def steps(length: int = 256, tokens: int = 1024, turns: int = 3) -> dict:
+    """Both ways' steps of random weights, in turns → the median seconds of the processor for each."""
+    with parallel.join_ranks(TrainSettings(device="cpu")) as ranks:
+        model, how = training.LARGE["SmolLM2-135M"], {"all of it": {}, f"rank {RANK}": {"lora_rank": RANK}}
+        made = {
+            way: training.prepare(model, length, tokens, ranks, compiled=False, **more)
+            for way, more in how.items()
+        }
+        seconds: dict[str, list[float]] = {way: [] for way in made}
+        for _ in range(turns + 1):
+            for way, (loop, rows) in made.items():
+                begun = time.process_time()
+                loop.step(rows)
+                seconds[way].append(time.process_time() - begun)
+    return {"seconds": {way: statistics.median(each[1:]) for way, each in seconds.items()}, "tokens": tokens}
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("toy", "real"))
+    parser.add_argument("what", choices=("toy", "real", "steps"))
     parser.add_argument("--seeds", type=int, nargs="+", help="[toy: 0 1 2; real: 0]")
     parser.add_argument("--model", type=Path, help="real: a model's directory")
     parser.add_argument("--data", type=Path, help="real: a directory of convincing-arguments")
@@ -115,6 +138,9 @@ def main(argv: list[str]) -> None:
     given = parser.parse_args(argv)
     if given.what == "real" and not (given.model and given.data):
         parser.error("real: give --model and --data")
+    if given.what == "steps":
+        common.write_result("adapters-steps", steps())
+        return
     rows = {}
     for seed in given.seeds or ([0, 1, 2] if given.what == "toy" else [0]):
         with tempfile.TemporaryDirectory() as place:

@@ -196,19 +196,26 @@ def adapters(result):
         mine = [seed[way] for seed in seeds]
         mean = lambda name, mine=mine: statistics.fmean(each[name] for each in mine)  # noqa: E731
         accuracy, beside = resampled(bits), resampled(bits - right[first]) if way != first else ""
-        cells = f"{mean('loss'):.3f}", f"{mean('seconds per step'):.2f}", f"{mean('memory') / 1e6:,.0f}"
+        cells = f"{mean('loss'):.3f}", f"{mean('memory') / 1e6:,.0f}"
         lines.append((way, accuracy, beside, *cells, f"{mean('saved') / 1e6:.2f}"))
     header = (
         "trained",
         "accuracy, %",
         "less all of it, points",
         "loss",
-        "s a step",
         "peak memory, MB",
         "saved, MB",
     )
     sizes = f"{len(seeds)} seed(s), {right[first].shape[1]} held-out pairs, {seeds[0][first]['steps']} steps."
     return f"{sizes} {where(result['environment'])}\n\n{grid(header, lines)}"
+
+
+@table("adapters-steps", "adapters-steps", "python benchmarks/adapters.py steps")
+def adapter_steps(result):
+    first, second = result["seconds"].values()
+    names = " and ".join(f"{each:.2f} s for {way}" for way, each in result["seconds"].items())
+    about = f"A step of {result['tokens']:,} tokens at SmolLM2-135M's shape takes {names} "
+    return f"{about}(ratio {second / first:.2f}). {where(result['environment'])}"
 
 
 def resampled(values):
