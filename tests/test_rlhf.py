@@ -60,8 +60,9 @@ ROLLOUTS = [([FRAME + text + "<|im_end|>\n"], [FRAME], [""]) for text in sorted(
 
 
 def test_openrlhf_calls_the_function_with_one_rollout_at_a_time(here, snippet):
+    reward_func = run(snippet("openrlhf"))["reward_func"]  # once: a file is not read while it is written
     with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(lambda rollout: run(snippet("openrlhf"))["reward_func"](*rollout), ROLLOUTS))
+        found = list(pool.map(lambda rollout: reward_func(*rollout), ROLLOUTS))
     assert [each["rewards"] for each in found] == [[reward] for reward in wanted(here, sorted(TEXTS))]
     assert all(each["scores"] == each["rewards"] and each["extra_logs"] for each in found)
 
