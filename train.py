@@ -108,13 +108,10 @@ def main(argv: Sequence[str]) -> int:
 def merge(adapter: Path, out: Path | None) -> int:
     """A whole model, in its base's type, with the adapter's prompts."""
     base = base_of(adapter)
-    if base is None or out is None:
-        wants = (
-            "give --out DIR, where the whole model goes"
-            if base
-            else "is no adapter; one has an adapter_config.json"
-        )
-        raise InputError(f"--merge {adapter}: {wants}")
+    if base is None:
+        raise InputError(f"--merge {adapter}: is no adapter; one has an adapter_config.json")
+    if out is None:
+        raise InputError("--merge: give --out DIR, where the whole model goes")
 
     from gramr2.extras.card import write_card
     from gramr2.weights import load, save

@@ -29,7 +29,6 @@ import training
 
 from gramr2 import parallel
 from gramr2.extras.evaluate import is_right
-from gramr2.recipes import LORA_LR, suited_lr
 from gramr2.settings import TrainSettings
 
 RANK = 16
@@ -82,9 +81,6 @@ def toy(place: Path, seed: int) -> dict:
 def real(place: Path, model: Path, data: Path, seed: int, steps: int, batch: int, tests: int) -> dict:
     test = place / "test.jsonl"
     test.write_text("".join((data / "test.jsonl").read_text("utf-8").splitlines(True)[:tests]))
-    raw = json.loads((model / "config.json").read_text())
-    width, inner = raw["hidden_size"], raw["intermediate_size"]
-    size = raw["vocab_size"] * width + raw["num_hidden_layers"] * width * (3 * width + 3 * inner)
     how = [
         "--stage",
         "discriminative",
@@ -96,15 +92,10 @@ def real(place: Path, model: Path, data: Path, seed: int, steps: int, batch: int
         str(batch),
     ]
     how += ["--max-length", "1024", "--token-budget", "1024"]
-    found = {}
-    for name, more in WAYS.items():
-        lr = suited_lr(size) * (LORA_LR if more else 1)
-        rate = ["--lr", f"{lr:g}", *more]
-        found[name] = trained(
-            place, name.replace(" ", "-"), data / "labelled.jsonl", model, test, *how, *rate
-        )
-        found[name]["lr"] = lr
-    return found
+    return {
+        name: trained(place, name.replace(" ", "-"), data / "labelled.jsonl", model, test, *how, *more)
+        for name, more in WAYS.items()
+    }
 
 
 def steps(length: int = 256, tokens: int = 1024, turns: int = 3) -> dict:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,7 +34,7 @@ from gramr2.seals import check_seals, read_signed, seal, write_signed
 
 TENSORS, BASE = "adapter_model.safetensors", "base.json"  # BASE: seals of the base's weights
 PREFIX = "base_model.model."  # before every name in TENSORS
-HEADS = {0: "CAUSAL_LM", 1: "SEQ_CLS"}  # task types, by the model's number of scores
+TASKS = {0: "CAUSAL_LM", 1: "SEQ_CLS"}  # by the model's number of scores
 # What changes the function of an adapter, and what it has to be for this module to compute it.
 PLAIN = {"use_dora": False, "fan_in_fan_out": False, "lora_bias": False, "bias": "none"}
 PLAIN |= {"rank_pattern": {}, "alpha_pattern": {}, "layer_replication": None, "peft_type": "LORA"}
@@ -81,6 +82,11 @@ def first_values(trained: dict[str, nn.Parameter], seed: int) -> Iterator[tuple[
             yield name, torch.zeros(parameter.shape)
 
 
+def merged(weight_ND: Tensor, a_rD: Tensor, b_Nr: Tensor, scale: float) -> Tensor:
+    """W + (alpha / r) B A, in float32."""
+    return torch.addmm(weight_ND.float(), b_Nr.float(), a_rD.float(), alpha=scale)
+
+
 # ---------------------------------------------------------------------------------- a directory
 
 
@@ -89,7 +95,7 @@ def description(base: Path, rank: int, alpha: float, modules: list[str], scores:
     return {
         **PLAIN,
         "base_model_name_or_path": str(base.resolve()),
-        "task_type": HEADS[scores],
+        "task_type": TASKS[scores],
         "r": rank,
         "lora_alpha": alpha or 2 * rank,
         "lora_dropout": 0.0,
@@ -123,12 +129,16 @@ class Adapter:
         need(drawn, f"{config.where}init_lora_weights = {kind!r:.60} is not supported")
         rank, alpha = config.get("r", int, low=1), config.get("lora_alpha", float, above=0)
         self.scale = alpha / (math.sqrt(rank) if config.get("use_rslora", bool, False) else rank)
-        stored = open_tensors(directory / TENSORS)
-        names = [*stored.keys()]
-        self.tensors = {name.removeprefix(PREFIX): stored.get_tensor(name) for name in names}
         if (directory / BASE).exists():
             mend = f"the adapter was trained on other weights; name those in {ADAPTER}"
             check_seals(base, read_signed(directory / BASE), mend)
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """By their published names, without the prefix."""
+        stored = open_tensors(self.directory / TENSORS)
+        names = [*stored.keys()]
+        return {name.removeprefix(PREFIX): stored.get_tensor(name) for name in names}
 
     def check(self, weights: Iterable[str]) -> None:
         """Refuses tensors that are beside none of these published names."""
@@ -157,5 +167,4 @@ class Adapter:
             and len(a_rD) == b_Nr.shape[1]
         )
         need(fits, f"{self.directory / TENSORS}: the adapter of {name} does not fit {list(wanted)}")
-        weight_ND, a_rD, b_Nr = (each.to(device, torch.float32) for each in (weight_ND, a_rD, b_Nr))
-        return torch.addmm(weight_ND, b_Nr, a_rD, alpha=self.scale)
+        return merged(weight_ND.to(device), a_rD.to(device), b_Nr.to(device), self.scale)

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from gramr2.directories import base_of
 from gramr2.files import InputError, need, only_writer
-from gramr2.lora import adapted, first_values
+from gramr2.lora import adapted, first_values, merged
 from gramr2.loss import Trainee
 from gramr2.settings import TrainSettings
 from gramr2.weights import NamedTensors, adapter_tensors, checkpoint_tensors, plain_parameters
@@ -276,7 +276,7 @@ def whole_tensors(trainee: Trainee, dtype: torch.dtype) -> Iterator[tuple[str, T
         tensor = whole(parameter)
         if name in adapters:
             a, b = (trained[f"{name.removesuffix('weight')}{half}.weight"] for half in "ab")
-            tensor = torch.addmm(tensor.float(), whole(b), whole(a), alpha=adapters[name].scale)
+            tensor = merged(tensor, whole(a), whole(b), adapters[name].scale)
         yield name, finite(name, tensor.to("cpu", dtype))
 
 

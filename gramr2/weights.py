@@ -33,8 +33,7 @@ from torch import Tensor, nn
 from gramr2.directories import ADAPTER, adapter_config, base_of, model_file, open_tensors
 from gramr2.fields import Fields
 from gramr2.files import InputError, JsonRow, need, publish_directory, read_json, short_hash
-from gramr2.lora import HEADS as TASKS
-from gramr2.lora import PREFIX, TENSORS, Adapter, adapted, seal_base
+from gramr2.lora import PREFIX, TASKS, TENSORS, Adapter, adapted, seal_base
 from gramr2.model import Decoder, Llama3Rope, ModelConfig
 from gramr2.seals import CARD, SEALS, check_seals, read_signed, seal, seals_below, write_signed
 from gramr2.tokenizer import FILES, Tokenizer
@@ -282,8 +281,8 @@ def checkpoint_tensors(
     `device`, and rounded once, to `dtype` (None: as the base is stored).
     """
     directory = Path(directory)
-    if base := base_of(directory):
-        yield from _merged_tensors(Adapter(directory), base, model, fresh_score, device, dtype)
+    if base_of(directory):
+        yield from _merged_tensors(Adapter(directory), model, fresh_score, device, dtype)
         return
     files = _tensor_files(directory)
     expected = {published_name(name): (name, tuple(p.shape)) for name, p in plain_parameters(model)}
@@ -311,12 +310,12 @@ def checkpoint_tensors(
 
 
 def _merged_tensors(
-    adapter: Adapter, base: Path, model: Decoder, fresh_score: bool, device: Any, dtype: torch.dtype | None
+    adapter: Adapter, model: Decoder, fresh_score: bool, device: Any, dtype: torch.dtype | None
 ) -> NamedTensors:
     """A base's weights with what an adapter changes; a scalar head is the adapter's own."""
     has_score = "score.weight" in adapter.tensors and not fresh_score
     adapter.check(published_name(name) for name, _ in plain_parameters(model))
-    for name, tensor in checkpoint_tensors(base, model, fresh_score or has_score):
+    for name, tensor in checkpoint_tensors(adapter.base, model, fresh_score or has_score):
         yield name, adapter.merged(published_name(name), tensor, device).to(dtype or tensor.dtype)
     if has_score:
         yield "score.weight", adapter.tensors["score.weight"]
