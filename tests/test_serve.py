@@ -161,6 +161,29 @@ def test_a_group_that_stays_too_small_is_judged_as_it_is_and_counted(labels, pla
     assert asyncio.run(metrics(labels.port))["groups_not_full_total"] == 1
 
 
+def test_a_rollout_whose_caller_has_left_is_none_of_its_group(labels, place, monkeypatch):
+    """It took the place of one that was still to come: who came last waited for a group of its own."""
+    monkeypatch.setattr(serve, "GATHER", 20.0)
+    asked = [
+        {"query": [f"Which? {text}"], "prompts": ["Which? "], "labels": [""]} for text in GROUPS[0][1][:4]
+    ]
+    monkeypatch.setattr(labels.server, "timeout", 0.3)
+    assert labels.ask("/openrlhf?group=3", asked[0])[0] == 504
+    monkeypatch.undo()
+
+    async def others():
+        return await asyncio.gather(*(once(labels.port, "/openrlhf?group=3", row) for row in asked[1:]))
+
+    found = [json.loads(body).get("rewards") for _, body in asyncio.run(others())]
+    texts = [row["query"][0].removeprefix("Which? ") for row in asked[1:]]
+    judge = make_judge(place, format="label").model
+    wanted = dict(
+        zip(sorted(texts), judge.reward(["Which? "] * 3, sorted(texts), progress=False), strict=True)
+    )
+    assert found == [[wanted[text]] for text in texts]
+    assert not labels.server.groups
+
+
 def test_a_scalar_judge_scores_and_writes_nothing(tmp_path):
     place = make_checkpoint(tmp_path / "model", "llama3", num_labels=1, tie_embeddings=False)
     here = Here(make_judge(place, format="scalar"))

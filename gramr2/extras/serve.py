@@ -67,8 +67,13 @@ HARMLESS = {"user", "metadata", "store", "service_tier"}
 class Group:
     """Completions of one prompt that come one by one, and who waits for the reward of each."""
 
-    members: list[tuple[str, Future[float]]] = field(default_factory=list)
+    members: list[tuple[str, Future[float], Ticket]] = field(default_factory=list)
     full: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def waiting(self) -> list[tuple[str, Future[float], Ticket]]:
+        """Those whose caller has not left, in the order of their texts: who came when must not matter."""
+        return sorted((each for each in self.members if not each[2].cut), key=lambda each: each[0])
 
 
 class JudgeServer:
@@ -274,7 +279,7 @@ class JudgeServer:
 
     def gathered(self, prompts: list, completions: list, size: int, settings: JsonRow) -> list[float]:
         """Rewards within groups that come in several requests. The first of a group waits for the others, and
-        judges them, in the order of their texts: who came when must not matter."""
+        judges all of them."""
         few(size)
         rewards: list[Future[float]] = []
         opened: list[tuple[tuple[str, int], Group]] = []
@@ -284,8 +289,8 @@ class JudgeServer:
                     opened.append((key, self.groups.setdefault(key, Group())))
                 group = self.groups[key]
                 rewards.append(Future())
-                group.members.append((completion, rewards[-1]))
-                if len(group.members) == size:
+                group.members.append((completion, rewards[-1], TICKET.get()))
+                if len(group.waiting) == size:
                     del self.groups[key]
                     group.full.set()
         TICKET.set(Ticket())  # others wait for what it judges, also if its own client leaves
@@ -295,15 +300,18 @@ class JudgeServer:
                 if self.groups.get(key) is group:  # nobody else has come
                     del self.groups[key]
                     self.counts["groups_not_full_total"] += 1
-            members = sorted(group.members, key=lambda member: member[0])
+            members = group.waiting
+            for each in group.members:
+                if each not in members:
+                    each[1].set_exception(Cut())
             try:
-                texts = [text for text, _ in members]
+                texts = [text for text, *_ in members]
                 found = self.rewards([key[0]] * len(texts), texts, None, settings)
             except Exception as error:
-                for _, reward in members:
+                for _, reward, _ in members:
                     reward.set_exception(error)
             else:
-                for (_, reward), value in zip(members, found, strict=True):
+                for (_, reward, _), value in zip(members, found, strict=True):
                     reward.set_result(value)
         return [reward.result() for reward in rewards]
 
